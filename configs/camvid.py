@@ -1,0 +1,23 @@
+"""CamVid street scenes (SegNet's split: 367 / 101 / 233 images of 480x360, 11 classes).
+
+    python main.py --config=configs/camvid.py:hrnet_w18_small,memory --config.data.root=CAMVID \
+        --workdir=runs/camvid
+"""
+
+from configs import default
+from contrastseg_jax.config import Config
+
+
+def get_config(spec: str = "hrnet_w48,memory") -> Config:
+    """The original's settings for CamVid, where it has any."""
+    config = default.get_config(spec)
+    config.data.name = "camvid"
+    config.augment.crop_size = (360, 480)  # original: camvid/H_48_D_4
+    config.contrast.warmup_steps = 3000  # original: camvid/H_48_D_4_MEM
+    # 10 pixels of each class of 8 images: 5000 slots, as in the original, span 60 steps.
+    config.memory.segment_size = 367  # paper: the number of training images
+    config.memory.pixel_size = 3670  # paper: ten times that
+    config.optim.learning_rate = 0.01  # original: camvid/H_48_D_4_MEM
+    config.train.num_steps = 40_000  # original: camvid/H_48_D_4_MEM
+    config.eval.pad_multiple = 8  # 360 and 480 are: no padding
+    return config

@@ -1,0 +1,93 @@
+"""Every setting, its default and what it means: the schema that all other configs start from.
+
+A config file offers `get_config("MODEL[,VARIANT]")`; VARIANT is ce (cross entropy alone), contrast
+(plus pixel contrast inside the batch) or memory (contrast with the memory bank as well).
+"""
+
+from ml_collections import ConfigDict
+
+from contrastseg_jax.config import Config
+
+CANDIDATES = {"ce": "none", "contrast": "batch", "memory": "both"}  # of each variant
+
+
+def get_config(spec: str = "hrnet_w48,memory") -> Config:
+    """The default config for a network and a variant, e.g. "hrnet_w48,memory"."""
+    model, _, variant = spec.partition(",")
+    variant = variant or "memory"
+    if variant not in CANDIDATES:
+        raise ValueError(f"variant {variant!r}: must be one of {', '.join(CANDIDATES)}")
+    config: Config = ConfigDict()
+    config.seed = 0  # of initialisation, sampling, shuffling and augmentation
+
+    config.data = data = ConfigDict()
+    data.name = "folder"  # a data set: landcover, camvid, folder or synthetic
+    data.root = ""  # folder that holds the raw data set (camvid, folder)
+    data.prepared_dir = "~/.cache/contrastseg_jax"  # where prepared data sets are kept
+    data.class_names = ()  # folder: the classes, in the order of their mask values
+    data.ignore_values = (255,)  # folder: mask values that are no class
+    data.short_side = 0  # resize images and labels to this short side first; 0: keep the size
+    data.num_threads = 4  # that read and augment
+    data.prefetch = 8  # batches made ahead of the step that needs them
+
+    data.synthetic = ConfigDict()  # the generated data set, for tests and benchmarks
+    data.synthetic.image_size = (64, 96)  # height, width
+    data.synthetic.num_classes = 5
+    data.synthetic.num_examples = (32, 8)  # train, val
+
+    config.augment = augment = ConfigDict()
+    augment.crop_size = (512, 1024)  # height, width (original: Cityscapes)
+    augment.scale_range = (0.5, 2.0)  # of random resizing (original: all data sets)
+    augment.aspect_range = (0.9, 1.1)  # of width over height (original: all data sets)
+    augment.flip_rate = 0.5  # share of images mirrored left to right
+    augment.brightness = 10  # largest shift of all channels, grey levels
+
+    config.model = net = ConfigDict()
+    net.name = model  # see `contrastseg_jax/models/segmenter.py`
+    net.proj_dim = 256  # length of an embedding (paper: 256)
+    net.dropout_rate = 0.1  # of whole channels in the segmentation head (original: 0.1)
+    net.image_mean = (123.675, 116.28, 103.53)  # RGB, subtracted (ImageNet)
+    net.image_std = (58.395, 57.12, 57.375)  # RGB, divided by (ImageNet)
+
+    config.loss = loss = ConfigDict()
+    loss.class_weights = ()  # of cross entropy, one per class; empty: all 1
+    loss.aux_weight = 0.4  # of an auxiliary head's cross entropy, where a network has one
+
+    config.contrast = contrast = ConfigDict()
+    contrast.candidates = CANDIDATES[variant]  # none, batch (the global one), memory or both
+    contrast.loss_weight = 0.1  # of the contrast loss beside the cross entropy (original: 0.1)
+    contrast.anchors = "hard"  # hard: half of the anchors mispredicted pixels; random: any
+    contrast.anchors_per_image = 512  # (original: 1024 for the 2 images of a GPU)
+    contrast.max_views = 100  # most anchors of one class in one image (original: 100)
+    contrast.temperature = 0.1  # (paper: 0.1)
+    contrast.base_temperature = 0.07  # the loss is scaled by temperature / this (original)
+    contrast.warmup_steps = 5000  # steps before the contrast loss counts (original: 5000)
+
+    config.memory = memory = ConfigDict()
+    memory.pixel_size = 5000  # slots per class of the pixel queue; 0: none (original: 5000)
+    memory.segment_size = 5000  # slots per class of the segment queue; 0: none (original: 5000)
+    memory.pixels_per_class = 10  # enqueued per class and image (paper: 10)
+    memory.dtype = "float32"  # in which the bank is stored: float32 or bfloat16
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 0.01  # at step 0 (original: 0.01)
+    optim.warmup_steps = 0  # in which the learning rate rises from 0 (original: 0)
+    optim.poly_power = 0.9  # learning_rate * (1 - step / num_steps) ** poly_power (original: 0.9)
+    optim.momentum = 0.9  # (original: 0.9)
+    optim.weight_decay = 5e-4  # on every parameter (original: 5e-4)
+    optim.ema_decay = 0.0  # of a running average of the parameters, used to evaluate; 0: none
+
+    config.train = train = ConfigDict()
+    train.batch_size = 8  # images per step over all devices (original: 8)
+    train.num_steps = 40_000  # (original: 40,000)
+    train.log_steps = 50  # between two lines of the log
+    train.eval_steps = 1000  # between two evaluations; the last step always evaluates
+    train.checkpoint_steps = 1000  # between two checkpoints; the last step always saves
+    train.keep_checkpoints = 2  # newest ones kept, besides the best by val mIoU
+
+    config.eval = evaluate = ConfigDict()
+    evaluate.batch_size = 8  # images per step over all devices
+    evaluate.pad_multiple = 32  # image sides are padded to a multiple, to compile few shapes
+    evaluate.num_pictures = 4  # images drawn beside label and prediction at an evaluation
+
+    return config.lock()

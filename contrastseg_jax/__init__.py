@@ -1,0 +1,1 @@
+"""Pixel-contrast semantic segmentation in JAX (Wang et al., ICCV 2021)."""

@@ -1,0 +1,324 @@
+"""Loading, storing and checking configs. No JAX here: problems show before it starts."""
+
+import ast
+import difflib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.files import write_atomically
+
+Config = Any  # a ConfigDict, whose settings have no types that a checker could see
+
+# Settings of the machine and of the watching, not of the experiment: a run may resume with others.
+OPERATIONAL = (
+    "data.root",
+    "data.prepared_dir",
+    "data.num_threads",
+    "data.prefetch",
+    "train.log_steps",
+    "train.eval_steps",
+    "train.checkpoint_steps",
+    "train.keep_checkpoints",
+    "eval.batch_size",
+    "eval.num_pictures",
+)
+
+
+def load(path_and_spec: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of "FILE.py[:SPEC]", changed by overrides of the form "train.batch_size=4"."""
+    path, _, spec = path_and_spec.partition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--config={path}: no such file")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"--config={path}: must be a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(spec) if spec else module.get_config()
+    except Exception as error:  # a config file is a program of the user's
+        # ConfigDict wraps its message, which names the nearest key, in quotes and newlines.
+        message = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'")
+        raise InputError(f"--config={path_and_spec}: {message}") from error
+    return override(config, overrides)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """A copy of the config with "PATH=VALUE" settings applied; all bad ones in one error."""
+    known = dict(leaves(config))
+    problems = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"{path}: write it as --config.{path}=VALUE")
+        elif path not in known:
+            problems.append(f"{path}: no such setting{_nearest(path, known)}")
+        else:
+            try:
+                known[path] = _typed(_parsed(value, known[path]), known[path])
+            except TypeError as error:
+                problems.append(f"{path} = {value}: {error}")
+    if problems:
+        raise listed("the config", problems)
+    return _replaced(config, known)
+
+
+def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting with its dotted path."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON, as `config.json` of a workdir holds it."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, default: Config, source: str) -> Config:
+    """A config read back; `default` is the schema, `source` the file that errors name."""
+    try:
+        stored = dict(leaves(ConfigDict(json.loads(text))))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{source}: not a config ({error})") from error
+    known = dict(leaves(default))
+    unknown = sorted(stored.keys() - known)
+    problems = [f"{path}: no such setting{_nearest(path, known)}" for path in unknown]
+    if missing := sorted(known.keys() - stored):
+        problems.append(f"settings that are missing: {', '.join(missing)}")
+    for path in sorted(known.keys() & stored):
+        try:
+            known[path] = _typed(stored[path], known[path])
+        except TypeError as error:
+            problems.append(f"{path} = {stored[path]!r}: {error}")
+    if problems:
+        raise listed(source, problems)
+    return _replaced(default, known)
+
+
+def stored(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Config:
+    """The config of the run in a workdir; only OPERATIONAL settings can be overridden."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"--workdir={workdir}: has no config.json; train a run there first")
+    run = from_json(path.read_text(), default, str(path))
+    config = override(run, overrides)
+    refuse_differences(config, run, workdir)
+    return config
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Make the workdir that of this config, unless it holds the run of another one."""
+    path = workdir / "config.json"
+    if path.exists():
+        refuse_differences(config, from_json(path.read_text(), config, str(path)), workdir)
+    elif (workdir / "checkpoints").exists():
+        raise InputError(f"--workdir={workdir}: has checkpoints but no config.json, so is no run")
+    write_atomically(path, to_json(config))
+
+
+def refuse_differences(config: Config, run: Config, workdir: Path) -> None:
+    """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ."""
+    values = dict(leaves(run))
+    different = [
+        f"{path} = {value!r}: the run has {values[path]!r}"
+        for path, value in leaves(config)
+        if path not in OPERATIONAL and value != values[path]
+    ]
+    if different:
+        raise listed(f"--workdir={workdir}, which holds a run of another config", different)
+
+
+def validate(
+    config: Config,
+    *,
+    choices: dict[str, Sequence[str]],
+    batch_sizes: Sequence[str],
+    num_devices: int,
+) -> None:
+    """Raise one error that lists every setting that breaks a rule.
+
+    `choices`: for a path, the values that exist (data sets and networks know their own names).
+    `batch_sizes`: the paths of batch sizes that are going to be split over the devices.
+    """
+    settings = dict(leaves(config))
+    choices = CHOICES | choices
+    problems = [
+        f"{path} = {settings[path]!r}: must be one of {', '.join(allowed)}"
+        + _nearest(str(settings[path]), allowed)
+        for path, allowed in choices.items()
+        if settings[path] not in allowed
+    ]
+    for paths, holds, rule in RULES:
+        problems += [
+            f"{path} = {settings[path]!r}: {rule}"
+            for path in paths.split()
+            if not holds(settings[path], config)
+        ]
+    for path in batch_sizes:
+        size = settings[path]
+        if size > 0 and size % num_devices:
+            below = size - size % num_devices
+            nearest = " or ".join(str(n) for n in (below, below + num_devices) if n)
+            problems.append(
+                f"{path} = {size}: must be a multiple of the {num_devices} devices, e.g. {nearest}"
+            )
+    if problems:
+        raise listed("the config", problems)
+
+
+def uses_contrast(config: Config) -> bool:
+    """Whether the contrast loss takes part in training at all."""
+    return config.contrast.candidates != "none"
+
+
+def uses_memory(config: Config) -> bool:
+    """Whether the run carries a memory bank."""
+    return config.contrast.candidates in ("memory", "both")
+
+
+CHOICES = {
+    "contrast.candidates": ("none", "batch", "memory", "both"),
+    "contrast.anchors": ("hard", "random"),
+    "memory.dtype": ("float32", "bfloat16"),
+}
+
+Rule = tuple[str, Callable[[Any, Config], bool], str]
+
+
+def _pair(value: Sequence[Any], smallest: float) -> bool:
+    return len(value) == 2 and all(isinstance(v, int) and v >= smallest for v in value)
+
+
+def _range(value: Sequence[float]) -> bool:
+    return len(value) == 2 and 0 < value[0] <= value[1]
+
+
+# Paths that a rule is for, the rule, and the sentence that says it.
+RULES: tuple[Rule, ...] = (
+    (
+        "data.num_threads data.prefetch contrast.anchors_per_image contrast.max_views"
+        " memory.pixels_per_class train.batch_size train.num_steps train.log_steps"
+        " train.eval_steps train.checkpoint_steps train.keep_checkpoints eval.batch_size"
+        " eval.pad_multiple",
+        lambda v, c: v >= 1,
+        "must be at least 1",
+    ),
+    (
+        "seed data.short_side augment.brightness contrast.warmup_steps memory.pixel_size"
+        " memory.segment_size optim.warmup_steps eval.num_pictures loss.aux_weight"
+        " optim.weight_decay optim.poly_power",
+        lambda v, c: v >= 0,
+        "must not be negative",
+    ),
+    (
+        "contrast.loss_weight contrast.temperature contrast.base_temperature optim.learning_rate",
+        lambda v, c: v > 0,
+        "must be > 0",
+    ),
+    ("augment.flip_rate", lambda v, c: 0 <= v <= 1, "must be in 0..1"),
+    (
+        "model.dropout_rate optim.momentum optim.ema_decay",
+        lambda v, c: 0 <= v < 1,
+        "must be at least 0 and below 1",
+    ),
+    (
+        "augment.crop_size data.synthetic.image_size",
+        lambda v, c: _pair(v, 32),
+        "must be (height, width), whole numbers of at least 32",
+    ),
+    ("data.synthetic.num_examples", lambda v, c: _pair(v, 1), "must be (train, val), at least 1"),
+    (
+        "augment.scale_range augment.aspect_range",
+        lambda v, c: _range(v),
+        "must be (smallest, largest), both > 0",
+    ),
+    ("data.synthetic.num_classes", lambda v, c: 2 <= v <= 254, "must be in 2..254"),
+    (
+        "data.class_names",
+        lambda v, c: c.data.name != "folder" or 2 <= len(set(v)) == len(v) <= 254,
+        "data.name = 'folder' needs the names of its 2 to 254 classes, each once",
+    ),
+    (
+        "data.ignore_values",
+        lambda v, c: all(isinstance(i, int) and 0 <= i <= 255 for i in v),
+        "must be mask values in 0..255",
+    ),
+    (
+        "data.root",
+        lambda v, c: bool(v) or c.data.name not in ("folder", "camvid"),
+        "must name the folder that holds the data set",
+    ),
+    (
+        "model.image_mean model.image_std",
+        lambda v, c: len(v) == 3,
+        "must be three numbers (red, green, blue)",
+    ),
+    ("model.image_std", lambda v, c: all(i > 0 for i in v), "must be > 0"),
+    ("loss.class_weights", lambda v, c: all(i >= 0 for i in v), "must not be negative"),
+    (
+        "model.proj_dim",
+        lambda v, c: v >= 1 or not uses_contrast(c),
+        "must be at least 1 with pixel contrast",
+    ),
+    (
+        "contrast.warmup_steps",
+        lambda v, c: v < c.train.num_steps or not uses_contrast(c),
+        "must be less than train.num_steps, or the contrast loss never counts",
+    ),
+    ("optim.warmup_steps", lambda v, c: v < c.train.num_steps, "must be less than train.num_steps"),
+    (
+        "memory.pixel_size",
+        lambda v, c: v + c.memory.segment_size > 0 or not uses_memory(c),
+        "must not be 0 together with memory.segment_size when the bank is used",
+    ),
+)
+
+
+def _replaced(config: Config, settings: dict[str, Any]) -> Config:
+    config = ConfigDict(config.to_dict())
+    config.update_from_flattened_dict(settings)
+    return config.lock()
+
+
+def _nearest(path: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """ ", did you mean …?" or nothing; the last part of a path counts on its own as well."""
+    found = difflib.get_close_matches(path, known, n=1)
+    by_key = {name.rpartition(".")[2]: name for name in known}
+    found = found or [by_key[k] for k in difflib.get_close_matches(path, by_key, n=1)]
+    key = path.rpartition(".")[2]
+    found = found or [by_key[k] for k in difflib.get_close_matches(key, by_key, n=1)]
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def _parsed(text: str, default: Any) -> Any:
+    """A command line's text as a Python value; plain text where the setting is a string."""
+    if isinstance(default, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """The value in the type of the default; whole numbers are fractions too, lists tuples."""
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        kinds = {type(item) for item in default}
+        if float in kinds:
+            return tuple(_typed(item, 0.0) for item in value)
+        return tuple(_typed(item, default[0]) if default else item for item in value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        kind = {tuple: "tuple, e.g. (1, 2)", int: "whole number", float: "number", str: "string"}
+        raise TypeError(f"must be a {kind[type(default)]}")
+    return value

@@ -1,0 +1,1 @@
+"""Data sets, label maps, augmentation and batches. NumPy, OpenCV, TFDS and Grain; no JAX."""

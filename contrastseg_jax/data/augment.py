@@ -1,0 +1,110 @@
+"""Training augmentation: scale, aspect, crop and flip in one resampling of the crop alone.
+
+The distribution is the original's (lib/datasets/tools/cv2_aug_transforms.py: random_resize,
+random_crop, random_hflip, random_brightness, then padding at a random offset), without ever making
+the enlarged image. Like the original's bicubic resize it does not blur before it shrinks.
+"""
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from contrastseg_jax.structs import IGNORE_LABEL
+
+Image = UInt8[np.ndarray, "h w 3"]
+Label = UInt8[np.ndarray, "h w"]
+NewImage = UInt8[np.ndarray, "h2 w2 3"]
+NewLabel = UInt8[np.ndarray, "h2 w2"]
+
+
+def augment(
+    image: Image,
+    label: Label,
+    rng: np.random.Generator,
+    *,
+    crop_size: tuple[int, int],
+    scale_range: tuple[float, float],
+    aspect_range: tuple[float, float],
+    flip_rate: float,
+    brightness: int,
+    pad_color: tuple[int, int, int],
+) -> tuple[NewImage, NewLabel]:
+    """A random view of an image and the same view of its label.
+
+    Args:
+        image: RGB.
+        label: class ids.
+        rng: the example's own; the result is a function of it.
+        crop_size: (height, width) of the result.
+        scale_range: bounds of the scale s of both sides.
+        aspect_range: bounds of a; width is scaled by s*sqrt(a), height by s/sqrt(a).
+        flip_rate: how often left and right are swapped.
+        brightness: largest shift of all channels, either way, in grey levels.
+        pad_color: RGB where a scaled image is smaller than the crop; IGNORE_LABEL in the label.
+    """
+    scale = rng.uniform(*scale_range)
+    stretch = np.sqrt(rng.uniform(*aspect_range))
+    height, width = label.shape
+    scaled_height = max(1, int(height * scale / stretch))
+    scaled_width = max(1, int(width * scale * stretch))
+    top, first_row, num_rows = _place(scaled_height, crop_size[0], rng)
+    left, first_column, num_columns = _place(scaled_width, crop_size[1], rng)
+    flip = rng.random() < flip_rate
+    shift = int(rng.integers(-brightness, brightness, endpoint=True))
+
+    # Pixel centres of the view -> pixel centres of the image.
+    step_y, step_x = height / scaled_height, width / scaled_width
+    start_y = (first_row + 0.5) * step_y - 0.5
+    start_x = (first_column + 0.5) * step_x - 0.5
+    if flip:
+        start_x, step_x = start_x + (num_columns - 1) * step_x, -step_x
+    matrix = np.array([[step_x, 0, start_x], [0, step_y, start_y]])
+
+    view = np.s_[top : top + num_rows, left : left + num_columns]
+    image_crop = np.full((*crop_size, 3), pad_color, np.uint8)
+    image_crop[view] = _brighten(
+        _warp(image, matrix, (num_rows, num_columns), cv2.INTER_CUBIC), shift
+    )
+    label_crop = np.full(crop_size, IGNORE_LABEL, np.uint8)
+    label_crop[view] = _warp(label, matrix, (num_rows, num_columns), cv2.INTER_NEAREST)
+    return image_crop, label_crop
+
+
+def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(height, width) with the shorter one made `short_side`; 0 keeps the size."""
+    if short_side == 0:
+        return size
+    scale = short_side / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def resize_image(image: Image, size: tuple[int, int]) -> NewImage:
+    """The image at (height, width): bicubic where it grows, mean of areas where it shrinks."""
+    if size == image.shape[:2]:
+        return image
+    how = cv2.INTER_AREA if size[0] < image.shape[0] else cv2.INTER_CUBIC
+    return cv2.resize(image, size[::-1], interpolation=how)
+
+
+def resize_short_side(image: Image, label: Label, short_side: int) -> tuple[NewImage, NewLabel]:
+    """Image and label at `resized_size`; the label takes the nearest pixel."""
+    size = resized_size(label.shape, short_side)
+    if size == label.shape:
+        return image, label
+    nearest = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return resize_image(image, size), nearest
+
+
+def _place(scaled: int, crop: int, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Along one axis: where in the crop, from where in the scaled image, how many pixels."""
+    offset = int(rng.integers(0, abs(crop - scaled), endpoint=True))
+    return (offset, 0, scaled) if scaled < crop else (0, offset, crop)
+
+
+def _warp(pixels: np.ndarray, matrix: np.ndarray, size: tuple[int, int], how: int) -> np.ndarray:
+    flags = how | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(pixels, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _brighten(image: Image, shift: int) -> Image:
+    return cv2.LUT(image, np.clip(np.arange(256) + shift, 0, 255).astype(np.uint8))

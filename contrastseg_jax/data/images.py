@@ -1,0 +1,94 @@
+"""Encoded pictures to arrays and back.
+
+Pillow decodes: unlike OpenCV 4 it refuses a truncated JPEG instead of filling it up with grey. It
+is never asked to apply the EXIF orientation, because a mask is drawn on the pixels as stored.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from contrastseg_jax.errors import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels of an image file; grey, palette, RGBA, CMYK and 16-bit files are converted.
+
+    Args:
+        data: the file's content.
+        name: what an error calls it.
+
+    Raises:
+        InputError: the file cannot be read to its end.
+    """
+    with _opened(data, name) as image:
+        if image.mode.startswith("I"):  # 16 bits per grey value; `convert` would clip at 255
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        if image.mode == "P":  # by way of RGBA, for palettes with transparency
+            image = image.convert("RGBA")
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
+    """Pixel values of an index mask: one channel, or the indices of a palette PNG.
+
+    Raises:
+        InputError: the file cannot be read, has colour channels, or values above 255.
+    """
+    with _opened(data, name) as image:
+        if len(image.getbands()) > 1:
+            raise InputError(
+                f"{name}: an index mask is expected (one channel, pixel value = class id), "
+                f"found {len(image.getbands())} channels ({image.mode})"
+            )
+        mask = np.array(image)
+    if mask.min() < 0 or mask.max() > 255:
+        raise InputError(
+            f"{name}: mask values must lie in 0..255, found {mask.min()}..{mask.max()}"
+        )
+    return mask.astype(np.uint8)
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) from the header alone.
+
+    Raises:
+        InputError: the header cannot be read.
+    """
+    with _opened(data, name) as image:
+        return image.height, image.width
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """A PNG file of `u8[h w]` (index mask or grey) or `u8[h w 3]` (RGB)."""
+    return _encode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+
+
+def encode_jpeg(rgb: UInt8[np.ndarray, "h w 3"], quality: int) -> bytes:
+    """A JPEG file without chroma subsampling: class borders keep their colour edges."""
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    settings = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1, *sampling]
+    return _encode(".jpg", rgb, settings)
+
+
+def _encode(suffix: str, array: np.ndarray, settings: list[int]) -> bytes:
+    pixels = cv2.cvtColor(array, cv2.COLOR_RGB2BGR) if array.ndim == 3 else array
+    return cv2.imencode(suffix, pixels, settings)[1].tobytes()
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """The Pillow image of `data`; any failure to read it is an InputError that says `name`."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: unreadable image file ({error})") from error

@@ -1,0 +1,91 @@
+"""From a mask file's pixel values to class ids, and from class ids to names and colours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.structs import IGNORE_LABEL
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The classes of a data set, in the order of their ids, and how its masks spell them."""
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]  # RGB, one per class
+    train_ids: Mapping[int, int]  # pixel value in a mask file -> class id, or IGNORE_LABEL
+
+
+def to_train_ids(
+    mask: UInt8[np.ndarray, "h w"], label_map: LabelMap, name: str
+) -> UInt8[np.ndarray, "h w"]:
+    """Class ids of the pixel values of a mask.
+
+    Args:
+        mask: pixel values as stored.
+        label_map: the one place that says what they mean.
+        name: the file that an error is to name.
+
+    Raises:
+        InputError: the mask holds a value that the label map does not know.
+    """
+    counts = np.bincount(mask.ravel(), minlength=256)
+    unknown = [
+        value for value in np.flatnonzero(counts).tolist() if value not in label_map.train_ids
+    ]
+    if unknown:
+        raise InputError(
+            f"{name}: unknown mask value(s) {_ranges(unknown)} in {counts[unknown].sum()} of "
+            f"{mask.size} pixels; allowed: {_ranges(sorted(label_map.train_ids))}"
+        )
+    table = np.full(256, IGNORE_LABEL, np.uint8)
+    table[list(label_map.train_ids)] = list(label_map.train_ids.values())
+    return cv2.LUT(mask, table)
+
+
+def to_mask_values(
+    label: UInt8[np.ndarray, "h w"], label_map: LabelMap
+) -> UInt8[np.ndarray, "h w"]:
+    """The pixel values that mask files of the data set have for class ids, the lowest of each."""
+    table = np.full(256, IGNORE_LABEL, np.uint8)
+    for value in sorted(label_map.train_ids, reverse=True):
+        table[label_map.train_ids[value]] = value
+    return table[label]
+
+
+def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
+    """The colours of PASCAL VOC without its black: all distinct up to 255 classes.
+
+    The bits of class number `i + 1` are dealt out in turn to red, green and blue, the lowest bits
+    to the highest bits of the colours.
+    """
+    return tuple(
+        (_every_third_bit(i), _every_third_bit(i >> 1), _every_third_bit(i >> 2))
+        for i in range(1, num_classes + 1)
+    )
+
+
+def colorize(label: Integer[np.ndarray, "h w"], label_map: LabelMap) -> UInt8[np.ndarray, "h w 3"]:
+    """The label in the colours of its classes; IGNORE_LABEL is black."""
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(label_map.palette)] = label_map.palette
+    return colors[label]
+
+
+def _every_third_bit(number: int) -> int:
+    return sum((number >> 3 * bit & 1) << 7 - bit for bit in range(8))
+
+
+def _ranges(values: list[int]) -> str:
+    """Sorted numbers with runs written short: [0, 1, 2, 255] -> "0..2, 255"."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last in runs)

@@ -1,0 +1,232 @@
+"""Records to batches with Grain: read, decode, augment and stack in threads.
+
+A training batch is a pure function of (seed, step), so a run resumes anywhere at no cost. Row r of
+step s is row g = s * batch_size + r of an endless sequence of shuffled epochs; g also seeds the
+example's augmentation, so how rows are spread over processes and threads changes nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import cast
+
+import cv2
+import grain
+import numpy as np
+from jaxtyping import UInt8
+
+from contrastseg_jax.data.augment import augment, resize_short_side, resized_size
+from contrastseg_jax.data.images import decode_image, decode_mask, image_size
+from contrastseg_jax.data.labels import LabelMap, to_train_ids
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.structs import IGNORE_LABEL, Batch
+
+Source = Sequence[dict[str, bytes]]  # what `open_split` returns
+Image = UInt8[np.ndarray, "h w 3"]
+Label = UInt8[np.ndarray, "h w"]
+Row = tuple[Image, Label, int]  # image, label, example id; -1: no example
+
+cv2.setNumThreads(0)  # Grain's threads are the parallelism
+
+
+def train_batches(
+    source: Source,
+    *,
+    label_map: LabelMap,
+    batch_size: int,
+    start_step: int,
+    num_steps: int,
+    seed: int,
+    crop_size: tuple[int, int],
+    short_side: int,
+    scale_range: tuple[float, float],
+    aspect_range: tuple[float, float],
+    flip_rate: float,
+    brightness: int,
+    pad_color: tuple[int, int, int],
+    num_threads: int,
+    prefetch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Batches of the steps start_step .. num_steps - 1: this process's rows of each.
+
+    Every example comes once per epoch; a batch may span two epochs, so none is dropped.
+
+    Args:
+        source: the records of a split.
+        label_map: what the masks' values mean.
+        batch_size: rows of all processes together, a multiple of `process_count`.
+        start_step: first step, the one to resume at.
+        num_steps: number of steps of the whole run.
+        seed: of the order and of the augmentation.
+        crop_size: (height, width) of the batch.
+        short_side: length of the images' shorter side before augmentation; 0 keeps it.
+        scale_range: see `augment`, like the settings after it.
+        aspect_range: see `augment`.
+        flip_rate: see `augment`.
+        brightness: see `augment`.
+        pad_color: see `augment`.
+        num_threads: threads that prepare examples.
+        prefetch: batches prepared ahead.
+        process_index: number of this process.
+        process_count: number of processes.
+
+    Raises:
+        InputError: while iterating, for a record that cannot be decoded; it names the example.
+    """
+    # Grain shuffles epoch e by seed + e: without mixing, neighbouring seeds would share epochs.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
+    num_rows = _rows_per_process(batch_size, process_count)
+
+    def load(step: int, row: int) -> Row:
+        index = step * batch_size + row
+        example_id = cast(int, order[index])
+        image, label = _decode(source[example_id], label_map, short_side)
+        image, label = augment(
+            image,
+            label,
+            np.random.default_rng((seed, index)),
+            crop_size=crop_size,
+            scale_range=scale_range,
+            aspect_range=aspect_range,
+            flip_rate=flip_rate,
+            brightness=brightness,
+            pad_color=pad_color,
+        )
+        return image, label, example_id
+
+    return _batches(
+        load,
+        steps=range(start_step, num_steps),
+        rows=range(process_index * num_rows, (process_index + 1) * num_rows),
+        num_threads=num_threads,
+        prefetch=prefetch,
+    )
+
+
+def eval_batches(
+    source: Source,
+    *,
+    label_map: LabelMap,
+    batch_size: int,
+    short_side: int,
+    pad_multiple: int,
+    pad_color: tuple[int, int, int],
+    num_threads: int,
+    prefetch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Whole images, each exactly once: this process's rows of each batch.
+
+    The images of a batch share one size, rounded up to a multiple of `pad_multiple`; they lie in
+    the upper left corner, and what surrounds them has `pad_color` and IGNORE_LABEL. The last batch
+    of a size is filled up with rows that are not valid and have the example id -1. All processes
+    see the same number of batches of the same sizes.
+
+    Args:
+        source: the records of a split.
+        label_map: what the masks' values mean.
+        batch_size: rows of all processes together, a multiple of `process_count`.
+        short_side: length of the images' shorter side; 0 keeps it.
+        pad_multiple: what the height and width of a batch are multiples of.
+        pad_color: RGB of what surrounds an image.
+        num_threads: threads that prepare examples.
+        prefetch: batches prepared ahead.
+        process_index: number of this process.
+        process_count: number of processes.
+
+    Raises:
+        InputError: for a record that cannot be decoded; it names the example.
+    """
+    num_rows = _rows_per_process(batch_size, process_count)
+    padded_size = partial(_padded_size, source, short_side, pad_multiple)
+    sizes = grain.MapDataset.range(len(source)).map(padded_size)
+    plan = _group(
+        sizes.to_iter_dataset(_read_options(num_threads, prefetch * num_rows)), batch_size
+    )
+
+    def load(step: int, row: int) -> Row:
+        size, example_ids = plan[step]
+        image = np.full((*size, 3), pad_color, np.uint8)
+        label = np.full(size, IGNORE_LABEL, np.uint8)
+        if row >= len(example_ids):
+            return image, label, -1
+        pixels, classes = _decode(source[example_ids[row]], label_map, short_side)
+        content = np.s_[: classes.shape[0], : classes.shape[1]]
+        image[content], label[content] = pixels, classes
+        return image, label, example_ids[row]
+
+    return _batches(
+        load,
+        steps=range(len(plan)),
+        rows=range(process_index * num_rows, (process_index + 1) * num_rows),
+        num_threads=num_threads,
+        prefetch=prefetch,
+    )
+
+
+def _batches(
+    load: Callable[[int, int], Row],
+    *,
+    steps: range,
+    rows: range,
+    num_threads: int,
+    prefetch: int,
+) -> Iterator[Batch]:
+    """Stacks `load(step, row)` over the rows of each step; the rows are loaded in threads."""
+    num_rows = len(rows)
+    elements = grain.MapDataset.range(steps.start * num_rows, steps.stop * num_rows).map(
+        lambda index: load(index // num_rows, rows[index % num_rows])
+    )
+    options = _read_options(num_threads, prefetch * num_rows)
+    return iter(elements.to_iter_dataset(options).batch(num_rows, batch_fn=_stack))
+
+
+def _stack(rows: Sequence[Row]) -> Batch:
+    images, labels, example_ids = zip(*rows, strict=True)
+    example_id = np.array(example_ids, np.int32)
+    return Batch(np.stack(images), np.stack(labels), example_id, example_id >= 0)
+
+
+def _decode(record: dict[str, bytes], label_map: LabelMap, short_side: int) -> tuple[Image, Label]:
+    name = record["name"].decode()
+    image = decode_image(record["image"], f"image {name}")
+    mask = decode_mask(record["label"], f"label {name}")
+    label = to_train_ids(mask, label_map, f"label {name}")
+    return resize_short_side(image, label, short_side)
+
+
+def _padded_size(source: Source, short_side: int, multiple: int, index: int) -> tuple[int, int]:
+    record = source[index]
+    size = image_size(record["image"], f"image {record['name'].decode()}")
+    height, width = resized_size(size, short_side)
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def _group(
+    sizes: grain.IterDataset[tuple[int, int]], batch_size: int
+) -> list[tuple[tuple[int, int], list[int]]]:
+    """The batches of an evaluation: their size, and the examples of that size."""
+    example_ids = defaultdict(list)
+    for example_id, size in enumerate(sizes):
+        example_ids[size].append(example_id)
+    return [
+        (size, members[first : first + batch_size])
+        for size, members in example_ids.items()
+        for first in range(0, len(members), batch_size)
+    ]
+
+
+def _rows_per_process(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise InputError(f"batch_size = {batch_size}: no multiple of {process_count} processes")
+    return batch_size // process_count
+
+
+def _read_options(num_threads: int, buffer_size: int) -> grain.ReadOptions:
+    return grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=max(num_threads, buffer_size)
+    )

@@ -1,0 +1,167 @@
+"""Evaluation on whole images: one confusion matrix over the split, exact on the last batch."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+
+from contrastseg_jax import checkpoint, distributed, report
+from contrastseg_jax.build import build_model, build_optimizer, dataset_spec, init_state, pad_color
+from contrastseg_jax.config import Config
+from contrastseg_jax.data import pipeline
+from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.logging import log
+from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
+from contrastseg_jax.models.segmenter import Segmenter
+from contrastseg_jax.resize import resize_bilinear
+from contrastseg_jax.structs import Batch, SegmentationOutput, TrainState
+
+Variables = dict[str, Any]  # what a network's `apply` takes: params and batch_stats
+PredictStep = Callable[[Variables, Any], Array]
+EvalStep = Callable[[Variables, Batch], tuple[Array, Array]]
+
+
+def normalize(
+    image: UInt8[Array, "b h w 3"], *, image_mean: Sequence[float], image_std: Sequence[float]
+) -> Float[Array, "b h w 3"]:
+    """Images as networks take them; mean and std are in grey levels, red green blue."""
+    mean, std = jnp.asarray(image_mean, jnp.float32), jnp.asarray(image_std, jnp.float32)
+    return (image.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+
+
+def inference_variables(state: TrainState) -> Variables:
+    """What a network needs to predict: the averaged parameters where the run keeps them."""
+    params = state.params if state.ema is None else state.ema
+    return {"params": params, "batch_stats": state.batch_stats}
+
+
+def predict_step(
+    variables: Variables,
+    image: UInt8[Array, "b h w 3"],
+    *,
+    model: Segmenter,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> Float[Array, "b h w k"]:
+    """Logits of every pixel."""
+    pixels = normalize(image, image_mean=image_mean, image_std=image_std)
+    output = cast(SegmentationOutput, model.apply(variables, pixels, train=False))
+    return resize_bilinear(output.logits, (image.shape[1], image.shape[2]))
+
+
+def eval_step(
+    variables: Variables,
+    batch: Batch,
+    *,
+    model: Segmenter,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> tuple[Int[Array, "b h w"], Int[Array, "k k"]]:
+    """Predictions, and their confusion matrix; rows that only fill up carry no labels."""
+    logits = predict_step(
+        variables, batch.image, model=model, image_mean=image_mean, image_std=image_std
+    )
+    prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return prediction, confusion_matrix(batch.label, prediction, num_classes=model.num_classes)
+
+
+def compile_eval_step(config: Config, model: Segmenter, mesh: Mesh) -> EvalStep:
+    """`eval_step` for a mesh; compiles once per size of image."""
+    step = functools.partial(
+        eval_step,
+        model=model,
+        image_mean=config.model.image_mean,
+        image_std=config.model.image_std,
+    )
+    everywhere = distributed.replicated(mesh)
+    return jax.jit(
+        step, in_shardings=(everywhere, distributed.split(mesh)), out_shardings=everywhere
+    )
+
+
+def evaluate(
+    config: Config,
+    step_fn: EvalStep,
+    variables: Variables,
+    *,
+    split: str,
+    step: int,
+    mesh: Mesh,
+    folder: Path,
+) -> dict[str, Any]:
+    """Scores of a split after `step` steps of training.
+
+    They go to `folder/metrics.json`, and to `folder/index.html` together with the first images,
+    drawn beside label and prediction.
+    """
+    spec = dataset_spec(config)
+    classes = label_map(spec)
+    source = open_split(spec, split)
+    batches = pipeline.eval_batches(
+        source,
+        label_map=classes,
+        batch_size=config.eval.batch_size,
+        short_side=config.data.short_side,
+        pad_multiple=config.eval.pad_multiple,
+        pad_color=pad_color(config),
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    confusion = np.zeros((len(classes.names),) * 2, np.int64)  # more pixels than int32 can count
+    num_pictures = config.eval.num_pictures if jax.process_index() == 0 else 0
+    pictures = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for batch in batches:
+        prediction, counts = step_fn(variables, distributed.to_devices(batch, mesh))
+        confusion += np.asarray(counts)
+        for row in np.flatnonzero(batch.valid)[: num_pictures - len(pictures)]:
+            pictures.append(f"{batch.example_id[row]:06d}.png")
+            shown = batch.image[row], batch.label[row], np.asarray(prediction[row])
+            report.save_panel(folder / pictures[-1], *shown, classes)
+    results = {
+        "data": spec.name,
+        "split": split,
+        "step": step,
+        "num_images": len(source),
+        "mean_iou": mean_iou(confusion),
+        "pixel_accuracy": pixel_accuracy(confusion),
+        "iou": dict(zip(classes.names, iou(confusion).tolist(), strict=True)),
+        "confusion": confusion.tolist(),
+    }
+    if jax.process_index() == 0:
+        report.save_evaluation(folder, results, pictures)
+    return results
+
+
+def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Variables, int, Mesh]:
+    """The network of a run with the parameters of a checkpoint: "latest", "best" or a step."""
+    mesh = distributed.make_mesh()
+    model = build_model(config, len(label_map(dataset_spec(config)).names))
+    tx, _ = build_optimizer(config)
+    state = jax.eval_shape(lambda: init_state(config, model, tx))
+    with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
+        step = checkpoint.find_step(manager, which)
+        state = checkpoint.restore(manager, step, state, mesh)
+    log.info(f"{manager.directory / str(step)}: {config.model.name} after {step} steps")
+    return model, inference_variables(state), step, mesh
+
+
+def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
+    """Evaluate a checkpoint of a workdir, and print the table of its scores."""
+    model, variables, step, mesh = load_run(config, workdir, which)
+    name = str(step) if split == "val" else f"{step}_{split}"
+    folder = workdir / "eval" / name
+    step_fn = compile_eval_step(config, model, mesh)
+    results = evaluate(config, step_fn, variables, split=split, step=step, mesh=mesh, folder=folder)
+    for name, value in report.score_rows(results).items():
+        log.info(f"{name:20} {value:.4f}")
+    log.info(f"pictures: {folder / 'index.html'}")

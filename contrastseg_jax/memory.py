@@ -1,0 +1,130 @@
+"""The memory bank (Sec. 3.2): ring buffers of pixels and of class means, one pair per class.
+
+Slots are filled only by real embeddings and are invalid until then; the bank starts empty.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from contrastseg_jax.contrast import join_candidates, sort_by_group
+from contrastseg_jax.structs import Candidates, MemoryBank
+
+
+def init_memory(
+    *, num_classes: int, pixel_size: int, segment_size: int, proj_dim: int, dtype: str
+) -> MemoryBank:
+    """An empty bank of `pixel_size` and `segment_size` slots per class; size 0 leaves one out."""
+    # Each counter an array of its own: a buffer can be donated only once.
+    return MemoryBank(
+        pixel=jnp.zeros((num_classes, pixel_size, proj_dim), dtype),
+        pixel_head=jnp.zeros(num_classes, jnp.int32),
+        pixel_count=jnp.zeros(num_classes, jnp.int32),
+        segment=jnp.zeros((num_classes, segment_size, proj_dim), dtype),
+        segment_head=jnp.zeros(num_classes, jnp.int32),
+        segment_count=jnp.zeros(num_classes, jnp.int32),
+    )
+
+
+def enqueue(
+    bank: MemoryBank,
+    pixel: tuple[Float[Array, "b k v d"], Bool[Array, "b k v"]],
+    segment: tuple[Float[Array, "b k 1 d"], Bool[Array, "b k 1"]],
+) -> MemoryBank:
+    """Write the rows of a global batch, in example order, over the oldest slots.
+
+    `pixel` and `segment` are rows and their `valid` masks as `pixel_keys` and `segment_keys` give
+    them; invalid rows leave no trace. More new rows than slots: the last ones stay.
+    """
+    return MemoryBank(
+        *_write(bank.pixel, bank.pixel_head, bank.pixel_count, *pixel),
+        *_write(bank.segment, bank.segment_head, bank.segment_count, *segment),
+    )
+
+
+def pixel_keys(
+    embedding: Float[Array, "b hs ws d"],
+    label: Int[Array, "b hs ws"],
+    rng: Key[Array, " b"],
+    *,
+    num_classes: int,
+    pixels_per_class: int,
+) -> tuple[Float[Array, "b k v d"], Bool[Array, "b k v"]]:
+    """Up to `pixels_per_class` random pixels of each class of each image (V in the paper)."""
+    b, _, _, d = embedding.shape
+
+    def draw(label: Int[Array, " n"], rng: Key[Array, ""]) -> tuple[Array, Array]:
+        order, start, size = sort_by_group(label, rng, num_groups=num_classes)
+        view = jnp.arange(pixels_per_class, dtype=jnp.int32)[None, :]
+        valid = view < size[:, None]
+        return order[jnp.where(valid, start[:, None] + view, 0)], valid
+
+    index, valid = jax.vmap(draw)(label.reshape(b, -1), rng)
+    rows = jnp.take_along_axis(
+        embedding.reshape(b, -1, d), index.reshape(b, -1, 1), axis=1, mode="clip"
+    )
+    return rows.reshape(b, num_classes, pixels_per_class, d), valid
+
+
+def segment_keys(
+    embedding: Float[Array, "b hs ws d"], label: Int[Array, "b hs ws"], *, num_classes: int
+) -> tuple[Float[Array, "b k 1 d"], Bool[Array, "b k 1"]]:
+    """The mean embedding of each class of each image, brought to unit length."""
+    b, _, _, d = embedding.shape
+
+    def sums(embedding: Float[Array, "n d"], label: Int[Array, " n"]) -> tuple[Array, Array]:
+        return (
+            jax.ops.segment_sum(embedding, label, num_classes),
+            jax.ops.segment_sum(jnp.ones_like(label), label, num_classes),
+        )
+
+    total, size = jax.vmap(sums)(embedding.reshape(b, -1, d), label.reshape(b, -1))
+    length = jnp.linalg.norm(total, axis=-1, keepdims=True)
+    return (total / jnp.maximum(length, 1e-12))[:, :, None], size[:, :, None] > 0
+
+
+def memory_candidates(bank: MemoryBank) -> Candidates:
+    """Every slot of both queues, those never written marked invalid; no gradient flows here."""
+    return lax.stop_gradient(
+        join_candidates(
+            _slots(bank.pixel, bank.pixel_count), _slots(bank.segment, bank.segment_count)
+        )
+    )
+
+
+def fill_ratio(bank: MemoryBank) -> Float[Array, " k"]:
+    """Share of each class's slots that have been written, both queues together."""
+    written = (bank.pixel_count + bank.segment_count).astype(jnp.float32)
+    return written / (bank.pixel.shape[1] + bank.segment.shape[1])
+
+
+def _write(
+    slots: Float[Array, "k m d"],
+    head: Int[Array, " k"],
+    count: Int[Array, " k"],
+    rows: Float[Array, "b k v d"],
+    valid: Bool[Array, "b k v"],
+) -> tuple[Float[Array, "k m d"], Int[Array, " k"], Int[Array, " k"]]:
+    """Append each class's valid rows to its ring buffer."""
+    size = slots.shape[1]
+    if size == 0:
+        return slots, head, count
+    rows = jnp.moveaxis(rows, 1, 0).reshape(slots.shape[0], -1, slots.shape[2])
+    valid = jnp.moveaxis(valid, 1, 0).reshape(slots.shape[0], -1)
+    rank = jnp.cumsum(valid, axis=1) - 1
+    total = valid.sum(1)
+    # A row that a later one of the same step would overwrite is not written at all: the order in
+    # which a scatter writes twice to one slot is undefined.
+    stays = valid & (rank >= total[:, None] - size)
+    slot = jnp.where(stays, (head[:, None] + rank) % size, size)
+    cls = jnp.arange(slots.shape[0])[:, None]
+    slots = slots.at[cls, slot].set(rows.astype(slots.dtype), mode="drop")
+    return slots, (head + total) % size, jnp.minimum(count + total, size)
+
+
+def _slots(slots: Float[Array, "k m d"], count: Int[Array, " k"]) -> Candidates:
+    num_classes, size, d = slots.shape
+    label = jnp.broadcast_to(jnp.arange(num_classes)[:, None], (num_classes, size))
+    valid = jnp.arange(size)[None, :] < count[:, None]
+    return Candidates(slots.reshape(-1, d), label.reshape(-1), valid.reshape(-1))

@@ -1,0 +1,1 @@
+"""Networks. The only package, besides `structs`, that imports Flax."""

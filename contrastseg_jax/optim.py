@@ -1,0 +1,43 @@
+"""The original's optimiser: SGD with momentum under a polynomial learning-rate schedule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+Schedule = Callable[[Any], Float[Array, ""]]  # step -> learning rate
+
+
+def poly_schedule(
+    *, learning_rate: float, num_steps: int, poly_power: float, warmup_steps: int
+) -> Schedule:
+    """learning_rate · (1 - step/num_steps)^poly_power, times a linear rise in the first steps.
+
+    Original: `lambda_poly` in `segmentor/tools/optim_scheduler.py`.
+    """
+    poly = optax.polynomial_schedule(learning_rate, 0.0, poly_power, num_steps)
+
+    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        rise = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+        return jnp.asarray(poly(step) * rise)
+
+    return schedule
+
+
+def sgd(
+    schedule: Schedule, *, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """PyTorch's SGD: decay is added to the gradient of every parameter, before the momentum."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum))
+
+
+def update_ema(
+    ema: optax.Params, params: optax.Params, step: Int[Array, ""], *, ema_decay: float
+) -> optax.Params:
+    """Running average of the parameters; its decay rises to `ema_decay` in the first steps."""
+    step = step.astype(jnp.float32)
+    decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

@@ -1,0 +1,99 @@
+"""Predictions for image files: index masks, overlays and a legend."""
+
+import functools
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from contrastseg_jax import report
+from contrastseg_jax.build import dataset_spec, pad_color
+from contrastseg_jax.config import Config
+from contrastseg_jax.data.augment import resize_image, resized_size
+from contrastseg_jax.data.dataset import label_map
+from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, encode_jpeg, encode_png
+from contrastseg_jax.data.labels import to_mask_values
+from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.evaluate import PredictStep, Variables, load_run, predict_step
+from contrastseg_jax.files import write_atomically
+from contrastseg_jax.logging import log
+
+
+def predict_run(config: Config, workdir: Path, which: str, input_path: Path, output: Path) -> None:
+    """Predict a file, or every image below a folder, into `output`.
+
+    For `a/b.jpg` come `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg`.
+    A file that cannot be read does not stop the others; all such are in the error at the end.
+    """
+    files = find_images(input_path, output)
+    model, variables, _, _ = load_run(config, workdir, which)
+    classes = label_map(dataset_spec(config))
+    step_fn = jax.jit(
+        functools.partial(
+            predict_step,
+            model=model,
+            image_mean=config.model.image_mean,
+            image_std=config.model.image_std,
+        )
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    report.save_legend(output / "legend.png", classes)
+    problems = []
+    with logging_redirect_tqdm([log]):
+        for name, path in tqdm(files.items(), unit="image", disable=None):
+            try:
+                image = decode_image(path.read_bytes(), str(path))
+            except (OSError, InputError) as error:
+                log.error(str(error))
+                problems.append(str(error))
+                continue
+            prediction = predict_image(config, step_fn, variables, image)
+            mask = encode_png(to_mask_values(prediction, classes))
+            write_atomically(output / "masks" / f"{name}.png", mask)
+            picture = encode_jpeg(report.overlay(image, prediction, classes), 90)
+            write_atomically(output / "overlays" / f"{name}.jpg", picture)
+    log.info(f"{len(files) - len(problems)} of {len(files)} images predicted: {output}")
+    if problems:
+        raise listed(str(input_path), problems)
+
+
+def predict_image(
+    config: Config,
+    step_fn: PredictStep,
+    variables: Variables,
+    image: UInt8[np.ndarray, "h w 3"],
+) -> UInt8[np.ndarray, "h w"]:
+    """Class ids at the image's own size; the network sees it resized and padded as in training."""
+    size = resized_size(image.shape[:2], config.data.short_side)
+    multiple = config.eval.pad_multiple
+    padded_size = [-(-side // multiple) * multiple for side in size]
+    padded = np.full((1, *padded_size, 3), pad_color(config), np.uint8)
+    padded[0, : size[0], : size[1]] = resize_image(image, size)
+    logits = np.asarray(step_fn(variables, padded))[0, : size[0], : size[1]]
+    if size != image.shape[:2]:
+        logits = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    return logits.argmax(-1).astype(np.uint8)
+
+
+def find_images(input_path: Path, output: Path) -> dict[str, Path]:
+    """The image files to predict, by the name of their results; `output` itself is left out."""
+    if input_path.is_file():
+        return {input_path.stem: input_path}
+    if not input_path.is_dir():
+        raise InputError(f"--input={input_path}: no such file or folder")
+    files: dict[str, Path] = {}
+    for path in sorted(input_path.rglob("[!.]*")):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_relative_to(output):
+            continue
+        name = path.relative_to(input_path).with_suffix("").as_posix()
+        if name in files:
+            raise InputError(f"{path}: its results would overwrite those of {files[name]}")
+        files[name] = path
+    if not files:
+        suffixes = " ".join(IMAGE_SUFFIXES)
+        raise InputError(f"--input={input_path}: holds no image ({suffixes})")
+    return files

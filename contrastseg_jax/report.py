@@ -1,0 +1,115 @@
+"""Pictures and pages to look at: overlays, legends, panels, curves, evaluations."""
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Integer, UInt8
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from contrastseg_jax.data.labels import LabelMap, colorize
+from contrastseg_jax.files import write_atomically
+
+matplotlib.use("Agg")
+
+
+def overlay(
+    image: UInt8[np.ndarray, "h w 3"], label: Integer[np.ndarray, "h w"], label_map: LabelMap
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with its classes in colour, half transparent; ignored pixels stay as they are."""
+    color = colorize(label, label_map).astype(np.uint16)
+    labelled = (label < len(label_map.names))[:, :, None]
+    return np.where(labelled, (image + color) // 2, image).astype(np.uint8)
+
+
+def save_legend(path: Path, label_map: LabelMap) -> None:
+    """A picture that says which colour is which class."""
+    figure = Figure(figsize=(2.4, 0.3 + 0.22 * len(label_map.names)))
+    figure.legend(handles=_patches(label_map), loc="center", frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def save_panel(
+    path: Path,
+    image: UInt8[np.ndarray, "h w 3"],
+    label: Integer[np.ndarray, "h w"],
+    prediction: Integer[np.ndarray, "h w"],
+    label_map: LabelMap,
+) -> None:
+    """Image, label and prediction side by side over a legend; ignored pixels are black."""
+    h, w = image.shape[:2]
+    columns = min(len(label_map.names), 8)
+    rows = -(-len(label_map.names) // columns)
+    width = 12.0
+    figure = Figure(figsize=(width, width * h / (3 * w) + 0.6 + 0.25 * rows), layout="constrained")
+    known = np.where(label < len(label_map.names), prediction, label)
+    shown = {
+        "image": image,
+        "label": colorize(label, label_map),
+        "prediction": colorize(known, label_map),
+    }
+    for axes, (title, picture) in zip(figure.subplots(1, 3), shown.items(), strict=True):
+        axes.imshow(picture)
+        axes.set_title(title)
+        axes.axis("off")
+    figure.legend(handles=_patches(label_map), loc="outside lower center", ncols=columns)
+    figure.savefig(path, dpi=120)
+
+
+def save_curves(path: Path, metrics_file: Path) -> None:
+    """Losses and validation mIoU over the steps of a run, from its `metrics.jsonl`."""
+    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key in ("train/cross_entropy", "train/contrast"):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            left.plot(*np.array(points).T, label=key)
+    points = [(line["step"], line["val/mean_iou"]) for line in lines if "val/mean_iou" in line]
+    if points:
+        right.plot(*np.array(points, dtype=float).T, "o-", label="val/mean_iou")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def score_rows(results: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of an evaluation by the names to print."""
+    rows = {"mean IoU": results["mean_iou"], "pixel accuracy": results["pixel_accuracy"]}
+    return rows | {f"IoU {name}": value for name, value in results["iou"].items()}
+
+
+def save_evaluation(folder: Path, results: Mapping[str, Any], pictures: Sequence[str]) -> None:
+    """`metrics.json`, and `index.html` that shows the same numbers with the pictures."""
+    scores = {
+        name: value if math.isfinite(value) else None for name, value in results["iou"].items()
+    }
+    write_atomically(folder / "metrics.json", json.dumps(dict(results) | {"iou": scores}) + "\n")
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>"
+        for name, value in score_rows(results).items()
+    )
+    images = "".join(f'<p><img src="{html.escape(name)}" width="100%"></p>' for name in pictures)
+    title = html.escape(f"{results['data']} {results['split']}, step {results['step']}")
+    write_atomically(
+        folder / "index.html",
+        f"<!doctype html><meta charset=utf-8><title>{title}</title>"
+        "<style>body{font:15px sans-serif;max-width:1100px;margin:2em auto}td{padding:2px 1em}"
+        f"</style><h1>{title}</h1><table>{rows}</table>{images}",
+    )
+
+
+def _patches(label_map: LabelMap) -> list[Patch]:
+    return [
+        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*color), edgecolor="0.5", label=name)
+        for name, color in zip(label_map.names, label_map.palette, strict=True)
+    ]

@@ -1,0 +1,77 @@
+"""The vocabulary: every value that travels between modules. Data only, no behaviour.
+
+Dimension names, here and in every annotation of the package: `b` image, `h w` label size,
+`hs ws` size at the network's output stride, `n = hs * ws`, `k` classes, `d` embedding,
+`s` anchors per image, `c` candidates, `m` memory slots per class.
+"""
+
+from typing import Any
+
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+IGNORE_LABEL = 255  # the label of a pixel that belongs to no class
+
+
+@struct.dataclass
+class Batch:
+    """Images and their labels: NumPy arrays on the host, JAX arrays on the devices."""
+
+    image: UInt8[Any, "b h w 3"]  # RGB
+    label: UInt8[Any, "b h w"]  # class id, or IGNORE_LABEL
+    example_id: Int[Any, " b"]  # index in the data set's split
+    valid: Bool[Any, " b"]  # False: a row that only fills up the batch
+
+
+@struct.dataclass
+class SegmentationOutput:
+    """What a network says about a batch, at its output stride."""
+
+    logits: Float[Array, "b hs ws k"]
+    embedding: Float[Array, "b hs ws d"] | None = None  # unit length; None outside training
+    aux_logits: Float[Array, "b hs ws k"] | None = None
+
+
+@struct.dataclass
+class Anchors:
+    """Sampled pixels, a fixed number per image; rows that found no pixel have valid=False."""
+
+    embedding: Float[Array, "b s d"]
+    label: Int[Array, "b s"]
+    valid: Bool[Array, "b s"]
+
+
+@struct.dataclass
+class Candidates:
+    """Embeddings to contrast anchors with; same label: positive, other label: negative."""
+
+    embedding: Float[Array, "c d"]
+    label: Int[Array, " c"]
+    valid: Bool[Array, " c"]
+
+
+@struct.dataclass
+class MemoryBank:
+    """Two ring buffers per class: single pixels, and means of a class over one image.
+
+    `head` is the slot written next, `count` the number of slots ever written (at most m).
+    """
+
+    pixel: Float[Array, "k m d"]
+    pixel_head: Int[Array, " k"]
+    pixel_count: Int[Array, " k"]
+    segment: Float[Array, "k m2 d"]
+    segment_head: Int[Array, " k"]
+    segment_count: Int[Array, " k"]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that changes from step to step: one pytree of arrays."""
+
+    step: Int[Array, ""]
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any | None = None  # running average of params, used for evaluation where kept
+    memory: MemoryBank | None = None

@@ -1,0 +1,305 @@
+"""Training: one pure step over a mesh, and the loop around it."""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import parameter_overview
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from contrastseg_jax import checkpoint, distributed, memory, report
+from contrastseg_jax.build import build_model, build_optimizer, dataset_spec, init_state, pad_color
+from contrastseg_jax.config import Config, claim
+from contrastseg_jax.contrast import (
+    batch_candidates,
+    join_candidates,
+    label_at_stride,
+    pixel_contrast_loss,
+    sample_anchors,
+)
+from contrastseg_jax.data import pipeline
+from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.evaluate import compile_eval_step, evaluate, inference_variables, normalize
+from contrastseg_jax.logging import log, open_board, write_metrics
+from contrastseg_jax.losses import segmentation_loss
+from contrastseg_jax.models.segmenter import Segmenter
+from contrastseg_jax.optim import update_ema
+from contrastseg_jax.structs import Batch, MemoryBank, SegmentationOutput, TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def contrast_loss(
+    logits: Float[Array, "b hs ws k"],
+    embedding: Float[Array, "b hs ws d"],
+    label: Int[Array, "b hs ws"],
+    rng: Key[Array, " b"],
+    *,
+    bank: MemoryBank | None,
+    mesh: Mesh,
+    config: Config,
+) -> Float[Array, ""]:
+    """Eq. 3 between sampled anchors and the candidates that the config names."""
+    settings = config.contrast
+    anchors = sample_anchors(
+        embedding,
+        label,
+        jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        rng,
+        num_classes=logits.shape[-1],
+        anchors_per_image=settings.anchors_per_image,
+        max_views=settings.max_views,
+        strategy=settings.anchors,
+    )
+    sets = []
+    if settings.candidates in ("batch", "both"):
+        sets.append(distributed.replicate(batch_candidates(anchors), mesh))
+    if bank is not None:
+        sets.append(memory.memory_candidates(bank))
+    return pixel_contrast_loss(
+        anchors,
+        functools.reduce(join_candidates, sets),
+        temperature=settings.temperature,
+        base_temperature=settings.base_temperature,
+        exclude_self=settings.candidates != "memory",
+    )
+
+
+def enqueue_batch(
+    bank: MemoryBank,
+    embedding: Float[Array, "b hs ws d"],
+    label: Int[Array, "b hs ws"],
+    rng: Key[Array, " b"],
+    *,
+    mesh: Mesh,
+    config: Config,
+) -> MemoryBank:
+    """The bank after this step: pixels and class means of every image of the global batch."""
+    num_classes = bank.pixel.shape[0]
+    pixel = memory.pixel_keys(
+        embedding,
+        label,
+        rng,
+        num_classes=num_classes,
+        pixels_per_class=config.memory.pixels_per_class,
+    )
+    segment = memory.segment_keys(embedding, label, num_classes=num_classes)
+    return memory.enqueue(bank, *distributed.replicate((pixel, segment), mesh))
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: Segmenter,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    config: Config,
+) -> tuple[TrainState, Metrics]:
+    """One step of Eq. 4: cross entropy plus weighted pixel contrast, then the bank's update.
+
+    A pure function of its arguments: all randomness comes from the seed, the step and, per image,
+    the example's id, so it does not depend on how images are spread over devices.
+    """
+    step_rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    dropout_rng, anchor_rng, key_rng = jax.random.split(step_rng, 3)
+    per_image = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    anchor_rng, key_rng = (per_image(rng, batch.example_id) for rng in (anchor_rng, key_rng))
+    image = normalize(
+        batch.image, image_mean=config.model.image_mean, image_std=config.model.image_std
+    )
+    bank = state.memory
+
+    def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, SegmentationOutput, Metrics]]:
+        output, updates = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            image,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_rng},
+        )
+        loss = cross_entropy = segmentation_loss(
+            output,
+            batch.label,
+            class_weights=config.loss.class_weights,
+            aux_weight=config.loss.aux_weight,
+        )
+        metrics = {"cross_entropy": cross_entropy}
+        if output.embedding is not None:
+            label = label_at_stride(batch.label, output.embedding.shape[1:3])
+            contrast = jax.lax.cond(
+                state.step >= config.contrast.warmup_steps,
+                functools.partial(contrast_loss, bank=bank, mesh=mesh, config=config),
+                lambda *_: jnp.zeros(()),
+                *(output.logits, output.embedding, label, anchor_rng),
+            )
+            loss += config.contrast.loss_weight * contrast
+            metrics["contrast"] = contrast
+        return loss, (updates["batch_stats"], output, metrics | {"loss": loss})
+
+    grads, (batch_stats, output, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = update_ema(ema, params, state.step, ema_decay=config.optim.ema_decay)
+    if bank is not None and output.embedding is not None:
+        # After the loss: an image is never contrasted with its own rows of this step.
+        label = label_at_stride(batch.label, output.embedding.shape[1:3])
+        bank = enqueue_batch(bank, output.embedding, label, key_rng, mesh=mesh, config=config)
+        metrics["memory_fill"] = memory.fill_ratio(bank).mean()
+    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, bank)
+    return state, metrics
+
+
+def compile_step(
+    config: Config, model: Segmenter, tx: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`train_step` for a mesh; the state it is given is used up."""
+    everywhere = distributed.replicated(mesh)
+    return jax.jit(
+        functools.partial(train_step, model=model, tx=tx, mesh=mesh, config=config),
+        in_shardings=(everywhere, distributed.split(mesh)),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
+
+
+# --- The loop ------------------------------------------------------------------------------------
+
+
+def is_due(step: int, period: int, num_steps: int) -> bool:
+    """Whether what happens every `period` steps, and at the end, happens after `step` steps."""
+    return step % period == 0 or step == num_steps
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Train to `train.num_steps`, from the newest checkpoint of the workdir where it has one."""
+    # Data. What is wrong with them shows before anything is compiled or written.
+    spec = dataset_spec(config)
+    classes = label_map(spec)
+    source, num_val = open_split(spec, "train"), len(open_split(spec, "val"))
+    claim(workdir, config)
+    log.info(
+        f"{spec.name}: {len(source)} images to train on, {num_val} to validate,"
+        f" {len(classes.names)} classes"
+    )
+
+    # State.
+    mesh = distributed.make_mesh()
+    model = build_model(config, len(classes.names))
+    tx, schedule = build_optimizer(config)
+    num_steps = config.train.num_steps
+    manager = checkpoint.open_manager(workdir, keep_checkpoints=config.train.keep_checkpoints)
+    start_step = manager.latest_step() or 0
+    if start_step:
+        state = jax.eval_shape(lambda: init_state(config, model, tx))
+        state = checkpoint.restore(manager, start_step, state, mesh)
+        log.info(f"going on after step {start_step} of {num_steps}")
+    else:
+        state = jax.device_put(init_state(config, model, tx), distributed.replicated(mesh))
+    num_params = parameter_overview.count_parameters(state.params)
+    log.info(
+        f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {mesh.size}"
+        f" {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
+    )
+    board = open_board(workdir, start_step)
+    batches = pipeline.train_batches(
+        source,
+        label_map=classes,
+        batch_size=config.train.batch_size,
+        start_step=start_step,
+        num_steps=num_steps,
+        seed=config.seed,
+        short_side=config.data.short_side,
+        pad_color=pad_color(config),
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **config.augment,
+    )
+
+    # Steps.
+    step_fn = compile_step(config, model, tx, mesh)
+    eval_fn = compile_eval_step(config, model, mesh)
+    bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
+    with contextlib.closing(manager), contextlib.closing(board), bar, logging_redirect_tqdm([log]):
+        history, waited, since = [], 0.0, time.monotonic()
+        for step in range(start_step + 1, num_steps + 1):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            state, metrics = step_fn(state, distributed.to_devices(batch, mesh))
+            if history:  # one step in flight while the next is made ready, not a long queue
+                jax.block_until_ready(history[-1])
+            history.append(metrics)
+            bar.update()
+
+            if is_due(step, config.train.log_steps, num_steps):
+                values = _means(history, step)
+                seconds = time.monotonic() - since
+                values["learning_rate"] = float(schedule(step - 1))
+                values["images_per_second"] = len(history) * config.train.batch_size / seconds
+                values["data_wait"] = waited / seconds
+                write_metrics(workdir, board, step, {f"train/{k}": v for k, v in values.items()})
+                log.info(_line(step, num_steps, values, len(history) / seconds))
+                history, waited, since = [], 0.0, time.monotonic()
+
+            score = None
+            if is_due(step, config.train.eval_steps, num_steps):
+                started = time.monotonic()
+                results = evaluate(
+                    config,
+                    eval_fn,
+                    inference_variables(state),
+                    split="val",
+                    step=step,
+                    mesh=mesh,
+                    folder=workdir / "eval" / str(step),
+                )
+                score = results["mean_iou"]
+                scores = {k: results[k] for k in ("mean_iou", "pixel_accuracy")}
+                scores |= {f"iou_{name}": value for name, value in results["iou"].items()}
+                write_metrics(workdir, board, step, {f"val/{k}": v for k, v in scores.items()})
+                report.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
+                log.info(f"step {step}/{num_steps}  val mIoU {score:.4f}")
+                since += time.monotonic() - started
+            if score is not None or is_due(step, config.train.checkpoint_steps, num_steps):
+                started = time.monotonic()
+                checkpoint.save(manager, step, state, score)
+                since += time.monotonic() - started
+
+
+def _means(history: list[Metrics], step: int) -> dict[str, float]:
+    """Means of the steps since the last line of the log; stops a run whose loss is lost."""
+    stacked = distributed.fetch(history)
+    values = {key: float(np.mean([m[key] for m in stacked])) for key in stacked[0]}
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(
+            f"the loss is not finite in steps {step - len(history) + 1} to {step}:"
+            f" {[float(m['loss']) for m in stacked]}; lower optim.learning_rate or look at the data"
+        )
+    return values
+
+
+def _line(step: int, num_steps: int, values: dict[str, float], steps_per_second: float) -> str:
+    """One line of the log."""
+    left = int((num_steps - step) / steps_per_second)
+    losses = [f"{k} {values[k]:.4f}" for k in ("loss", "cross_entropy", "contrast") if k in values]
+    return (
+        f"step {step}/{num_steps}  {'  '.join(losses)}  lr {values['learning_rate']:.2e}"
+        f"  {values['images_per_second']:.1f} img/s  waiting for data {values['data_wait']:.0%}"
+        f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    )

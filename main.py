@@ -1,0 +1,80 @@
+"""Trains, evaluates and predicts.
+
+    python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python main.py --mode=eval --workdir=runs/quickstart --checkpoint=best
+    python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
+
+Any setting of configs/default.py can be changed: --config.train.batch_size=4.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from contrastseg_jax import config as config_lib
+from contrastseg_jax.config import Config
+from contrastseg_jax.errors import InputError
+
+SETTING = "--config."
+SCHEMA = Path(__file__).parent / "configs" / "default.py"
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("config", None, "FILE.py[:MODEL[,VARIANT]]; may be left out after training.")
+flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+flags.DEFINE_enum("mode", "train", ("train", "eval", "predict"), "What to do.")
+flags.DEFINE_string("checkpoint", "latest", "eval, predict: latest, best or a step.")
+flags.DEFINE_string("split", "val", "eval: the split of the data set.")
+flags.DEFINE_string("input", None, "predict: an image, or a folder of images.")
+flags.DEFINE_string("output", None, "predict: the folder for the results.")
+
+
+def main(argv: list[str], settings: list[str]) -> None:
+    """Reads the flags and calls one function per mode; bad input ends in one message."""
+    try:
+        if argv[1:]:
+            raise InputError(f"{' '.join(argv[1:])}: not understood; write --NAME=VALUE")
+        config = load_config(settings)
+        # JAX and the networks take seconds to import: not before the config has been read.
+        from contrastseg_jax import build
+        from contrastseg_jax.logging import start_logging
+
+        start_logging()
+        build.check(config, mode=FLAGS.mode)
+        run(config, Path(FLAGS.workdir))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+def load_config(settings: list[str]) -> Config:
+    """The config of the command line, or that of the run in the workdir."""
+    if FLAGS.config:
+        return config_lib.load(FLAGS.config, settings)
+    if FLAGS.mode == "train":
+        raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
+    return config_lib.stored(Path(FLAGS.workdir), config_lib.load(str(SCHEMA)), settings)
+
+
+def run(config: Config, workdir: Path) -> None:
+    """Calls the mode's function."""
+    if FLAGS.mode == "train":
+        from contrastseg_jax.train import train
+
+        train(config, workdir)
+    elif FLAGS.mode == "eval":
+        from contrastseg_jax.evaluate import evaluate_run
+
+        evaluate_run(config, workdir, FLAGS.checkpoint, FLAGS.split)
+    elif FLAGS.mode == "predict":
+        from contrastseg_jax.predict import predict_run
+
+        if not (FLAGS.input and FLAGS.output):
+            raise InputError("--mode=predict: needs --input=FILE_OR_FOLDER and --output=FOLDER")
+        predict_run(config, workdir, FLAGS.checkpoint, Path(FLAGS.input), Path(FLAGS.output))
+
+
+if __name__ == "__main__":
+    settings = [text.removeprefix(SETTING) for text in sys.argv if text.startswith(SETTING)]
+    flags_only = [text for text in sys.argv if not text.startswith(SETTING)]
+    app.run(functools.partial(main, settings=settings), argv=flags_only)

@@ -1,0 +1,32 @@
+"""JAX as strict as it gets, two virtual devices, and compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+# Before JAX is imported. NPROC: virtual CPU devices need a thread each, or collectives may hang.
+os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax
+import pytest
+import small
+
+from contrastseg_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_nans", True)
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The config and workdir of a small run, trained to its end on two devices."""
+    folder = tmp_path_factory.mktemp("run")
+    config = small.make_config(f"data.prepared_dir={folder / 'prepared'}")
+    train(config, folder / "run")
+    return config, folder / "run"

@@ -1,0 +1,69 @@
+"""A run that is small in everything: what the tests of the program share."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from contrastseg_jax import build, distributed
+from contrastseg_jax import config as config_lib
+from contrastseg_jax.structs import IGNORE_LABEL, Batch
+from contrastseg_jax.train import compile_step
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = (
+    "data.name=synthetic",
+    "data.synthetic.image_size=(48, 64)",
+    "data.synthetic.num_classes=3",
+    "data.synthetic.num_examples=(6, 3)",
+    "data.num_threads=2",
+    "data.prefetch=2",
+    "augment.crop_size=(32, 32)",
+    "contrast.anchors_per_image=24",
+    "contrast.warmup_steps=1",
+    "memory.pixel_size=16",
+    "memory.segment_size=4",
+    "memory.pixels_per_class=3",
+    "model.proj_dim=16",
+    "train.batch_size=4",
+    "train.num_steps=6",
+    "train.log_steps=2",
+    "train.eval_steps=4",
+    "train.checkpoint_steps=3",
+    "eval.batch_size=2",
+    "eval.num_pictures=1",
+)
+
+
+def make_config(*overrides, variant="memory"):
+    """The small config, changed."""
+    path = ROOT / "configs" / "default.py"
+    return config_lib.load(f"{path}:hrnet_tiny,{variant}", (*SETTINGS, *overrides))
+
+
+def make_batch(seed=0, size=4, num_classes=3):
+    """A global batch of noise with blocks of labels."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(num_classes, size=(size, 4, 4)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    label[:, :2] = IGNORE_LABEL
+    image = rng.integers(256, size=(size, 32, 32, 3)).astype(np.uint8)
+    return Batch(image, label, np.arange(size, dtype=np.int32), np.ones(size, bool))
+
+
+def start(config, num_devices=2, num_classes=3):
+    """The compiled step, the state at step 0 and the mesh of a config."""
+    mesh = distributed.make_mesh(jax.devices()[:num_devices])
+    model = build.build_model(config, num_classes)
+    tx, _ = build.build_optimizer(config)
+    state = jax.device_put(build.init_state(config, model, tx), distributed.replicated(mesh))
+    return compile_step(config, model, tx, mesh), state, mesh
+
+
+def run_steps(config, num_devices=2, num_steps=3):
+    """States and metrics of the first steps on batches of noise."""
+    step_fn, state, mesh = start(config, num_devices)
+    history = []
+    for step in range(num_steps):
+        state, metrics = step_fn(state, distributed.to_devices(make_batch(step), mesh))
+        history.append(distributed.fetch(metrics))
+    return distributed.fetch(state), history, step_fn

@@ -1,0 +1,185 @@
+"""Augmentation against the original's way: resize the whole image, then crop, flip, shift, pad."""
+
+import cv2
+import numpy as np
+import pytest
+
+from contrastseg_jax.data.augment import augment, resize_image, resize_short_side, resized_size
+from contrastseg_jax.structs import IGNORE_LABEL
+
+PAD_COLOR = (124, 116, 104)
+SETTINGS = dict(
+    scale_range=(0.5, 2.0),
+    aspect_range=(0.9, 1.1),
+    flip_rate=0.5,
+    brightness=10,
+    pad_color=PAD_COLOR,
+)
+STILL = dict(
+    scale_range=(1.0, 1.0),
+    aspect_range=(1.0, 1.0),
+    flip_rate=0.0,
+    brightness=0,
+    pad_color=PAD_COLOR,
+)
+
+
+@pytest.fixture
+def scene():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    image = cv2.GaussianBlur(image, (0, 0), 2)
+    image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
+    label = cv2.resize(rng.integers(0, 5, (9, 13), dtype=np.uint8), (130, 90), interpolation=0)
+    return image, label
+
+
+def reference(image, label, rng, *, crop_size, scale_range, aspect_range, flip_rate, brightness):
+    """The original's steps, drawing the same numbers in the same order."""
+    scale = rng.uniform(*scale_range)
+    aspect = rng.uniform(*aspect_range)
+    height, width = label.shape
+    size = int(width * scale * np.sqrt(aspect)), int(height * scale / np.sqrt(aspect))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+    label = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    padding, cut = [], []
+    for length, crop in zip(label.shape, crop_size, strict=True):
+        offset = rng.integers(0, abs(crop - length), endpoint=True)
+        cut.append(slice(offset, offset + crop) if length > crop else slice(None))
+        padding.append((offset, crop - length - offset) if length < crop else (0, 0))
+    image, label = image[tuple(cut)], label[tuple(cut)]
+    if rng.random() < flip_rate:
+        image, label = image[:, ::-1], label[:, ::-1]
+    image = np.clip(image.astype(int) + rng.integers(-brightness, brightness + 1), 0, 255)
+    channels = [
+        np.pad(image[..., i], padding, constant_values=color) for i, color in enumerate(PAD_COLOR)
+    ]
+    return np.stack(channels, axis=-1), np.pad(label, padding, constant_values=IGNORE_LABEL)
+
+
+@pytest.mark.parametrize("crop_size", [(48, 64), (100, 140), (60, 200), (300, 300)])
+def test_equals_resize_then_crop(scene, crop_size):
+    settings = {key: value for key, value in SETTINGS.items() if key != "pad_color"}
+    for seed in range(12):
+        view = augment(*scene, np.random.default_rng(seed), crop_size=crop_size, **SETTINGS)
+        rng = np.random.default_rng(seed)
+        image, label = reference(*scene, rng, crop_size=crop_size, **settings)
+        assert np.abs(view[0] - image).mean() <= 0.5
+        assert np.abs(view[0] - image).max() <= 16
+        assert np.mean(view[1] != label) <= 0.01
+
+
+def test_is_a_function_of_the_generator(scene):
+    for image_or_label in (0, 1):
+        views = [
+            augment(*scene, np.random.default_rng(seed), crop_size=(32, 32), **SETTINGS)
+            for seed in (3, 3, 4)
+        ]
+        np.testing.assert_array_equal(views[0][image_or_label], views[1][image_or_label])
+        assert np.any(views[0][image_or_label] != views[2][image_or_label])
+
+
+def test_nothing_to_do_gives_the_image_back(scene):
+    view = augment(*scene, np.random.default_rng(0), crop_size=(90, 130), **STILL)
+    for given, result in zip(scene, view, strict=True):
+        np.testing.assert_array_equal(result, given)
+
+
+def test_flip_is_exact(scene):
+    settings = STILL | {"flip_rate": 1.0}
+    view = augment(*scene, np.random.default_rng(0), crop_size=(90, 130), **settings)
+    for given, result in zip(scene, view, strict=True):
+        np.testing.assert_array_equal(result, given[:, ::-1])
+
+
+def test_small_images_are_padded_at_any_offset(scene):
+    corners = set()
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        image, label = augment(*scene, rng, crop_size=(94, 133), **STILL)
+        rows, columns = np.nonzero(label != IGNORE_LABEL)
+        corners.add((int(rows.min()), int(columns.min())))
+        assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (90, 130)
+        assert np.all(image[label == IGNORE_LABEL] == PAD_COLOR)
+    assert corners == {(row, column) for row in range(5) for column in range(4)}
+
+
+def test_crops_reach_every_border(scene):
+    image = np.zeros((40, 40, 3), np.uint8)
+    label = np.arange(40, dtype=np.uint8)[:, None] * np.ones((1, 40), np.uint8)
+    rng = np.random.default_rng(0)
+    first = {
+        int(augment(image, label, rng, crop_size=(35, 35), **STILL)[1][0, 0]) for _ in range(99)
+    }
+    assert first == set(range(6))
+
+
+def test_brightness_shifts_all_channels_by_one_integer_and_saturates(scene):
+    image = np.full((8, 8, 3), (1, 128, 254), np.uint8)
+    shifts = set()
+    for seed in range(300):
+        settings = STILL | {"brightness": 10}
+        rng = np.random.default_rng(seed)
+        view, _ = augment(image, np.zeros((8, 8), np.uint8), rng, crop_size=(8, 8), **settings)
+        low, middle, high = view[0, 0].astype(int)
+        shifts.add(int(middle - 128))
+        assert (low, high) == (max(0, 1 + middle - 128), min(255, 254 + middle - 128))
+    assert shifts == set(range(-10, 11))
+
+
+def test_scales_cover_the_range_and_aspect_is_width_over_height():
+    label = np.zeros((200, 200), np.uint8)
+    image = np.zeros((200, 200, 3), np.uint8)
+    sizes = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        _, view = augment(image, label, rng, crop_size=(450, 450), **SETTINGS)
+        inside = view != IGNORE_LABEL
+        sizes.append((inside.any(axis=1).sum(), inside.any(axis=0).sum()))
+    heights, widths = np.array(sizes).T
+    scale, aspect = np.sqrt(heights * widths) / 200, widths / heights
+    assert 0.49 < scale.min() < 0.55 and 1.95 < scale.max() < 2.01
+    assert abs(scale.mean() - 1.25) < 0.1
+    assert 0.88 < aspect.min() < 0.92 and 1.08 < aspect.max() < 1.12
+
+
+def test_labels_are_never_blended(scene):
+    image, label = scene
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        _, view = augment(image, label * 50, rng, crop_size=(64, 64), **SETTINGS)
+        assert set(np.unique(view)) <= {0, 50, 100, 150, 200, IGNORE_LABEL}
+
+
+def test_one_pixel_images_survive():
+    image, label = np.full((1, 1, 3), 9, np.uint8), np.zeros((1, 1), np.uint8)
+    _, view = augment(image, label, np.random.default_rng(0), crop_size=(4, 4), **SETTINGS)
+    assert np.sum(view == 0) >= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "expected"),
+    [((90, 130), 0, (90, 130)), ((90, 130), 45, (45, 65)), ((130, 90), 180, (260, 180))],
+)
+def test_short_side(scene, size, short_side, expected):
+    image, label = (cv2.resize(given, size[::-1], interpolation=0) for given in scene)
+    assert resized_size(size, short_side) == expected
+    image, label = resize_short_side(image, label, short_side)
+    assert image.shape == (*expected, 3)
+    assert label.shape == expected
+
+
+def test_short_side_keeps_the_content(scene):
+    image, label = scene
+    large_image, large_label = resize_short_side(image, label, 270)
+    np.testing.assert_array_equal(large_label[1::3, 1::3], label)
+    assert np.abs(large_image[1::3, 1::3].astype(int) - image).max() <= 1
+
+
+def test_resizing_to_any_size(scene):
+    image, _ = scene
+    np.testing.assert_array_equal(resize_image(image, (90, 130)), image)
+    assert resize_image(image, (31, 57)).shape == (31, 57, 3)
+    halved = resize_image(image, (45, 65))
+    means = image.reshape(45, 2, 65, 2, 3).mean(axis=(1, 3))
+    assert np.abs(halved - means).max() <= 0.5

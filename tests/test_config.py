@@ -1,0 +1,200 @@
+"""Loading, overriding, checking and storing configs; no setting without a reader."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from contrastseg_jax import build
+from contrastseg_jax import config as config_lib
+from contrastseg_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+DEFAULT = str(ROOT / "configs" / "default.py")
+FILES = sorted(path for path in (ROOT / "configs").glob("*.py"))
+NEEDED = {  # what a user has to say
+    "default.py": ["data.root=/data", "data.class_names=('a', 'b')"],
+    "folder.py": ["data.root=/data", "data.class_names=('a', 'b')"],
+    "camvid.py": ["data.root=/data"],
+}
+
+
+def load(*overrides, spec=""):
+    return config_lib.load(DEFAULT + spec, overrides)
+
+
+def validate(*overrides, num_devices=1):
+    config_lib.validate(
+        load("data.name=synthetic", *overrides),
+        choices={"model.name": ("hrnet_w18", "hrnet_w48"), "data.name": ("synthetic", "camvid")},
+        batch_sizes=("train.batch_size", "eval.batch_size"),
+        num_devices=num_devices,
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("variant", ["", "ce", "contrast", "memory"])
+def test_every_config_is_valid(path, variant):
+    spec = f":hrnet_w18,{variant}" if variant else ""
+    config = config_lib.load(str(path) + spec, NEEDED.get(path.name, []))
+    if path.name != "default.py":
+        even = config_lib.override(config, ["eval.batch_size=2"])  # the tests' two devices
+        build.check(even, mode="train")
+    expected = {"ce": "none", "contrast": "batch"}.get(variant, "both")
+    assert config.contrast.candidates == expected
+
+
+def test_every_setting_is_read():
+    source = "\n".join(path.read_text() for path in (ROOT / "contrastseg_jax").rglob("*.py"))
+    reads = re.sub(r"[\"'][\w. ]+[\"']", "", source)  # rules name settings in strings
+    for path, _ in config_lib.leaves(load()):
+        group, _, key = path.rpartition(".")
+        unpacked = f"**config.{group}" in reads or f"**data.{group.removeprefix('data.')}" in reads
+        read = re.search(rf"\.{key}\b", reads)
+        assert read or (unpacked and re.search(rf"\b{key}:", reads)), f"nothing reads {path}"
+
+
+def test_all_bad_overrides_are_listed_with_the_nearest_name():
+    with pytest.raises(InputError) as error:
+        load("train.batchsize=3", "contrast.temprature=2", "train.num_steps=a", "seed", "tau=1")
+    lines = str(error.value).splitlines()
+    assert lines[0] == "5 problems in the config:"
+    assert "train.batchsize: no such setting, did you mean train.batch_size?" in lines[1]
+    assert "contrast.temprature: no such setting, did you mean contrast.temperature?" in lines[2]
+    assert "train.num_steps = a: must be a whole number" in lines[3]
+    assert "seed: write it as --config.seed=VALUE" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("optim.learning_rate=1", 1.0),
+        ("optim.learning_rate=5e-3", 0.005),
+        ("augment.scale_range=(1, 2)", (1.0, 2.0)),
+        ("augment.scale_range=[1, 2]", (1.0, 2.0)),
+        ("data.class_names=('a', 'b')", ("a", "b")),
+        ("data.root=007", "007"),
+        ("loss.class_weights=(1, 2.5)", (1, 2.5)),
+    ],
+)
+def test_overrides_take_the_type_of_the_default(text, value):
+    path = text.partition("=")[0]
+    got = dict(config_lib.leaves(load(text)))[path]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["train.batch_size=2.5", "train.batch_size=True", "augment.crop_size=64", "optim.momentum=x"],
+)
+def test_overrides_of_another_type_are_refused(text):
+    with pytest.raises(InputError, match=re.escape(text.replace("=", " = "))):
+        load(text)
+
+
+def test_all_broken_rules_are_listed():
+    with pytest.raises(InputError) as error:
+        validate(
+            "model.name=hrnet_w49",
+            "contrast.temperature=0",
+            "contrast.candidates=bothh",
+            "augment.crop_size=(1, 2, 3)",
+            "train.batch_size=10",
+            num_devices=4,
+        )
+    text = str(error.value)
+    assert text.startswith("5 problems in the config:")
+    assert "model.name = 'hrnet_w49': must be one of hrnet_w18, hrnet_w48, did you mean" in text
+    assert "contrast.temperature = 0.0: must be > 0" in text
+    assert "did you mean both?" in text
+    assert "augment.crop_size = (1, 2, 3): must be (height, width)" in text
+    assert "train.batch_size = 10: must be a multiple of the 4 devices, e.g. 8 or 12" in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=-1"],
+        ["augment.flip_rate=1.5"],
+        ["augment.scale_range=(2.0, 1.0)"],
+        ["augment.scale_range=(1.0,)"],
+        ["model.image_mean=(1.0, 2.0)"],
+        ["model.image_std=(1.0, 0.0, 1.0)"],
+        ["model.proj_dim=0"],
+        ["contrast.warmup_steps=40000"],
+        ["memory.pixel_size=0", "memory.segment_size=0"],
+        ["data.ignore_values=(256,)"],
+        ["data.synthetic.num_classes=1"],
+        ["loss.class_weights=(1.0, -1.0)"],
+        ["optim.ema_decay=1.0"],
+        ["data.name=camvid"],
+    ],
+    ids=lambda o: o[0],
+)
+def test_each_rule_holds(overrides):
+    validate()
+    path = overrides[0].partition("=")[0]
+    name = "data.root" if path == "data.name" else path
+    with pytest.raises(InputError, match=re.escape(name)):
+        validate(*overrides)
+
+
+def test_class_weights_must_fit_the_classes():
+    config = load("data.name=synthetic", "loss.class_weights=(1.0, 2.0)")
+    with pytest.raises(InputError, match="loss.class_weights has 2 numbers.*5 classes"):
+        build.check(config, mode="predict")
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        config_lib.load("configs/nothing.py")
+    with pytest.raises(InputError, match="variant 'cee'"):
+        load(spec=":hrnet_w18,cee")
+    path = tmp_path / "typo.py"
+    path.write_text(
+        "from configs import default\n"
+        "def get_config(spec=''):\n"
+        "    config = default.get_config()\n"
+        "    config.train.batchsize = 3\n"
+        "    return config\n"
+    )
+    with pytest.raises(InputError, match='Did you mean "batch_size"'):
+        config_lib.load(str(path))
+    path.write_text("import nothing_of_this_name\n")
+    with pytest.raises(InputError, match="nothing_of_this_name"):
+        config_lib.load(str(path))
+    path.write_text("x = 1\n")
+    with pytest.raises(InputError, match="get_config"):
+        config_lib.load(str(path))
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+    config = load("seed=1", "data.class_names=('a', 'b')")
+    config_lib.claim(tmp_path, config)
+    config_lib.claim(tmp_path, config)
+    assert config_lib.stored(tmp_path, load()) == config
+    moved = config_lib.stored(tmp_path, load(), ["data.root=/elsewhere"])
+    assert moved.data.root == "/elsewhere"
+    other = config_lib.override(config, ["seed=2", "contrast.temperature=0.2"])
+    with pytest.raises(InputError) as error:
+        config_lib.claim(tmp_path, other)
+    assert "seed = 2: the run has 1" in str(error.value)
+    assert "contrast.temperature = 0.2: the run has 0.1" in str(error.value)
+    with pytest.raises(InputError, match="seed = 3: the run has 1"):
+        config_lib.stored(tmp_path, load(), ["seed=3"])
+
+
+def test_foreign_and_damaged_workdirs(tmp_path):
+    with pytest.raises(InputError, match="has no config.json"):
+        config_lib.stored(tmp_path, load())
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="no config.json, so is no run"):
+        config_lib.claim(tmp_path, load())
+    (tmp_path / "config.json").write_text('{"seed": 0')
+    with pytest.raises(InputError, match="config.json: not a config"):
+        config_lib.stored(tmp_path, load())
+    (tmp_path / "config.json").write_text('{"seed": 0.5, "sed": 1}')
+    with pytest.raises(InputError, match="sed: no such setting, did you mean seed") as error:
+        config_lib.stored(tmp_path, load())
+    assert "seed = 0.5: must be a whole number" in str(error.value)
+    assert "missing: augment.aspect_range, augment.brightness," in str(error.value)

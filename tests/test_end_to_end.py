@@ -1,0 +1,157 @@
+"""`main.py` as users run it: a process of its own, killed, resumed, given bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from small import ROOT, SETTINGS
+
+from contrastseg_jax.data.images import encode_png
+
+TIMEOUT = 240  # seconds
+TRAIN = [f"--config={ROOT / 'configs' / 'default.py'}:hrnet_tiny,memory"]
+
+
+@pytest.fixture(scope="module")
+def prepared_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("prepared")
+
+
+def command(prepared_dir, workdir, *flags, settings=SETTINGS):
+    overrides = [f"--config.{text}" for text in settings]
+    overrides.append(f"--config.data.prepared_dir={prepared_dir}")
+    return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *overrides, *flags]
+
+
+def environment(num_devices=1):
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    cache = str(ROOT / ".cache" / "jax")
+    return os.environ | {"XLA_FLAGS": flags, "NPROC": "32", "JAX_COMPILATION_CACHE_DIR": cache}
+
+
+def run(arguments, num_devices=1):
+    return subprocess.run(
+        arguments,
+        env=environment(num_devices),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def final_state(workdir):
+    """Every array of the last checkpoint, by its path."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
+
+
+def logged_steps(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if "train/loss" in line]
+
+
+def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path):
+    """SIGKILL at an arbitrary step; parameters, optimiser state and bank end as if never killed."""
+    settings = (*SETTINGS, "train.num_steps=14", "train.log_steps=1", "optim.ema_decay=0.9")
+    whole = command(prepared_dir, tmp_path / "whole", *TRAIN, settings=settings)
+    result = run(whole)
+    assert result.returncode == 0, result.stderr
+
+    killed = command(prepared_dir, tmp_path / "killed", *TRAIN, settings=settings)
+    process = subprocess.Popen(killed, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + TIMEOUT
+    while max(logged_steps(tmp_path / "killed"), default=0) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(TIMEOUT)
+    assert max(logged_steps(tmp_path / "killed")) < 14, "killed too late"
+
+    result = run(killed)
+    assert result.returncode == 0, result.stderr
+    assert "going on after step" in result.stderr
+    assert logged_steps(tmp_path / "killed") == list(range(1, 15))
+    expected, got = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
+    assert expected.keys() == got.keys()
+    assert any("memory" in path for path in got) and any("ema" in path for path in got)
+    for path, array in expected.items():
+        np.testing.assert_array_equal(got[path], array, err_msg=path)
+
+    again = run(killed)  # a finished run stays as it is
+    assert again.returncode == 0 and "step" in again.stderr
+    assert logged_steps(tmp_path / "killed") == list(range(1, 15))
+
+
+def test_modes_read_the_config_from_the_workdir(trained, tmp_path):
+    _, workdir = trained
+    main = [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}"]
+    evaluated = run([*main, "--mode=eval", "--checkpoint=best"], num_devices=2)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "mean IoU" in evaluated.stderr and "index.html" in evaluated.stderr
+
+    (tmp_path / "photos").mkdir()
+    image = np.random.default_rng(0).integers(256, size=(40, 50, 3)).astype(np.uint8)
+    (tmp_path / "photos" / "good.png").write_bytes(encode_png(image))
+    (tmp_path / "photos" / "bad.jpg").write_bytes(b"no image")
+    output = tmp_path / "out"
+    predict = [*main, "--mode=predict", f"--input={tmp_path / 'photos'}", f"--output={output}"]
+    predicted = run(predict)
+    assert predicted.returncode == 1
+    assert "bad.jpg: unreadable image file" in predicted.stderr
+    assert "Traceback" not in predicted.stderr
+    assert (output / "masks" / "good.png").exists() and (output / "legend.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        ([], ["--config: is needed to train"]),
+        (["--config=configs/nothing.py"], ["configs/nothing.py: no such file"]),
+        (["--mode=eval"], ["has no config.json"]),
+        (["--mode=predict"], ["has no config.json"]),
+        ([*TRAIN, "stray"], ["stray: not understood"]),
+        (
+            [*TRAIN, "--config.trian.num_steps=2", "--config.seed=x"],
+            ["trian.num_steps: no such setting, did you mean train.num_steps?", "seed = x: must"],
+        ),
+        (
+            [*TRAIN, "--config.train.batch_size=3", "--config.contrast.temperature=0"],
+            ["train.batch_size = 3: must be a multiple of the 2 devices, e.g. 2 or 4", "> 0"],
+        ),
+        (
+            [*TRAIN, "--config.data.name=camvid", "--config.data.root=/no/such/folder"],
+            ["/no/such/folder", "train.txt"],
+        ),
+    ],
+    ids=lambda value: value[-1][-40:] if value else "nothing",
+)
+def test_bad_input_ends_in_one_message_and_leaves_nothing(prepared_dir, tmp_path, flags, messages):
+    workdir = tmp_path / "run"
+    settings = () if flags and "mode" in flags[0] else SETTINGS
+    arguments = command(prepared_dir, workdir, *flags, settings=settings)
+    result = run(arguments, num_devices=2)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    for message in ("error: ", *messages):
+        assert message in result.stderr
+    assert not workdir.exists()
+
+
+def test_a_workdir_of_another_config_is_refused(trained):
+    config, workdir = trained
+    arguments = command(config.data.prepared_dir, workdir, *TRAIN, "--config.seed=5")
+    result = run(arguments, num_devices=2)
+    assert result.returncode == 1
+    assert "holds a run of another config" in result.stderr and "seed = 5: the run has 0" in (
+        result.stderr
+    )

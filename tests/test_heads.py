@@ -1,0 +1,89 @@
+"""Classification and projection head against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from contrastseg_jax.models.heads import FCNHead, ProjectionHead
+
+
+@pytest.fixture
+def features():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 7, 6)), jnp.float32)
+
+
+def random_variables(model, features):
+    """Variables without the zeros and ones of an initialisation, which would hide mistakes."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), features, train=False))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.2, 1.0, leaf.shape), leaf.dtype), shapes
+    )
+
+
+def batch_norm_relu(x, variables):
+    params, stats = variables["params"]["bn1"], variables["batch_stats"]["bn1"]
+    x = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+    return np.maximum(x * params["scale"] + params["bias"], 0)
+
+
+def test_fcn_head_is_the_written_out_one(features):
+    head = FCNHead(num_classes=3, dropout_rate=0.1)
+    variables = jax.tree.map(np.asarray, random_variables(head, features))
+    conv1, conv2 = variables["params"]["conv1"], variables["params"]["conv2"]
+    assert "bias" not in conv2
+
+    padded = np.pad(np.asarray(features), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = conv1["bias"] + sum(
+        padded[:, i : i + 5, j : j + 7] @ conv1["kernel"][i, j] for i in range(3) for j in range(3)
+    )
+    expected = batch_norm_relu(x, variables) @ conv2["kernel"][0, 0]
+    result = head.apply(variables, features, train=False)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_removes_whole_channels_in_training_only(features):
+    # One class with all weights 1 on top of constant channels: the logit counts the kept ones.
+    head = FCNHead(num_classes=1, dropout_rate=0.5)
+    shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), features, train=False))
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    variables["params"]["bn1"]["bias"] = jnp.ones(6)
+    variables["params"]["conv2"]["kernel"] = jnp.ones((1, 1, 6, 1))
+
+    np.testing.assert_array_equal(head.apply(variables, features, train=False), 6)
+    draws = [
+        head.apply(
+            variables, features, train=True, rngs={"dropout": jax.random.key(i)}, mutable=True
+        )[0]
+        for i in range(5)
+    ]
+    for logits in draws:
+        np.testing.assert_array_equal(logits, np.broadcast_to(logits[:, :1, :1], logits.shape))
+        assert set(np.unique(logits)) <= {0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0}
+    assert len(np.unique(draws)) > 1
+
+
+def test_projection_head_is_the_written_out_one(features):
+    head = ProjectionHead(proj_dim=4)
+    variables = jax.tree.map(np.asarray, random_variables(head, features))
+    conv1, conv2 = variables["params"]["conv1"], variables["params"]["conv2"]
+
+    x = np.asarray(features) @ conv1["kernel"][0, 0] + conv1["bias"]
+    x = batch_norm_relu(x, variables) @ conv2["kernel"][0, 0] + conv2["bias"]
+    expected = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    result = head.apply(variables, features, train=False)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_vector_of_zeros_has_a_finite_gradient(features):
+    head = ProjectionHead(proj_dim=4)
+    variables = random_variables(head, features)
+    variables["params"]["conv2"] = jax.tree.map(jnp.zeros_like, variables["params"]["conv2"])
+
+    def probe(params):
+        return jnp.sum(head.apply({**variables, "params": params}, features, train=False))
+
+    np.testing.assert_array_equal(head.apply(variables, features, train=False), 0)
+    for leaf in jax.tree.leaves(jax.grad(probe)(variables["params"])):
+        assert np.all(np.isfinite(leaf))

@@ -1,0 +1,150 @@
+"""Decoding and encoding: every kind of file people have, and clear errors for the rest."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from contrastseg_jax.data.images import (
+    decode_image,
+    decode_mask,
+    encode_jpeg,
+    encode_png,
+    image_size,
+)
+from contrastseg_jax.errors import InputError
+
+
+def picture(height=12, width=17, channels=3):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def saved(image, suffix="PNG", **settings):
+    file = io.BytesIO()
+    image.save(file, suffix, **settings)
+    return file.getvalue()
+
+
+def smooth_picture(height=200, width=300):
+    ramp = np.linspace(0, 255, width)[None] * np.ones((height, 1))
+    return np.stack([ramp, ramp[:, ::-1], np.full_like(ramp, 90)], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "BMP", "TIFF"])
+def test_rgb_comes_back_as_it_was(suffix):
+    rgb = picture()
+    data = saved(Image.fromarray(rgb), suffix)
+    np.testing.assert_array_equal(decode_image(data, "a"), rgb)
+    assert image_size(data, "a") == (12, 17)
+
+
+def test_other_color_models_become_rgb():
+    rgb, grey = picture(), picture()[..., 0]
+    rgba = np.dstack([rgb, grey])
+    np.testing.assert_array_equal(decode_image(saved(Image.fromarray(rgba)), "a"), rgb)
+    three_times = np.dstack([grey] * 3)
+    np.testing.assert_array_equal(decode_image(saved(Image.fromarray(grey)), "a"), three_times)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_images_keep_their_upper_8_bits(suffix):
+    deep = np.random.default_rng(0).integers(0, 65536, (5, 6, 3), dtype=np.uint16)
+    grey = np.ascontiguousarray(deep[..., 0])
+    decoded = decode_image(cv2.imencode(suffix, deep[..., ::-1])[1].tobytes(), "a")
+    np.testing.assert_array_equal(decoded, deep >> 8)
+    decoded = decode_image(cv2.imencode(suffix, grey)[1].tobytes(), "a")
+    np.testing.assert_array_equal(decoded, np.dstack([grey >> 8] * 3))
+
+
+def test_palette_image_gives_its_colors_even_with_transparency():
+    indices = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    indices.putpalette([10, 20, 30, 200, 150, 100])
+    data = saved(indices, transparency=bytes([0, 255]))
+    colors = np.array([[10, 20, 30], [200, 150, 100]])
+    np.testing.assert_array_equal(decode_image(data, "a"), colors[[[0, 1], [1, 0]]])
+
+
+def test_exif_orientation_is_ignored_so_image_and_mask_share_one_grid():
+    image = Image.fromarray(smooth_picture(20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    data = saved(image, "JPEG", exif=exif.tobytes())
+    assert decode_image(data, "a").shape == (20, 30, 3)
+    assert image_size(data, "a") == (20, 30)
+
+
+def test_masks_of_every_single_channel_mode():
+    values = np.array([[0, 7], [255, 3]], np.uint8)
+    palette = Image.fromarray(values, "P")
+    palette.putpalette([i for value in range(256) for i in (value, 0, 255 - value)])
+    for image in (
+        Image.fromarray(values),
+        palette,
+        Image.fromarray(values.astype(np.uint16)),
+        Image.fromarray(values.astype(np.int32)),
+    ):
+        suffix = "TIFF" if image.mode == "I" else "PNG"
+        np.testing.assert_array_equal(decode_mask(saved(image, suffix), "a"), values)
+    binary = Image.fromarray(values > 5)
+    np.testing.assert_array_equal(decode_mask(saved(binary), "a"), values > 5)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_color_mask_is_refused(channels):
+    data = saved(Image.fromarray(picture(channels=channels)))
+    with pytest.raises(
+        ValueError, match=rf"m\.png: an index mask is expected .*{channels} channels"
+    ):
+        decode_mask(data, "m.png")
+
+
+def test_mask_values_above_255_are_refused():
+    data = saved(Image.fromarray(np.array([[0, 300]], np.uint16)))
+    with pytest.raises(
+        ValueError, match=r"m\.png: mask values must lie in 0\.\.255, found 0\.\.300"
+    ):
+        decode_mask(data, "m.png")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.99])
+def test_truncated_jpeg_is_refused(share, progressive):
+    data = saved(Image.fromarray(smooth_picture()), "JPEG", progressive=progressive)
+    with pytest.raises(InputError, match=r"^a\.jpg: unreadable image file \("):
+        decode_image(data[: int(len(data) * share)], "a.jpg")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.95])
+def test_truncated_png_is_refused(share):
+    data = encode_png(picture(60, 60))
+    with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
+        decode_image(data[: int(len(data) * share)], "a.png")
+    data = encode_png(picture(60, 60)[..., 0])
+    with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
+        decode_mask(data[: int(len(data) * share)], "a.png")
+
+
+def test_what_is_no_image_is_refused():
+    for read in (decode_image, decode_mask, image_size):
+        with pytest.raises(InputError, match=r"^notes\.txt: unreadable image file \("):
+            read(b"not an image", "notes.txt")
+
+
+def test_encoding_keeps_channel_order():
+    red = np.zeros((16, 16, 3), np.uint8)
+    red[..., 0] = 200
+    np.testing.assert_array_equal(decode_image(encode_png(red), "a"), red)
+    assert np.abs(decode_image(encode_jpeg(red, 95), "a").astype(int) - red).max() <= 3
+    mask = picture()[..., 0]
+    np.testing.assert_array_equal(decode_mask(encode_png(mask), "a"), mask)
+
+
+def test_jpeg_quality_is_a_trade():
+    rgb = cv2.GaussianBlur(picture(64, 64), (5, 5), 0)
+    fine, coarse = (encode_jpeg(rgb, quality) for quality in (95, 50))
+    assert len(fine) > len(coarse)
+    error = [np.abs(decode_image(data, "a").astype(int) - rgb).mean() for data in (fine, coarse)]
+    assert error[0] < error[1]

@@ -1,0 +1,64 @@
+"""Label maps: mask values to class ids, class ids to colours."""
+
+import numpy as np
+import pytest
+
+from contrastseg_jax.data.labels import (
+    LabelMap,
+    colorize,
+    default_palette,
+    to_mask_values,
+    to_train_ids,
+)
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.structs import IGNORE_LABEL
+
+LABEL_MAP = LabelMap(("sky", "road"), ((1, 2, 3), (4, 5, 6)), {7: 0, 9: 1, 0: IGNORE_LABEL})
+
+
+def test_each_value_becomes_its_class():
+    mask = np.array([[7, 9], [0, 7]], np.uint8)
+    np.testing.assert_array_equal(to_train_ids(mask, LABEL_MAP, "a.png"), [[0, 1], [255, 0]])
+
+
+def test_every_value_agrees_with_the_mapping():
+    values = np.random.default_rng(0).permutation(256)[:60].tolist()
+    train_ids = {value: i for i, value in enumerate(values)}
+    label_map = LabelMap(tuple(map(str, range(60))), default_palette(60), train_ids)
+    mask = np.random.default_rng(1).choice(values, size=(31, 17)).astype(np.uint8)
+    expected = [[train_ids[value] for value in row] for row in mask.tolist()]
+    np.testing.assert_array_equal(to_train_ids(mask, label_map, "a.png"), expected)
+
+
+def test_unknown_values_are_named_with_file_count_and_rule():
+    mask = np.array([[7, 9, 3], [4, 4, 200]], np.uint8)
+    with pytest.raises(InputError) as error:
+        to_train_ids(mask, LABEL_MAP, "masks/a.png")
+    assert str(error.value) == (
+        "masks/a.png: unknown mask value(s) 3..4, 200 in 4 of 6 pixels; allowed: 0, 7, 9"
+    )
+
+
+def test_mask_values_are_the_way_back():
+    label = np.array([[0, 1], [IGNORE_LABEL, 1]], np.uint8)
+    mask = to_mask_values(label, LABEL_MAP)
+    np.testing.assert_array_equal(mask, [[7, 9], [0, 9]])
+    np.testing.assert_array_equal(to_train_ids(mask, LABEL_MAP, "a.png"), label)
+
+
+def test_of_several_mask_values_the_lowest_comes_back():
+    label_map = LabelMap(("a",), default_palette(1), {8: 0, 3: 0, 5: 0})
+    assert to_mask_values(np.zeros((1, 1), np.uint8), label_map) == 3
+
+
+def test_default_palette_starts_like_pascal_voc_and_has_no_color_twice():
+    palette = default_palette(255)
+    assert palette[:5] == ((128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128))
+    assert len(set(palette)) == 255
+    assert (0, 0, 0) not in palette
+    assert default_palette(3) == palette[:3]
+
+
+def test_colorize_paints_classes_and_leaves_ignored_pixels_black():
+    label = np.array([[0, 1, IGNORE_LABEL]], np.uint8)
+    np.testing.assert_array_equal(colorize(label, LABEL_MAP), [[[1, 2, 3], [4, 5, 6], [0, 0, 0]]])

@@ -1,0 +1,43 @@
+"""The optimiser against PyTorch's rule written out, the schedule against the original's formula."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from contrastseg_jax.optim import poly_schedule, sgd, update_ema
+
+
+def test_sgd_is_that_of_pytorch():
+    """v <- momentum·v + (g + decay·p); p <- p - lr·v."""
+    rng = np.random.default_rng(0)
+    schedule = poly_schedule(learning_rate=0.1, num_steps=5, poly_power=0.9, warmup_steps=0)
+    tx = sgd(schedule, momentum=0.9, weight_decay=0.01)
+    params = {"kernel": jnp.asarray(rng.normal(size=4), jnp.float32)}
+    expected, velocity = np.asarray(params["kernel"], np.float64), np.zeros(4)
+    opt_state = tx.init(params)
+    for step in range(5):
+        grad = rng.normal(size=4)
+        updates, opt_state = tx.update(
+            {"kernel": jnp.asarray(grad, jnp.float32)}, opt_state, params
+        )
+        params = optax.apply_updates(params, updates)
+        velocity = 0.9 * velocity + grad + 0.01 * expected
+        expected = expected - 0.1 * (1 - step / 5) ** 0.9 * velocity
+        np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5)
+
+
+def test_poly_schedule_falls_to_zero_and_rises_in_the_warmup():
+    schedule = poly_schedule(learning_rate=2.0, num_steps=100, poly_power=0.9, warmup_steps=4)
+    got = [float(schedule(jnp.asarray(step))) for step in (0, 1, 3, 50, 100)]
+    poly = [2 * (1 - step / 100) ** 0.9 for step in (0, 1, 3, 50, 100)]
+    rise = [1 / 4, 2 / 4, 1, 1, 1]
+    assert got == pytest.approx([a * b for a, b in zip(poly, rise, strict=True)], abs=1e-6)
+
+
+def test_ema_follows_fast_at_first():
+    ema, params = {"x": jnp.zeros(2)}, {"x": jnp.ones(2)}
+    first = update_ema(ema, params, jnp.asarray(0), ema_decay=0.99)
+    late = update_ema(ema, params, jnp.asarray(10_000), ema_decay=0.99)
+    np.testing.assert_allclose(first["x"], 0.9, rtol=1e-6)
+    np.testing.assert_allclose(late["x"], 0.01, rtol=1e-4)

@@ -1,0 +1,248 @@
+"""Batches: a function of (seed, step), each example where it belongs, whatever the processes."""
+
+from itertools import islice
+
+import cv2
+import numpy as np
+import pytest
+
+from contrastseg_jax.data.images import encode_png
+from contrastseg_jax.data.labels import LabelMap, default_palette
+from contrastseg_jax.data.pipeline import eval_batches, train_batches
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.structs import IGNORE_LABEL
+
+LABEL_MAP = LabelMap(("a", "b"), default_palette(2), {0: 0, 1: 1, 9: IGNORE_LABEL})
+PAD_COLOR = (1, 2, 3)
+SIZES = [(20, 30), (31, 24), (32, 32), (8, 64), (20, 32), (17, 30), (40, 40)]
+
+
+def record(index, size=(20, 30)):
+    rng = np.random.default_rng(index)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    label = rng.choice(np.array([0, 1, 9], np.uint8), size)
+    name = f"scene_{index}".encode()
+    return {"image": encode_png(image), "label": encode_png(label), "name": name}
+
+
+def train(source, **overrides):
+    settings = dict(
+        label_map=LABEL_MAP,
+        batch_size=4,
+        start_step=0,
+        num_steps=6,
+        seed=0,
+        crop_size=(16, 24),
+        short_side=0,
+        scale_range=(0.5, 2.0),
+        aspect_range=(0.9, 1.1),
+        flip_rate=0.5,
+        brightness=10,
+        pad_color=PAD_COLOR,
+        num_threads=2,
+        prefetch=2,
+    )
+    return train_batches(source, **(settings | overrides))
+
+
+def evaluate(source, **overrides):
+    settings = dict(
+        label_map=LABEL_MAP,
+        batch_size=4,
+        short_side=0,
+        pad_multiple=8,
+        pad_color=PAD_COLOR,
+        num_threads=2,
+        prefetch=1,
+    )
+    return eval_batches(source, **(settings | overrides))
+
+
+def assert_equal(batches, others):
+    batches, others = list(batches), list(others)
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        for field in ("image", "label", "example_id", "valid"):
+            np.testing.assert_array_equal(getattr(batch, field), getattr(other, field))
+
+
+def joined(parts):
+    """Global batches from those of all processes."""
+    for batches in zip(*parts, strict=True):
+        yield type(batches[0])(
+            *(
+                np.concatenate([getattr(batch, field) for batch in batches])
+                for field in ("image", "label", "example_id", "valid")
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def source():
+    return [record(i) for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def mixed_source():
+    return [record(i, size) for i, size in enumerate(SIZES * 2)]
+
+
+def test_train_shapes_and_types(source):
+    batches = list(train(source))
+    assert len(batches) == 6
+    for batch in batches:
+        assert (batch.image.shape, batch.image.dtype) == ((4, 16, 24, 3), np.uint8)
+        assert (batch.label.shape, batch.label.dtype) == ((4, 16, 24), np.uint8)
+        assert batch.example_id.dtype == np.int32
+        assert batch.valid.tolist() == [True] * 4
+        assert set(np.unique(batch.label)) <= {0, 1, IGNORE_LABEL}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 16])
+def test_every_example_once_per_epoch_and_epochs_differ(source, batch_size):
+    batches = train(source, batch_size=batch_size, num_steps=7 * 5)
+    ids = np.concatenate([batch.example_id for batch in batches])
+    epochs = [tuple(ids[first : first + 7].tolist()) for first in range(0, len(ids) - 6, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_rows_come_from_the_example_they_name(source):
+    still = dict(scale_range=(1.0, 1.0), aspect_range=(1.0, 1.0), flip_rate=0.0, brightness=0)
+    for batch in train(source, crop_size=(20, 30), **still):
+        for image, example_id in zip(batch.image, batch.example_id, strict=True):
+            pixels = cv2.imdecode(np.frombuffer(source[example_id]["image"], np.uint8), 1)
+            np.testing.assert_array_equal(image, pixels[..., ::-1])
+
+
+@pytest.mark.parametrize("start_step", [1, 2, 5])
+def test_resuming_anywhere_gives_the_same_batches(source, start_step):
+    assert_equal(train(source, start_step=start_step), islice(train(source), start_step, None))
+
+
+def test_resuming_far_away_reads_no_earlier_record(source):
+    class Counting(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    counting = Counting(source)
+    far = 10**9
+    assert len(list(train(counting, start_step=far, num_steps=far + 2))) == 2
+    assert 8 <= counting.reads < 16
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_rows_of_one_batch(source, process_count):
+    parts = [
+        train(source, process_index=index, process_count=process_count)
+        for index in range(process_count)
+    ]
+    assert_equal(joined(parts), train(source))
+
+
+@pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 0), (1, 1), (5, 1), (3, 4)])
+def test_threads_change_nothing(source, num_threads, prefetch):
+    assert_equal(train(source, num_threads=num_threads, prefetch=prefetch), train(source))
+
+
+def test_seeds_give_other_orders_and_views(source):
+    def ids(seed):
+        batches = train(source, seed=seed, num_steps=14)
+        return np.concatenate([batch.example_id for batch in batches]).tolist()
+
+    assert ids(0) != ids(1)
+    assert ids(0)[7:] != ids(1)[:-7]  # neither are they the same epochs, one later
+    only = source[:1]
+    views = [next(train(only, seed=seed)).image for seed in (0, 1)]
+    assert np.any(views[0] != views[1])
+
+
+def test_an_example_looks_different_every_time(source):
+    batch = next(train(source[:1]))
+    assert batch.example_id.tolist() == [0] * 4
+    assert len({image.tobytes() for image in batch.image}) == 4
+
+
+def test_short_side_scales_before_the_augmentation(source):
+    still = dict(scale_range=(1.0, 1.0), aspect_range=(1.0, 1.0), flip_rate=0.0, brightness=0)
+    batch = next(train(source, short_side=10, crop_size=(20, 20), **still))
+    inside = np.all(batch.image != PAD_COLOR, axis=-1)
+    assert inside.any(axis=2).sum(axis=1).tolist() == [10] * 4
+    assert inside.any(axis=1).sum(axis=1).tolist() == [15] * 4
+
+
+def test_eval_gives_every_example_once_whole_and_padded(mixed_source):
+    seen = []
+    for batch in evaluate(mixed_source):
+        assert batch.image.shape[1] % 8 == batch.image.shape[2] % 8 == 0
+        assert len(batch.valid) == 4
+        for row, valid in enumerate(batch.valid):
+            image, label, example_id = batch.image[row], batch.label[row], batch.example_id[row]
+            if not valid:
+                assert example_id == -1
+                assert np.all(label == IGNORE_LABEL)
+                assert np.all(image == PAD_COLOR)
+                continue
+            seen.append(int(example_id))
+            height, width = SIZES[example_id % 7]
+            assert label.shape == (-(-height // 8) * 8, -(-width // 8) * 8)
+            raw = mixed_source[example_id]
+            pixels = cv2.imdecode(np.frombuffer(raw["image"], np.uint8), 1)[..., ::-1]
+            mask = cv2.imdecode(np.frombuffer(raw["label"], np.uint8), 0)
+            np.testing.assert_array_equal(image[:height, :width], pixels)
+            np.testing.assert_array_equal(
+                label[:height, :width], np.where(mask == 9, IGNORE_LABEL, mask)
+            )
+            label[:height, :width] = IGNORE_LABEL
+            image[:height, :width] = PAD_COLOR
+            assert np.all(label == IGNORE_LABEL)
+            assert np.all(image == PAD_COLOR)
+    assert sorted(seen) == list(range(14))
+
+
+def test_eval_has_one_shape_per_size(mixed_source):
+    batches = list(evaluate(mixed_source, pad_multiple=64))
+    assert {batch.label.shape for batch in batches} == {(4, 64, 64)}
+    assert len(batches) == 4
+    assert sum(batch.valid.sum() for batch in batches) == 14
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_eval_processes_see_the_same_number_of_batches(mixed_source, process_count):
+    parts = [
+        evaluate(mixed_source, process_index=index, process_count=process_count)
+        for index in range(process_count)
+    ]
+    assert_equal(joined(parts), evaluate(mixed_source))
+
+
+def test_eval_threads_change_nothing(mixed_source):
+    assert_equal(evaluate(mixed_source, num_threads=0), evaluate(mixed_source, num_threads=5))
+
+
+def test_eval_short_side(mixed_source):
+    for batch in evaluate(mixed_source, short_side=16):
+        inside = np.all(batch.image != PAD_COLOR, axis=-1)[batch.valid]
+        sides = np.stack([inside.any(axis=2).sum(axis=1), inside.any(axis=1).sum(axis=1)])
+        assert np.all(sides.min(axis=0) == 16)
+
+
+@pytest.mark.parametrize("batches", [train, evaluate])
+def test_faulty_records_are_named(source, batches):
+    broken_image = source + [record(8) | {"image": source[0]["image"][:100]}]
+    with pytest.raises(InputError, match="image scene_8: unreadable image file"):
+        list(batches(broken_image))
+    unknown = encode_png(np.full((20, 30), 77, np.uint8))
+    with pytest.raises(
+        ValueError, match=r"label scene_9: unknown mask value\(s\) 77 in 600 of 600"
+    ):
+        list(batches(source + [record(9) | {"label": unknown}]))
+
+
+@pytest.mark.parametrize("batches", [train, evaluate])
+def test_rows_must_divide_among_processes(source, batches):
+    with pytest.raises(InputError, match="batch_size = 4: no multiple of 3 processes"):
+        batches(source, process_count=3)

@@ -1,0 +1,57 @@
+"""Pictures show what they should."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from contrastseg_jax import report
+from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.structs import IGNORE_LABEL
+
+CLASSES = LabelMap(("red", "<green>"), ((255, 0, 0), (0, 255, 0)), {0: 0, 1: 1, 255: IGNORE_LABEL})
+
+
+def test_overlay_mixes_colours_half_and_half_and_leaves_ignored_pixels():
+    image = np.full((1, 3, 3), 100, np.uint8)
+    label = np.array([[0, 1, IGNORE_LABEL]], np.uint8)
+    expected = [[[177, 50, 50], [50, 177, 50], [100, 100, 100]]]
+    np.testing.assert_array_equal(report.overlay(image, label, CLASSES), expected)
+
+
+def test_panel_and_legend_hold_the_colours_of_the_classes(tmp_path):
+    label = np.zeros((20, 30), np.uint8)
+    prediction = np.ones((20, 30), np.int32)
+    image = np.full((20, 30, 3), 7, np.uint8)
+    report.save_panel(tmp_path / "panel.png", image, label, prediction, CLASSES)
+    report.save_legend(tmp_path / "legend.png", CLASSES)
+    for name, least in (("panel.png", 10_000), ("legend.png", 20)):
+        with Image.open(tmp_path / name) as picture:
+            pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
+        for color in CLASSES.palette:
+            assert (pixels == color).all(axis=1).sum() > least, (name, color)
+
+
+def test_curves_of_a_run(tmp_path):
+    lines = [
+        {"step": 1, "train/cross_entropy": 2.0, "train/contrast": None},
+        {"step": 2, "train/cross_entropy": 1.0, "train/contrast": 3.0},
+        {"step": 2, "val/mean_iou": 0.5},
+        {"step": 3, "val/mean_iou": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.save_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1200, 420)
+
+
+def test_evaluation_page_escapes_names_and_metrics_are_valid_json(tmp_path):
+    results = {
+        **{"data": "d", "split": "val", "step": 7, "mean_iou": 0.25, "pixel_accuracy": 0.5},
+        "iou": {"red": 0.25, "<green>": float("nan")},
+    }
+    report.save_evaluation(tmp_path, results, ["000001.png"])
+    page = (tmp_path / "index.html").read_text()
+    assert "&lt;green&gt;" in page and "<green>" not in page and 'src="000001.png"' in page
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text and json.loads(text)["iou"] == {"red": 0.25, "<green>": None}
