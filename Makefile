@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	.venv/bin/python main.py --config=configs/quickstart.py --workdir=$(RUN)
 	.venv/bin/python main.py --mode=eval --workdir=$(RUN) --checkpoint=best
 	.venv/bin/python main.py --mode=predict --workdir=$(RUN) --checkpoint=best \
-		--input=contrastseg_jax/data/builders/landcover_data/val --output=$(RUN)/predictions
+		--input=contrastseg_jax/data/builders/landcover_data/images/val --output=$(RUN)/predictions
 	@echo "Look at $(RUN)/curves.png, $(RUN)/eval/*/index.html and $(RUN)/predictions/overlays"
 
 test: .venv/installed-dev

@@ -49,11 +49,15 @@ def main(argv: list[str], settings: list[str]) -> None:
 
 def load_config(settings: list[str]) -> Config:
     """The config of the command line, or that of the run in the workdir."""
-    if FLAGS.config:
-        return config_lib.load(FLAGS.config, settings)
-    if FLAGS.mode == "train":
-        raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
-    return config_lib.stored(Path(FLAGS.workdir), config_lib.load(str(SCHEMA)), settings)
+    workdir, schema = Path(FLAGS.workdir), config_lib.load(str(SCHEMA))
+    if not FLAGS.config:
+        if FLAGS.mode == "train":
+            raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
+        return config_lib.stored(workdir, schema, settings)
+    config = config_lib.load(FLAGS.config, settings)
+    if FLAGS.mode != "train":
+        config_lib.refuse_differences(config, config_lib.stored(workdir, schema), workdir)
+    return config
 
 
 def run(config: Config, workdir: Path) -> None:

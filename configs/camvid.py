@@ -14,7 +14,6 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.data.name = "camvid"
     config.augment.crop_size = (360, 480)  # original: camvid/H_48_D_4
     config.contrast.warmup_steps = 3000  # original: camvid/H_48_D_4_MEM
-    # 10 pixels of each class of 8 images: 5000 slots, as in the original, span 60 steps.
     config.memory.segment_size = 367  # paper: the number of training images
     config.memory.pixel_size = 3670  # paper: ten times that
     config.optim.learning_rate = 0.01  # original: camvid/H_48_D_4_MEM

@@ -55,8 +55,9 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
 
     config.contrast = contrast = ConfigDict()
     contrast.candidates = CANDIDATES[variant]  # none, batch (the global one), memory or both
-    contrast.loss_weight = 0.1  # of the contrast loss beside the cross entropy (original: 0.1)
+    contrast.loss_weight = 0.1  # of the contrast loss (original: 0.1, with its bank 1)
     contrast.anchors = "hard"  # hard: half of the anchors mispredicted pixels; random: any
+    # The similarities of all anchors of a device with all candidates are held at once.
     contrast.anchors_per_image = 512  # (original: 1024 for the 2 images of a GPU)
     contrast.max_views = 100  # most anchors of one class in one image (original: 100)
     contrast.temperature = 0.1  # (paper: 0.1)
@@ -86,7 +87,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     train.keep_checkpoints = 2  # newest ones kept, besides the best by val mIoU
 
     config.eval = evaluate = ConfigDict()
-    evaluate.batch_size = 8  # images per step over all devices
+    evaluate.batch_size = 8  # images per step, rounded up to a multiple of the devices
     evaluate.pad_multiple = 32  # image sides are padded to a multiple, to compile few shapes
     evaluate.num_pictures = 4  # images drawn beside label and prediction at an evaluation
 

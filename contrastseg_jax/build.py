@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import optax
 
 from contrastseg_jax import memory
-from contrastseg_jax.config import Config, uses_contrast, uses_memory, validate
+from contrastseg_jax.config import Config, broken_rules, uses_contrast, uses_memory
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import dataset_names, label_map
-from contrastseg_jax.errors import InputError
+from contrastseg_jax.errors import listed
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.segmenter import Segmenter, model_names
 from contrastseg_jax.optim import Schedule, poly_schedule, sgd
@@ -17,19 +17,21 @@ from contrastseg_jax.structs import TrainState
 
 def check(config: Config, *, mode: str) -> None:
     """Raise one error for all settings that do not fit each other, this package or the machine."""
-    split_over_devices = {"train": ("train.batch_size", "eval.batch_size"), "predict": ()}
-    validate(
+    problems = broken_rules(
         config,
         choices={"model.name": model_names(), "data.name": dataset_names()},
-        batch_sizes=split_over_devices.get(mode, ("eval.batch_size",)),
-        num_devices=jax.device_count(),
+        num_devices=jax.device_count() if mode == "train" else 1,
     )
-    weights, classes = config.loss.class_weights, label_map(dataset_spec(config)).names
-    if weights and len(weights) != len(classes):
-        raise InputError(
-            f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
-            f" {len(classes)} classes {', '.join(classes)}, or none"
-        )
+    weights = config.loss.class_weights
+    if weights and not any(problem.startswith("data.") for problem in problems):
+        classes = label_map(dataset_spec(config)).names
+        if len(weights) != len(classes):
+            problems.append(
+                f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
+                f" {len(classes)} classes {', '.join(classes)}, or none"
+            )
+    if problems:
+        raise listed("the config", problems)
 
 
 def dataset_spec(config: Config) -> DatasetSpec:

@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib.util
 import json
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ def load(path_and_spec: str, overrides: Sequence[str] = ()) -> Config:
         config = module.get_config(spec) if spec else module.get_config()
     except Exception as error:  # a config file is a program of the user's
         # ConfigDict wraps its message, which names the nearest key, in quotes and newlines.
-        message = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'")
-        raise InputError(f"--config={path_and_spec}: {message}") from error
+        message = str(error).replace("\\n", " ").replace("\\'", "'")
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise InputError(f"--config={path_and_spec}: {message} ({where})") from error
     return override(config, overrides)
 
 
@@ -84,7 +88,10 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, default: Config, source: str) -> Config:
-    """A config read back; `default` is the schema, `source` the file that errors name."""
+    """A config read back; `source` is the file that errors name.
+
+    `default` is the schema. A setting that came after the file was written has its default.
+    """
     try:
         stored = dict(leaves(ConfigDict(json.loads(text))))
     except (ValueError, TypeError) as error:
@@ -92,8 +99,6 @@ def from_json(text: str, default: Config, source: str) -> Config:
     known = dict(leaves(default))
     unknown = sorted(stored.keys() - known)
     problems = [f"{path}: no such setting{_nearest(path, known)}" for path in unknown]
-    if missing := sorted(known.keys() - stored):
-        problems.append(f"settings that are missing: {', '.join(missing)}")
     for path in sorted(known.keys() & stored):
         try:
             known[path] = _typed(stored[path], known[path])
@@ -116,12 +121,18 @@ def stored(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Con
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Make the workdir that of this config, unless it holds the run of another one."""
+    """Make the workdir that of this config, unless it holds the run of another one.
+
+    What counts as a run is a finished checkpoint: one that stopped before may be begun again with
+    other settings.
+    """
     path = workdir / "config.json"
-    if path.exists():
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir}: is a file, not a folder")
+    if any(name.name.isdecimal() for name in (workdir / "checkpoints").glob("*")):
+        if not path.exists():
+            raise InputError(f"--workdir={workdir}: has checkpoints but no config.json")
         refuse_differences(config, from_json(path.read_text(), config, str(path)), workdir)
-    elif (workdir / "checkpoints").exists():
-        raise InputError(f"--workdir={workdir}: has checkpoints but no config.json, so is no run")
     write_atomically(path, to_json(config))
 
 
@@ -137,17 +148,13 @@ def refuse_differences(config: Config, run: Config, workdir: Path) -> None:
         raise listed(f"--workdir={workdir}, which holds a run of another config", different)
 
 
-def validate(
-    config: Config,
-    *,
-    choices: dict[str, Sequence[str]],
-    batch_sizes: Sequence[str],
-    num_devices: int,
-) -> None:
-    """Raise one error that lists every setting that breaks a rule.
+def broken_rules(
+    config: Config, *, choices: dict[str, Sequence[str]], num_devices: int
+) -> list[str]:
+    """Every setting that breaks a rule, as a line with its value and the rule.
 
     `choices`: for a path, the values that exist (data sets and networks know their own names).
-    `batch_sizes`: the paths of batch sizes that are going to be split over the devices.
+    `num_devices`: what a training batch is split over.
     """
     settings = dict(leaves(config))
     choices = CHOICES | choices
@@ -163,16 +170,15 @@ def validate(
             for path in paths.split()
             if not holds(settings[path], config)
         ]
-    for path in batch_sizes:
-        size = settings[path]
-        if size > 0 and size % num_devices:
-            below = size - size % num_devices
-            nearest = " or ".join(str(n) for n in (below, below + num_devices) if n)
-            problems.append(
-                f"{path} = {size}: must be a multiple of the {num_devices} devices, e.g. {nearest}"
-            )
-    if problems:
-        raise listed("the config", problems)
+    size = config.train.batch_size
+    if size > 0 and size % num_devices:
+        below = size - size % num_devices
+        nearest = " or ".join(str(n) for n in (below, below + num_devices) if n)
+        problems.append(
+            f"train.batch_size = {size}: must be a multiple of the {num_devices} devices,"
+            f" e.g. {nearest}"
+        )
+    return problems
 
 
 def uses_contrast(config: Config) -> bool:
@@ -213,7 +219,7 @@ RULES: tuple[Rule, ...] = (
         "must be at least 1",
     ),
     (
-        "seed data.short_side augment.brightness contrast.warmup_steps memory.pixel_size"
+        "data.short_side augment.brightness contrast.warmup_steps memory.pixel_size"
         " memory.segment_size optim.warmup_steps eval.num_pictures loss.aux_weight"
         " optim.weight_decay optim.poly_power",
         lambda v, c: v >= 0,
@@ -224,6 +230,7 @@ RULES: tuple[Rule, ...] = (
         lambda v, c: v > 0,
         "must be > 0",
     ),
+    ("seed", lambda v, c: 0 <= v < 2**31, "must be in 0..2147483647"),
     ("augment.flip_rate", lambda v, c: 0 <= v <= 1, "must be in 0..1"),
     (
         "model.dropout_rate optim.momentum optim.ema_decay",
@@ -244,8 +251,11 @@ RULES: tuple[Rule, ...] = (
     ("data.synthetic.num_classes", lambda v, c: 2 <= v <= 254, "must be in 2..254"),
     (
         "data.class_names",
-        lambda v, c: c.data.name != "folder" or 2 <= len(set(v)) == len(v) <= 254,
-        "data.name = 'folder' needs the names of its 2 to 254 classes, each once",
+        lambda v, c: (
+            all(isinstance(name, str) for name in v)
+            and (c.data.name != "folder" or 2 <= len(set(v)) == len(v) <= 254)
+        ),
+        "must be strings; data.name = 'folder' needs those of its 2 to 254 classes, each once",
     ),
     (
         "data.ignore_values",
@@ -263,7 +273,11 @@ RULES: tuple[Rule, ...] = (
         "must be three numbers (red, green, blue)",
     ),
     ("model.image_std", lambda v, c: all(i > 0 for i in v), "must be > 0"),
-    ("loss.class_weights", lambda v, c: all(i >= 0 for i in v), "must not be negative"),
+    (
+        "loss.class_weights",
+        lambda v, c: all(isinstance(i, (int, float)) and i >= 0 for i in v) and (not v or any(v)),
+        "must be numbers, none negative and not all 0",
+    ),
     (
         "model.proj_dim",
         lambda v, c: v >= 1 or not uses_contrast(c),

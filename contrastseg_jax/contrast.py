@@ -26,14 +26,14 @@ def label_at_stride(label: UInt8[Array, "b h w"], size: tuple[int, int]) -> Int[
 
 
 def sort_by_group(
-    group: Int[Array, " n"], noise: Key[Array, ""], *, num_groups: int
+    group: Int[Array, " n"], rng: Key[Array, ""], *, num_groups: int
 ) -> tuple[Int[Array, " n"], Int[Array, " g"], Int[Array, " g"]]:
     """Order pixels by group, at random inside each.
 
     Returns the pixel at each sorted position, and the start and size of groups 0..num_groups-1;
     pixels whose group is `num_groups` or more come last and belong to none.
     """
-    random = jax.random.bits(noise, group.shape)
+    random = jax.random.bits(rng, group.shape)
     index = jnp.arange(group.size, dtype=jnp.int32)
     group, _, order = lax.sort((group, random, index), num_keys=2)
     bounds = jnp.searchsorted(group, jnp.arange(num_groups + 1, dtype=group.dtype))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from contrastseg_jax.structs import Batch
@@ -40,4 +39,4 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
 
 def fetch(tree: Any) -> Any:
     """Replicated device arrays as NumPy arrays."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+    return jax.device_get(tree)

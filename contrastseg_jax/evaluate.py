@@ -17,6 +17,7 @@ from contrastseg_jax.build import build_model, build_optimizer, dataset_spec, in
 from contrastseg_jax.config import Config
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.logging import log
 from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from contrastseg_jax.models.segmenter import Segmenter
@@ -63,13 +64,14 @@ def eval_step(
     model: Segmenter,
     image_mean: Sequence[float],
     image_std: Sequence[float],
-) -> tuple[Int[Array, "b h w"], Int[Array, "k k"]]:
+) -> tuple[UInt8[Array, "b h w"], Int[Array, "k k"]]:
     """Predictions, and their confusion matrix; rows that only fill up carry no labels."""
     logits = predict_step(
         variables, batch.image, model=model, image_mean=image_mean, image_std=image_std
     )
-    prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return prediction, confusion_matrix(batch.label, prediction, num_classes=model.num_classes)
+    prediction = jnp.argmax(logits, axis=-1)
+    counts = confusion_matrix(batch.label, prediction, num_classes=model.num_classes)
+    return prediction.astype(jnp.uint8), counts
 
 
 def compile_eval_step(config: Config, model: Segmenter, mesh: Mesh) -> EvalStep:
@@ -80,34 +82,32 @@ def compile_eval_step(config: Config, model: Segmenter, mesh: Mesh) -> EvalStep:
         image_mean=config.model.image_mean,
         image_std=config.model.image_std,
     )
-    everywhere = distributed.replicated(mesh)
-    return jax.jit(
-        step, in_shardings=(everywhere, distributed.split(mesh)), out_shardings=everywhere
-    )
+    everywhere, split = distributed.replicated(mesh), distributed.split(mesh)
+    return jax.jit(step, in_shardings=(everywhere, split), out_shardings=(split, everywhere))
 
 
 def evaluate(
     config: Config,
     step_fn: EvalStep,
     variables: Variables,
+    source: Source,
     *,
     split: str,
     step: int,
     mesh: Mesh,
     folder: Path,
 ) -> dict[str, Any]:
-    """Scores of a split after `step` steps of training.
+    """Scores on the records of a split after `step` steps of training.
 
     They go to `folder/metrics.json`, and to `folder/index.html` together with the first images,
     drawn beside label and prediction.
     """
     spec = dataset_spec(config)
     classes = label_map(spec)
-    source = open_split(spec, split)
     batches = pipeline.eval_batches(
         source,
         label_map=classes,
-        batch_size=config.eval.batch_size,
+        batch_size=-(-config.eval.batch_size // mesh.size) * mesh.size,
         short_side=config.data.short_side,
         pad_multiple=config.eval.pad_multiple,
         pad_color=pad_color(config),
@@ -117,13 +117,11 @@ def evaluate(
         process_count=jax.process_count(),
     )
     confusion = np.zeros((len(classes.names),) * 2, np.int64)  # more pixels than int32 can count
-    num_pictures = config.eval.num_pictures if jax.process_index() == 0 else 0
     pictures = []
-    folder.mkdir(parents=True, exist_ok=True)
     for batch in batches:
         prediction, counts = step_fn(variables, distributed.to_devices(batch, mesh))
         confusion += np.asarray(counts)
-        for row in np.flatnonzero(batch.valid)[: num_pictures - len(pictures)]:
+        for row in np.flatnonzero(batch.valid)[: config.eval.num_pictures - len(pictures)]:
             pictures.append(f"{batch.example_id[row]:06d}.png")
             shown = batch.image[row], batch.label[row], np.asarray(prediction[row])
             report.save_panel(folder / pictures[-1], *shown, classes)
@@ -137,8 +135,7 @@ def evaluate(
         "iou": dict(zip(classes.names, iou(confusion).tolist(), strict=True)),
         "confusion": confusion.tolist(),
     }
-    if jax.process_index() == 0:
-        report.save_evaluation(folder, results, pictures)
+    report.save_evaluation(folder, results, pictures)
     return results
 
 
@@ -157,11 +154,13 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
 
 def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
     """Evaluate a checkpoint of a workdir, and print the table of its scores."""
+    source = open_split(dataset_spec(config), split)
     model, variables, step, mesh = load_run(config, workdir, which)
-    name = str(step) if split == "val" else f"{step}_{split}"
-    folder = workdir / "eval" / name
+    folder = workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
     step_fn = compile_eval_step(config, model, mesh)
-    results = evaluate(config, step_fn, variables, split=split, step=step, mesh=mesh, folder=folder)
+    results = evaluate(
+        config, step_fn, variables, source, split=split, step=step, mesh=mesh, folder=folder
+    )
     for name, value in report.score_rows(results).items():
         log.info(f"{name:20} {value:.4f}")
     log.info(f"pictures: {folder / 'index.html'}")

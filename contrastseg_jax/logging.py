@@ -1,28 +1,26 @@
-"""Where numbers go: `metrics.jsonl`, TensorBoard and the terminal; process 0 alone writes."""
+"""Where numbers go: `metrics.jsonl`, TensorBoard and the terminal."""
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import absl.logging
-import jax
 import tensorboardX
 
-from contrastseg_jax.files import write_atomically
+from contrastseg_jax.files import to_json, write_atomically
 
 log = logging.getLogger("contrastseg_jax")
 
 
 def start_logging() -> None:
-    """Plain lines on standard error, those of process 0 only unless something is wrong."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # of the libraries
+    """Plain lines on standard error; of the libraries only what is wrong."""
+    absl.logging.set_verbosity(absl.logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers = [handler]
     log.propagate = False
-    log.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
+    log.setLevel(logging.INFO)
 
 
 def open_board(workdir: Path, start_step: int) -> tensorboardX.SummaryWriter:
@@ -40,9 +38,8 @@ def write_metrics(
     workdir: Path, board: tensorboardX.SummaryWriter, step: int, values: Mapping[str, float]
 ) -> None:
     """Append one line of numbers; what is not finite (IoU of an absent class) becomes null."""
-    finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
     with (workdir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step} | finite) + "\n")
+        file.write(to_json({"step": step, **values}) + "\n")
     for key, value in values.items():
         board.add_scalar(key, value, step)
     board.flush()

@@ -3,10 +3,10 @@
 import functools
 from pathlib import Path
 
-import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -21,6 +21,7 @@ from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.evaluate import PredictStep, Variables, load_run, predict_step
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.logging import log
+from contrastseg_jax.resize import resize_bilinear
 
 
 def predict_run(config: Config, workdir: Path, which: str, input_path: Path, output: Path) -> None:
@@ -29,7 +30,8 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
     For `a/b.jpg` come `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg`.
     A file that cannot be read does not stop the others; all such are in the error at the end.
     """
-    files = find_images(input_path, output)
+    output = output.resolve()
+    files = find_images(input_path.resolve(), output)
     model, variables, _, _ = load_run(config, workdir, which)
     classes = label_map(dataset_spec(config))
     step_fn = jax.jit(
@@ -73,18 +75,27 @@ def predict_image(
     padded_size = [-(-side // multiple) * multiple for side in size]
     padded = np.full((1, *padded_size, 3), pad_color(config), np.uint8)
     padded[0, : size[0], : size[1]] = resize_image(image, size)
-    logits = np.asarray(step_fn(variables, padded))[0, : size[0], : size[1]]
-    if size != image.shape[:2]:
-        logits = cv2.resize(logits, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    return logits.argmax(-1).astype(np.uint8)
+    logits = step_fn(variables, padded)
+    return np.asarray(most_likely(logits, content=size, size=image.shape[:2]))
+
+
+@functools.partial(jax.jit, static_argnames=("content", "size"))
+def most_likely(
+    logits: Float[Array, "1 h w k"], *, content: tuple[int, int], size: tuple[int, int]
+) -> UInt8[Array, "h2 w2"]:
+    """Class ids of the upper left `content` of the logits, brought to `size`."""
+    logits = resize_bilinear(logits[:, : content[0], : content[1]], size)
+    return jnp.argmax(logits[0], axis=-1).astype(jnp.uint8)
 
 
 def find_images(input_path: Path, output: Path) -> dict[str, Path]:
-    """The image files to predict, by the name of their results; `output` itself is left out."""
+    """The image files to predict, by the name of their results; `output` is left out."""
     if input_path.is_file():
         return {input_path.stem: input_path}
     if not input_path.is_dir():
         raise InputError(f"--input={input_path}: no such file or folder")
+    if input_path == output:
+        raise InputError(f"--output={output}: must be another folder than --input")
     files: dict[str, Path] = {}
     for path in sorted(input_path.rglob("[!.]*")):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_relative_to(output):

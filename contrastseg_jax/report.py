@@ -1,8 +1,8 @@
 """Pictures and pages to look at: overlays, legends, panels, curves, evaluations."""
 
 import html
+import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from contrastseg_jax.data.labels import LabelMap, colorize
-from contrastseg_jax.files import write_atomically
+from contrastseg_jax.files import to_json, write_atomically
 
 matplotlib.use("Agg")
 
@@ -32,7 +32,7 @@ def save_legend(path: Path, label_map: LabelMap) -> None:
     """A picture that says which colour is which class."""
     figure = Figure(figsize=(2.4, 0.3 + 0.22 * len(label_map.names)))
     figure.legend(handles=_patches(label_map), loc="center", frameon=False)
-    figure.savefig(path, dpi=120)
+    _save(path, figure)
 
 
 def save_panel(
@@ -59,7 +59,7 @@ def save_panel(
         axes.set_title(title)
         axes.axis("off")
     figure.legend(handles=_patches(label_map), loc="outside lower center", ncols=columns)
-    figure.savefig(path, dpi=120)
+    _save(path, figure)
 
 
 def save_curves(path: Path, metrics_file: Path) -> None:
@@ -79,7 +79,7 @@ def save_curves(path: Path, metrics_file: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    _save(path, figure)
 
 
 def score_rows(results: Mapping[str, Any]) -> dict[str, float]:
@@ -90,10 +90,7 @@ def score_rows(results: Mapping[str, Any]) -> dict[str, float]:
 
 def save_evaluation(folder: Path, results: Mapping[str, Any], pictures: Sequence[str]) -> None:
     """`metrics.json`, and `index.html` that shows the same numbers with the pictures."""
-    scores = {
-        name: value if math.isfinite(value) else None for name, value in results["iou"].items()
-    }
-    write_atomically(folder / "metrics.json", json.dumps(dict(results) | {"iou": scores}) + "\n")
+    write_atomically(folder / "metrics.json", to_json(dict(results)) + "\n")
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>"
         for name, value in score_rows(results).items()
@@ -106,6 +103,12 @@ def save_evaluation(folder: Path, results: Mapping[str, Any], pictures: Sequence
         "<style>body{font:15px sans-serif;max-width:1100px;margin:2em auto}td{padding:2px 1em}"
         f"</style><h1>{title}</h1><table>{rows}</table>{images}",
     )
+
+
+def _save(path: Path, figure: Figure) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
 
 
 def _patches(label_map: LabelMap) -> list[Patch]:

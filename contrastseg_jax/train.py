@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,10 +188,10 @@ def train(config: Config, workdir: Path) -> None:
     # Data. What is wrong with them shows before anything is compiled or written.
     spec = dataset_spec(config)
     classes = label_map(spec)
-    source, num_val = open_split(spec, "train"), len(open_split(spec, "val"))
+    source, val_source = open_split(spec, "train"), open_split(spec, "val")
     claim(workdir, config)
     log.info(
-        f"{spec.name}: {len(source)} images to train on, {num_val} to validate,"
+        f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate,"
         f" {len(classes.names)} classes"
     )
 
@@ -248,7 +247,8 @@ def train(config: Config, workdir: Path) -> None:
             bar.update()
 
             if is_due(step, config.train.log_steps, num_steps):
-                values = _means(history, step)
+                _require_finite(history, step)
+                values = _means(history)
                 seconds = time.monotonic() - since
                 values["learning_rate"] = float(schedule(step - 1))
                 values["images_per_second"] = len(history) * config.train.batch_size / seconds
@@ -264,6 +264,7 @@ def train(config: Config, workdir: Path) -> None:
                     config,
                     eval_fn,
                     inference_variables(state),
+                    val_source,
                     split="val",
                     step=step,
                     mesh=mesh,
@@ -278,20 +279,25 @@ def train(config: Config, workdir: Path) -> None:
                 since += time.monotonic() - started
             if score is not None or is_due(step, config.train.checkpoint_steps, num_steps):
                 started = time.monotonic()
+                _require_finite([metrics], step)  # a lost state must not replace a good one
                 checkpoint.save(manager, step, state, score)
                 since += time.monotonic() - started
 
 
-def _means(history: list[Metrics], step: int) -> dict[str, float]:
-    """Means of the steps since the last line of the log; stops a run whose loss is lost."""
+def _means(history: list[Metrics]) -> dict[str, float]:
+    """Means of the steps since the last line of the log."""
     stacked = distributed.fetch(history)
-    values = {key: float(np.mean([m[key] for m in stacked])) for key in stacked[0]}
-    if not math.isfinite(values["loss"]):
+    return {key: float(np.mean([metrics[key] for metrics in stacked])) for key in stacked[0]}
+
+
+def _require_finite(history: list[Metrics], step: int) -> None:
+    """Stop a run whose loss is lost; `history` ends with `step`."""
+    losses = [float(metrics["loss"]) for metrics in history]
+    if not np.isfinite(losses).all():
         raise FloatingPointError(
-            f"the loss is not finite in steps {step - len(history) + 1} to {step}:"
-            f" {[float(m['loss']) for m in stacked]}; lower optim.learning_rate or look at the data"
+            f"the loss is not finite in steps {step - len(history) + 1} to {step}: {losses};"
+            " lower optim.learning_rate or look at the data"
         )
-    return values
 
 
 def _line(step: int, num_steps: int, values: dict[str, float], steps_per_second: float) -> str:

@@ -30,15 +30,11 @@ def test_bank_has_the_sizes_of_the_config():
     assert bank.segment.shape == (3, 0, 16)
 
 
-def test_batch_sizes_are_checked_where_they_are_used():
+def test_the_batch_size_is_checked_where_it_is_used():
     config = make_config("train.batch_size=3")
     build.check(config, mode="eval")
     with pytest.raises(InputError, match="train.batch_size = 3.*2 devices"):
         build.check(config, mode="train")
-    config = make_config("eval.batch_size=3")
-    build.check(config, mode="predict")
-    with pytest.raises(InputError, match="eval.batch_size = 3.*2 devices"):
-        build.check(config, mode="eval")
 
 
 def test_padding_is_the_mean_colour():

@@ -407,7 +407,7 @@ def test_landcover_blocks_hold_allowed_values_and_follow_the_rules(tmp_path):
 
 def test_landcover_splits_have_every_class():
     for split in ("train", "val"):
-        masks = [path.read_bytes() for path in (landcover.FOLDER / split).glob("*.png")]
+        masks = [path.read_bytes() for path in (landcover.FOLDER / "labels" / split).glob("*.png")]
         values = np.unique(np.concatenate([decode_mask(mask, "a").ravel() for mask in masks]))
         assert values.tolist() == [*range(8), IGNORE_LABEL]
 
@@ -415,9 +415,10 @@ def test_landcover_splits_have_every_class():
 def test_landcover_image_and_mask_are_aligned():
     """Water is bluer than land on both sides of the coast."""
     water, land = [], []
-    for path in (landcover.FOLDER / "train").glob("*.png"):
+    for path in (landcover.FOLDER / "labels" / "train").glob("*.png"):
         mask = decode_mask(path.read_bytes(), "a")
-        image = decode_image(path.with_suffix(".jpg").read_bytes(), "a").astype(int)
+        photo = landcover.FOLDER / "images" / "train" / f"{path.stem}.jpg"
+        image = decode_image(photo.read_bytes(), "a").astype(int)
         blueness = image[..., 2] - image[..., 0]
         coast = np.zeros(mask.shape, bool)
         coast[:, 3:-3] = (mask[:, :-6] == 0) != (mask[:, 6:] == 0)

@@ -29,10 +29,11 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path):
     config, workdir = trained
     model, variables, step, mesh = load_run(config, workdir, "latest")
     step_fn = compile_eval_step(config, model, mesh)
-    results = evaluate(
-        config, step_fn, variables, split="val", step=step, mesh=mesh, folder=tmp_path
-    )
     spec = dataset_spec(config)
+    results = evaluate(
+        *(config, step_fn, variables, open_split(spec, "val")),
+        **{"split": "val", "step": step, "mesh": mesh, "folder": tmp_path},
+    )
     expected = np.zeros((3, 3), int)
     predict = jax.jit(
         lambda image: predict_step(

@@ -1,10 +1,12 @@
 """Predictions of files and folders, good and bad."""
 
 import io
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from small import ROOT
 
 from contrastseg_jax import config as config_lib
 from contrastseg_jax.build import dataset_spec
@@ -66,7 +68,8 @@ def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
     def step_fn(variables, image):
         seen.append(image.shape)
         logits = np.zeros((*image.shape[:3], 3), np.float32)
-        logits[:, :, : image.shape[2] // 2, 1] = 1  # left half of the padded image: class 1
+        half = image.shape[2] // 2
+        logits[:, :, :half, 1] = logits[:, :, half:, 0] = 1  # of the padded image's columns
         return logits
 
     image = np.zeros((40, 64, 3), np.uint8)
@@ -82,9 +85,17 @@ def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
 def test_inputs_that_are_none(tmp_path):
     with pytest.raises(InputError, match="--input=.*nothing: no such file or folder"):
         find_images(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(InputError, match="must be another folder than --input"):
+        find_images(tmp_path, tmp_path)
     with pytest.raises(InputError, match="holds no image"):
         find_images(tmp_path, tmp_path / "out")
     for name in ("a.png", "a.jpg"):
         (tmp_path / name).write_bytes(encode_png(np.zeros((2, 2), np.uint8)))
     with pytest.raises(InputError, match="would overwrite those of"):
         find_images(tmp_path, tmp_path / "out")
+
+
+def test_the_quickstart_predicts_the_held_out_photographs(tmp_path):
+    (folder,) = re.findall(r"--input=(\S+)", (ROOT / "Makefile").read_text())
+    assert len(find_images(ROOT / folder, tmp_path)) == 9
+    assert folder in (ROOT / "README.md").read_text()

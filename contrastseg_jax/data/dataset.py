@@ -1,8 +1,10 @@
 """Data sets by name: the classes of one, and its records."""
 
 import dataclasses
+import io
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -51,7 +53,7 @@ def open_split(spec: DatasetSpec, split: str) -> Sequence[dict[str, bytes]]:
 def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
     spec = dataclasses.replace(spec, prepared_dir=str(Path(spec.prepared_dir).expanduser()))
     make_builder = MODULES[spec.name].make_builder
-    with _errors_only():
+    with _quiet():
         builder = make_builder(spec)
         if builder.is_prepared():
             return builder
@@ -64,11 +66,17 @@ def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
 
 
 @contextmanager
-def _errors_only() -> Iterator[None]:
-    """Keeps TFDS from warning that a data set is not among the configs it was released with."""
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from saying what is not so: that it downloads, and that a config is unknown.
+
+    Its progress bars are shown on a terminal alone.
+    """
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)

@@ -149,6 +149,8 @@ def check_pairs(config: PairsConfig) -> None:
 
 
 def _problems(pair: Pair, label_map: LabelMap) -> list[str]:
+    if not pair.mask.exists() and not pair.image.exists():
+        return [f"{pair.image}: neither it nor its mask {pair.mask} exists"]
     if not pair.mask.exists():
         return [f"{pair.image}: image without mask ({pair.mask} does not exist)"]
     if not pair.image.exists():
@@ -175,9 +177,11 @@ def _problems(pair: Pair, label_map: LabelMap) -> list[str]:
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("[!.]*")):
-        if path.suffix.lower() in suffixes:
-            name = path.relative_to(folder).with_suffix("").as_posix()
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in below.parts)
+        if path.suffix.lower() in suffixes and not hidden:
+            name = below.with_suffix("").as_posix()
             if name in files:
                 raise InputError(f"{path}: same name without suffix as {files[name]}")
             files[name] = path

@@ -6,7 +6,12 @@ Blue Marble images and MODIS land cover, both NASA, in blocks of 512x512 pixels 
 
 from pathlib import Path
 
-from contrastseg_jax.data.builders.base import DatasetSpec, Pair, PairsBuilder, pairs_config
+from contrastseg_jax.data.builders.base import (
+    DatasetSpec,
+    PairsBuilder,
+    match_files,
+    pairs_config,
+)
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -35,12 +40,7 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 def make_builder(spec: DatasetSpec) -> Landcover:
     """Builder of the blocks that were held out (val) and the others (train)."""
-    pairs = {
-        split: [
-            Pair(image.stem, image, image.with_suffix(".png"))
-            for image in sorted((FOLDER / split).glob("*.jpg"))
-        ]
-        for split in ("train", "val")
-    }
+    images, labels = FOLDER / "images", FOLDER / "labels"
+    pairs = {split: match_files(images / split, labels / split) for split in ("train", "val")}
     config = pairs_config(FOLDER, pairs, label_map(spec))
     return Landcover(config=config, data_dir=spec.prepared_dir)

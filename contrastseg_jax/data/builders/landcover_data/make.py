@@ -39,7 +39,7 @@ CLASS_OF_IGBP = {  # 11 wetland, 13 urban: ignored
 
 
 def main(image_file: str, mask_file: str) -> None:
-    """Writes `train/` and `val/` beside this script."""
+    """Writes `images/` and `labels/`, each with `train/` and `val/`, beside this script."""
     image = decode_image(Path(image_file).read_bytes(), image_file)
     label = _labels(decode_mask(Path(mask_file).read_bytes(), mask_file), image.shape[:2])
     for row in range(0, LAST_ROW, BLOCK_SIZE):
@@ -49,11 +49,15 @@ def main(image_file: str, mask_file: str) -> None:
             if np.mean(label[block] == WATER) > MAX_WATER_RATE:
                 continue
             held_out = (column // BLOCK_SIZE + row // BLOCK_SIZE) % 4 == 0
-            folder = Path(__file__).parent / ("val" if held_out else "train")
-            folder.mkdir(exist_ok=True)
-            path = folder / f"r{first:04d}_c{column:04d}"
-            path.with_suffix(".jpg").write_bytes(encode_jpeg(image[block], JPEG_QUALITY))
-            path.with_suffix(".png").write_bytes(encode_png(label[block]))
+            split, name = "val" if held_out else "train", f"r{first:04d}_c{column:04d}"
+            _write(f"images/{split}/{name}.jpg", encode_jpeg(image[block], JPEG_QUALITY))
+            _write(f"labels/{split}/{name}.png", encode_png(label[block]))
+
+
+def _write(name: str, content: bytes) -> None:
+    path = Path(__file__).parent / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def _labels(igbp: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
