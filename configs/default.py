@@ -27,6 +27,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     data.class_names = ()  # folder: the classes, in the order of their mask values
     data.ignore_values = (255,)  # folder: mask values that are no class
     data.short_side = 0  # resize images and labels to this short side first; 0: keep the size
+    data.cache_size = 0  # decoded images kept in memory, for data sets that fit
     data.num_threads = 4  # that read and augment
     data.prefetch = 8  # batches made ahead of the step that needs them
 

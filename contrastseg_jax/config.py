@@ -20,6 +20,7 @@ Config = Any  # a ConfigDict, whose settings have no types that a checker could 
 OPERATIONAL = (
     "data.root",
     "data.prepared_dir",
+    "data.cache_size",
     "data.num_threads",
     "data.prefetch",
     "train.log_steps",
@@ -219,7 +220,7 @@ RULES: tuple[Rule, ...] = (
         "must be at least 1",
     ),
     (
-        "data.short_side augment.brightness contrast.warmup_steps memory.pixel_size"
+        "data.short_side data.cache_size augment.brightness contrast.warmup_steps memory.pixel_size"
         " memory.segment_size optim.warmup_steps eval.num_pictures loss.aux_weight"
         " optim.weight_decay optim.poly_power",
         lambda v, c: v >= 0,

@@ -223,6 +223,7 @@ def train(config: Config, workdir: Path) -> None:
         seed=config.seed,
         short_side=config.data.short_side,
         pad_color=pad_color(config),
+        cache_size=config.data.cache_size,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
         process_index=jax.process_index(),

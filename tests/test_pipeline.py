@@ -39,6 +39,7 @@ def train(source, **overrides):
         flip_rate=0.5,
         brightness=10,
         pad_color=PAD_COLOR,
+        cache_size=0,
         num_threads=2,
         prefetch=2,
     )
@@ -146,6 +147,10 @@ def test_processes_share_the_rows_of_one_batch(source, process_count):
 @pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 0), (1, 1), (5, 1), (3, 4)])
 def test_threads_change_nothing(source, num_threads, prefetch):
     assert_equal(train(source, num_threads=num_threads, prefetch=prefetch), train(source))
+
+
+def test_kept_examples_change_nothing(source):
+    assert_equal(train(source, cache_size=3), train(source))
 
 
 def test_seeds_give_other_orders_and_views(source):

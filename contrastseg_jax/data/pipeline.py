@@ -7,7 +7,7 @@ example's augmentation, so how rows are spread over processes and threads change
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import cast
 
 import cv2
@@ -44,6 +44,7 @@ def train_batches(
     flip_rate: float,
     brightness: int,
     pad_color: tuple[int, int, int],
+    cache_size: int,
     num_threads: int,
     prefetch: int,
     process_index: int = 0,
@@ -67,6 +68,7 @@ def train_batches(
         flip_rate: see `augment`.
         brightness: see `augment`.
         pad_color: see `augment`.
+        cache_size: decoded examples kept in memory.
         num_threads: threads that prepare examples.
         prefetch: batches prepared ahead.
         process_index: number of this process.
@@ -80,10 +82,14 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
     num_rows = _rows_per_process(batch_size, process_count)
 
+    @lru_cache(cache_size)
+    def decoded(example_id: int) -> tuple[Image, Label]:
+        return _decode(source[example_id], label_map, short_side)
+
     def load(step: int, row: int) -> Row:
         index = step * batch_size + row
         example_id = cast(int, order[index])
-        image, label = _decode(source[example_id], label_map, short_side)
+        image, label = decoded(example_id)
         image, label = augment(
             image,
             label,

@@ -111,7 +111,8 @@ def missing_data(spec: DatasetSpec, layout: str) -> InputError:
     """The error of a data set whose raw data are not where they should be."""
     return InputError(
         f"no images for the data set '{spec.name}': data.root = '{spec.root}'\n"
-        f"Give the folder that holds them with --config.data.root=FOLDER. Its layout:\n{layout}"
+        "Give the folder that holds them with --config.data.root=FOLDER; the first start checks and"
+        f" prepares them. Its layout:\n{layout}"
     )
 
 
