@@ -77,7 +77,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     optim.poly_power = 0.9  # learning_rate * (1 - step / num_steps) ** poly_power (original: 0.9)
     optim.momentum = 0.9  # (original: 0.9)
     optim.weight_decay = 5e-4  # on every parameter (original: 5e-4)
-    optim.ema_decay = 0.0  # of a running average of the parameters, used to evaluate; 0: none
+    optim.ema_decay = 0.0  # of running averages of the variables, to evaluate with; 0: none
 
     config.train = train = ConfigDict()
     train.batch_size = 8  # images per step over all devices (original: 8)

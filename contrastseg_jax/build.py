@@ -78,6 +78,7 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, Sched
 def init_state(config: Config, model: Segmenter, tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0: fresh parameters, an empty bank."""
     params, batch_stats = segmenter.init_variables(model, config.seed)
+    variables = {"params": params, "batch_stats": batch_stats}
     bank = None
     if uses_memory(config):
         bank = memory.init_memory(
@@ -92,6 +93,6 @@ def init_state(config: Config, model: Segmenter, tx: optax.GradientTransformatio
         params=params,
         batch_stats=batch_stats,
         opt_state=tx.init(params),
-        ema=jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None,
+        ema=jax.tree.map(jnp.copy, variables) if config.optim.ema_decay else None,
         memory=bank,
     )

@@ -38,9 +38,10 @@ def normalize(
 
 
 def inference_variables(state: TrainState) -> Variables:
-    """What a network needs to predict: the averaged parameters where the run keeps them."""
-    params = state.params if state.ema is None else state.ema
-    return {"params": params, "batch_stats": state.batch_stats}
+    """What a network needs to predict: the running averages where the run keeps them."""
+    if state.ema is not None:
+        return state.ema
+    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def predict_step(

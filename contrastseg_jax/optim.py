@@ -34,10 +34,8 @@ def sgd(
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum))
 
 
-def update_ema(
-    ema: optax.Params, params: optax.Params, step: Int[Array, ""], *, ema_decay: float
-) -> optax.Params:
-    """Running average of the parameters; its decay rises to `ema_decay` in the first steps."""
+def update_ema(ema: Any, variables: Any, step: Int[Array, ""], *, ema_decay: float) -> Any:
+    """Running average of variables; its decay rises to `ema_decay` in the first steps."""
     step = step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, variables)

@@ -73,5 +73,5 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
-    ema: Any | None = None  # running average of params, used for evaluation where kept
+    ema: Any | None = None  # running average of {params, batch_stats}: to evaluate with, if kept
     memory: MemoryBank | None = None

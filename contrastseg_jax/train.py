@@ -152,7 +152,9 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        ema = update_ema(ema, params, state.step, ema_decay=config.optim.ema_decay)
+        # Statistics belong to the weights they were taken with, so both are averaged.
+        variables = {"params": params, "batch_stats": batch_stats}
+        ema = update_ema(ema, variables, state.step, ema_decay=config.optim.ema_decay)
     if bank is not None and output.embedding is not None:
         # After the loss: an image is never contrasted with its own rows of this step.
         label = label_at_stride(batch.label, output.embedding.shape[1:3])

@@ -72,8 +72,9 @@ def test_the_projection_head_is_not_computed(trained):
 
 def test_averaged_parameters_are_used_where_kept():
     state = TrainState(0, {"x": 1}, {"y": 2}, None)
-    assert inference_variables(state)["params"] == {"x": 1}
-    assert inference_variables(state.replace(ema={"x": 3}))["params"] == {"x": 3}
+    assert inference_variables(state) == {"params": {"x": 1}, "batch_stats": {"y": 2}}
+    averages = {"params": {"x": 3}, "batch_stats": {"y": 4}}
+    assert inference_variables(state.replace(ema=averages)) == averages
 
 
 def test_evaluate_run_writes_scores_and_pictures(trained):

@@ -82,7 +82,7 @@ def test_cross_entropy_alone_has_neither_projection_nor_bank():
     _, state, _ = start(config)
     assert "proj_head" not in state.params
     assert state.memory is None
-    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.ema["params"], state.params)
 
 
 def test_bank_alone_trains_on_what_it_holds():
