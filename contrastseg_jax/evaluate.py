@@ -92,9 +92,9 @@ def evaluate(
     step_fn: EvalStep,
     variables: Variables,
     source: Source,
-    *,
     split: str,
     step: int,
+    *,
     mesh: Mesh,
     folder: Path,
 ) -> dict[str, Any]:
@@ -159,9 +159,7 @@ def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
     model, variables, step, mesh = load_run(config, workdir, which)
     folder = workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
     step_fn = compile_eval_step(config, model, mesh)
-    results = evaluate(
-        config, step_fn, variables, source, split=split, step=step, mesh=mesh, folder=folder
-    )
+    results = evaluate(config, step_fn, variables, source, split, step, mesh=mesh, folder=folder)
     for name, value in report.score_rows(results).items():
         log.info(f"{name:20} {value:.4f}")
     log.info(f"pictures: {folder / 'index.html'}")

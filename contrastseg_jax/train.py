@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
+from tensorboardX import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -205,9 +206,9 @@ def train(config: Config, workdir: Path) -> None:
     manager = checkpoint.open_manager(workdir, keep_checkpoints=config.train.keep_checkpoints)
     start_step = manager.latest_step() or 0
     if start_step:
+        log.info(f"going on after step {start_step} of {num_steps}")
         state = jax.eval_shape(lambda: init_state(config, model, tx))
         state = checkpoint.restore(manager, start_step, state, mesh)
-        log.info(f"going on after step {start_step} of {num_steps}")
     else:
         state = jax.device_put(init_state(config, model, tx), distributed.replicated(mesh))
     num_params = parameter_overview.count_parameters(state.params)
@@ -215,27 +216,12 @@ def train(config: Config, workdir: Path) -> None:
         f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {mesh.size}"
         f" {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
     )
-    board = open_board(workdir, start_step)
-    batches = pipeline.train_batches(
-        source,
-        label_map=classes,
-        batch_size=config.train.batch_size,
-        start_step=start_step,
-        num_steps=num_steps,
-        seed=config.seed,
-        short_side=config.data.short_side,
-        pad_color=pad_color(config),
-        cache_size=config.data.cache_size,
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **config.augment,
-    )
 
     # Steps.
+    batches = make_batches(config, source, start_step)
     step_fn = compile_step(config, model, tx, mesh)
     eval_fn = compile_eval_step(config, model, mesh)
+    board = open_board(workdir, start_step)
     bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
     with contextlib.closing(manager), contextlib.closing(board), bar, logging_redirect_tqdm([log]):
         history, waited, since = [], 0.0, time.monotonic()
@@ -251,40 +237,58 @@ def train(config: Config, workdir: Path) -> None:
 
             if is_due(step, config.train.log_steps, num_steps):
                 _require_finite(history, step)
-                values = _means(history)
                 seconds = time.monotonic() - since
-                values["learning_rate"] = float(schedule(step - 1))
-                values["images_per_second"] = len(history) * config.train.batch_size / seconds
-                values["data_wait"] = waited / seconds
+                values = _means(history) | {
+                    "learning_rate": float(schedule(step - 1)),
+                    "images_per_second": len(history) * config.train.batch_size / seconds,
+                    "data_wait": waited / seconds,
+                }
                 write_metrics(workdir, board, step, {f"train/{k}": v for k, v in values.items()})
                 log.info(_line(step, num_steps, values, len(history) / seconds))
                 history, waited, since = [], 0.0, time.monotonic()
 
-            score = None
+            score, paused = None, time.monotonic()
             if is_due(step, config.train.eval_steps, num_steps):
-                started = time.monotonic()
+                folder = workdir / "eval" / str(step)
+                variables = inference_variables(state)
                 results = evaluate(
-                    config,
-                    eval_fn,
-                    inference_variables(state),
-                    val_source,
-                    split="val",
-                    step=step,
-                    mesh=mesh,
-                    folder=workdir / "eval" / str(step),
+                    config, eval_fn, variables, val_source, "val", step, mesh=mesh, folder=folder
                 )
                 score = results["mean_iou"]
-                scores = {k: results[k] for k in ("mean_iou", "pixel_accuracy")}
-                scores |= {f"iou_{name}": value for name, value in results["iou"].items()}
-                write_metrics(workdir, board, step, {f"val/{k}": v for k, v in scores.items()})
-                report.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
-                log.info(f"step {step}/{num_steps}  val mIoU {score:.4f}")
-                since += time.monotonic() - started
+                _log_scores(workdir, board, step, results)
             if score is not None or is_due(step, config.train.checkpoint_steps, num_steps):
-                started = time.monotonic()
                 _require_finite([metrics], step)  # a lost state must not replace a good one
                 checkpoint.save(manager, step, state, score)
-                since += time.monotonic() - started
+            since += time.monotonic() - paused
+
+
+def make_batches(config: Config, source: pipeline.Source, start_step: int) -> Iterator[Batch]:
+    """This process's rows of the training batches after `start_step`."""
+    return pipeline.train_batches(
+        source,
+        label_map=label_map(dataset_spec(config)),
+        batch_size=config.train.batch_size,
+        start_step=start_step,
+        num_steps=config.train.num_steps,
+        seed=config.seed,
+        short_side=config.data.short_side,
+        pad_color=pad_color(config),
+        cache_size=config.data.cache_size,
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **config.augment,
+    )
+
+
+def _log_scores(workdir: Path, board: SummaryWriter, step: int, results: dict[str, Any]) -> None:
+    """An evaluation's scores, wherever the run's numbers go."""
+    scores = {key: results[key] for key in ("mean_iou", "pixel_accuracy")}
+    scores |= {f"iou_{name}": value for name, value in results["iou"].items()}
+    write_metrics(workdir, board, step, {f"val/{key}": value for key, value in scores.items()})
+    report.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
+    log.info(f"step {step}  val mIoU {results['mean_iou']:.4f}")
 
 
 def _means(history: list[Metrics]) -> dict[str, float]:

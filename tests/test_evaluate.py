@@ -31,8 +31,8 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path):
     step_fn = compile_eval_step(config, model, mesh)
     spec = dataset_spec(config)
     results = evaluate(
-        *(config, step_fn, variables, open_split(spec, "val")),
-        **{"split": "val", "step": step, "mesh": mesh, "folder": tmp_path},
+        *(config, step_fn, variables, open_split(spec, "val"), "val", step),
+        **{"mesh": mesh, "folder": tmp_path},
     )
     expected = np.zeros((3, 3), int)
     predict = jax.jit(
