@@ -8,6 +8,7 @@ Any setting of configs/default.py can be changed: --config.train.batch_size=4.
 """
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ flags.DEFINE_string("output", None, "predict: the folder for the results.")
 
 
 def main(argv: list[str], settings: list[str]) -> None:
-    """Reads the flags and calls one function per mode; bad input ends in one message."""
+    """Reads the flags and calls one function per mode; what goes wrong ends in one message."""
     try:
         if argv[1:]:
             raise InputError(f"{' '.join(argv[1:])}: not understood; write --NAME=VALUE")
@@ -43,8 +44,11 @@ def main(argv: list[str], settings: list[str]) -> None:
         start_logging()
         build.check(config, mode=FLAGS.mode)
         run(config, Path(FLAGS.workdir))
-    except InputError as error:
+    except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        os._exit(130)  # at once: tearing down a compilation that goes on ends in a crash
 
 
 def load_config(settings: list[str]) -> Config:

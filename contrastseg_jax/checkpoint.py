@@ -1,5 +1,6 @@
 """Checkpoints of the whole `TrainState`, with Orbax."""
 
+import json
 import math
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,8 @@ from contrastseg_jax.structs import TrainState
 
 def open_manager(workdir: Path, *, keep_checkpoints: int) -> ocp.CheckpointManager:
     """Saves in the background; keeps the newest checkpoints and the best by val mIoU."""
+    folder = (workdir / "checkpoints").absolute()
+    _require_readable_scores(folder)
     keep = [
         policies.LatestN(keep_checkpoints),
         policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
@@ -25,7 +28,7 @@ def open_manager(workdir: Path, *, keep_checkpoints: int) -> ocp.CheckpointManag
         preservation_policy=policies.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def open_reader(workdir: Path) -> ocp.CheckpointManager:
@@ -33,6 +36,7 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
     folder = (workdir / "checkpoints").absolute()
     if not folder.is_dir():
         raise InputError(f"--workdir={workdir}: holds no checkpoints; train a run there first")
+    _require_readable_scores(folder)
     options = ocp.CheckpointManagerOptions(best_fn=_score, read_only=True, create=False)
     return ocp.CheckpointManager(folder, options=options)
 
@@ -69,12 +73,30 @@ def restore(manager: ocp.CheckpointManager, step: int, state: TrainState, mesh: 
     try:
         restored = manager.restore(step, args=ocp.args.StandardRestore(abstract))
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:200]
         raise InputError(
             f"{manager.directory / str(step)}: cannot be read as a checkpoint of this config"
-            f" ({type(error).__name__}: {str(error).strip()[:400]}); if the folder is damaged,"
-            " remove it, and the one before it is taken"
+            f" ({type(error).__name__}: {reason}); it is damaged or of another config: remove it,"
+            " and the one before it is taken"
         ) from error
-    return cast(TrainState, restored)
+    state = cast(TrainState, restored)
+    if int(state.step) != step:
+        raise InputError(
+            f"{manager.directory / str(step)}: holds the state after {int(state.step)} steps, so it"
+            " is a folder that was renamed or of another run; remove it"
+        )
+    return state
+
+
+def _require_readable_scores(folder: Path) -> None:
+    """Orbax reads the scores of all checkpoints when it opens any: name the one that is damaged."""
+    for path in folder.glob("[0-9]*/metrics/metrics"):
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(
+                f"{path}: is damaged ({error}); remove the folder {path.parents[1]}"
+            ) from error
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -69,9 +69,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
                 known[path] = _typed(_parsed(value, known[path]), known[path])
             except TypeError as error:
                 problems.append(f"{path} = {value}: {error}")
+    config = _replaced(config, known)
     if problems:
-        raise listed("the config", problems)
-    return _replaced(config, known)
+        raise listed("the config", problems + broken_rules(config, choices={}, num_devices=1))
+    return config
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -252,11 +253,13 @@ RULES: tuple[Rule, ...] = (
     ("data.synthetic.num_classes", lambda v, c: 2 <= v <= 254, "must be in 2..254"),
     (
         "data.class_names",
-        lambda v, c: (
-            all(isinstance(name, str) for name in v)
-            and (c.data.name != "folder" or 2 <= len(set(v)) == len(v) <= 254)
-        ),
-        "must be strings; data.name = 'folder' needs those of its 2 to 254 classes, each once",
+        lambda v, c: all(isinstance(name, str) for name in v) and len(set(v)) == len(v),
+        "must be names, e.g. ('road', 'tree'), each once",
+    ),
+    (
+        "data.class_names",
+        lambda v, c: c.data.name != "folder" or 2 <= len(v) <= 254,
+        "data.name = 'folder' needs the names of its 2 to 254 classes",
     ),
     (
         "data.ignore_values",
@@ -334,6 +337,11 @@ def _typed(value: Any, default: Any) -> Any:
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
-        kind = {tuple: "tuple, e.g. (1, 2)", int: "whole number", float: "number", str: "string"}
+        kind = {
+            tuple: "tuple, e.g. (1, 2) or ('a', 'b')",
+            int: "whole number",
+            float: "number",
+            str: "string",
+        }
         raise TypeError(f"must be a {kind[type(default)]}")
     return value

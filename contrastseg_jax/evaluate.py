@@ -123,9 +123,17 @@ def evaluate(
         prediction, counts = step_fn(variables, distributed.to_devices(batch, mesh))
         confusion += np.asarray(counts)
         for row in np.flatnonzero(batch.valid)[: config.eval.num_pictures - len(pictures)]:
-            pictures.append(f"{batch.example_id[row]:06d}.png")
-            shown = batch.image[row], batch.label[row], np.asarray(prediction[row])
-            report.save_panel(folder / pictures[-1], *shown, classes)
+            example_id = int(batch.example_id[row])
+            pictures.append(f"{example_id:06d}.png")
+            height, width = pipeline.content_size(source, config.data.short_side, example_id)
+            report.save_panel(
+                folder / pictures[-1],
+                batch.image[row, :height, :width],
+                batch.label[row, :height, :width],
+                np.asarray(prediction[row])[:height, :width],
+                classes,
+                source[example_id]["name"].decode(),
+            )
     results = {
         "data": spec.name,
         "split": split,

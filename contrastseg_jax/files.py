@@ -1,10 +1,13 @@
 """Writing files so that nothing is ever half there."""
 
+import fcntl
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from contrastseg_jax.errors import InputError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -13,6 +16,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
+
+
+def lock(path: Path) -> IO[str]:
+    """Hold a lock until the file that is returned is closed, at the latest when the process ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(f"{path.parent}: another process is training in this folder") from error
+    return file
 
 
 def to_json(value: Any) -> str:

@@ -32,6 +32,7 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
     """
     output = output.resolve()
     files = find_images(input_path.resolve(), output)
+    output.mkdir(parents=True, exist_ok=True)
     model, variables, _, _ = load_run(config, workdir, which)
     classes = label_map(dataset_spec(config))
     step_fn = jax.jit(
@@ -42,7 +43,6 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
             image_std=config.model.image_std,
         )
     )
-    output.mkdir(parents=True, exist_ok=True)
     report.save_legend(output / "legend.png", classes)
     problems = []
     with logging_redirect_tqdm([log]):
@@ -50,7 +50,6 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
             try:
                 image = decode_image(path.read_bytes(), str(path))
             except (OSError, InputError) as error:
-                log.error(str(error))
                 problems.append(str(error))
                 continue
             prediction = predict_image(config, step_fn, variables, image)

@@ -41,16 +41,17 @@ def save_panel(
     label: Integer[np.ndarray, "h w"],
     prediction: Integer[np.ndarray, "h w"],
     label_map: LabelMap,
+    name: str,
 ) -> None:
-    """Image, label and prediction side by side over a legend; ignored pixels are black."""
+    """Image, label and prediction side by side over a legend; pixels without a class are black."""
     h, w = image.shape[:2]
-    columns = min(len(label_map.names), 8)
-    rows = -(-len(label_map.names) // columns)
+    columns = min(len(label_map.names) + 1, 9)
+    rows = -(-(len(label_map.names) + 1) // columns)
     width = 12.0
     figure = Figure(figsize=(width, width * h / (3 * w) + 0.6 + 0.25 * rows), layout="constrained")
     known = np.where(label < len(label_map.names), prediction, label)
     shown = {
-        "image": image,
+        name: image,
         "label": colorize(label, label_map),
         "prediction": colorize(known, label_map),
     }
@@ -58,27 +59,24 @@ def save_panel(
         axes.imshow(picture)
         axes.set_title(title)
         axes.axis("off")
-    figure.legend(handles=_patches(label_map), loc="outside lower center", ncols=columns)
+    handles = [*_patches(label_map), Patch(facecolor="black", label="no class")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     _save(path, figure)
 
 
 def save_curves(path: Path, metrics_file: Path) -> None:
     """Losses and validation mIoU over the steps of a run, from its `metrics.jsonl`."""
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for key in ("train/cross_entropy", "train/contrast"):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    keys = ("train/cross_entropy", "train/contrast", "val/mean_iou")
+    for axes, key in zip(figure.subplots(1, 3), keys, strict=True):
+        # A contrast of 0 is one that does not count yet.
+        points = [(line["step"], line[key]) for line in lines if line.get(key)]
         if points:
-            left.plot(*np.array(points).T, label=key)
-    points = [(line["step"], line["val/mean_iou"]) for line in lines if "val/mean_iou" in line]
-    if points:
-        right.plot(*np.array(points, dtype=float).T, "o-", label="val/mean_iou")
-    for axes in (left, right):
+            axes.plot(*np.array(points).T, "." if len(points) == 1 else "-")
+        axes.set_title(key)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
     _save(path, figure)
 
 

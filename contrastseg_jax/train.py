@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from contrastseg_jax.contrast import (
 )
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.evaluate import compile_eval_step, evaluate, inference_variables, normalize
+from contrastseg_jax.files import lock
 from contrastseg_jax.logging import log, open_board, write_metrics
 from contrastseg_jax.losses import segmentation_loss
 from contrastseg_jax.models.segmenter import Segmenter
@@ -167,7 +169,7 @@ def train_step(
 
 def compile_step(
     config: Config, model: Segmenter, tx: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """`train_step` for a mesh; the state it is given is used up."""
     everywhere = distributed.replicated(mesh)
     return jax.jit(
@@ -188,23 +190,32 @@ def is_due(step: int, period: int, num_steps: int) -> bool:
 
 def train(config: Config, workdir: Path) -> None:
     """Train to `train.num_steps`, from the newest checkpoint of the workdir where it has one."""
-    # Data. What is wrong with them shows before anything is compiled or written.
+    # What is wrong with the data shows before anything is compiled or written.
     spec = dataset_spec(config)
-    classes = label_map(spec)
     source, val_source = open_split(spec, "train"), open_split(spec, "val")
-    claim(workdir, config)
+    num_classes = len(label_map(spec).names)
     log.info(
         f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate,"
-        f" {len(classes.names)} classes"
+        f" {num_classes} classes"
     )
+    with lock(workdir / ".lock"):
+        claim(workdir, config)
+        _train_on(config, workdir, source, val_source, num_classes)
 
+
+def _train_on(
+    config: Config, workdir: Path, source: Source, val_source: Source, num_classes: int
+) -> None:
     # State.
     mesh = distributed.make_mesh()
-    model = build_model(config, len(classes.names))
+    model = build_model(config, num_classes)
     tx, schedule = build_optimizer(config)
     num_steps = config.train.num_steps
     manager = checkpoint.open_manager(workdir, keep_checkpoints=config.train.keep_checkpoints)
     start_step = manager.latest_step() or 0
+    if start_step >= num_steps:
+        log.info(f"{workdir}: is trained to its end, step {start_step}")
+        return
     if start_step:
         log.info(f"going on after step {start_step} of {num_steps}")
         state = jax.eval_shape(lambda: init_state(config, model, tx))
@@ -214,13 +225,16 @@ def train(config: Config, workdir: Path) -> None:
     num_params = parameter_overview.count_parameters(state.params)
     log.info(
         f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {mesh.size}"
-        f" {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
+        f" {jax.default_backend()} device{'s' if mesh.size > 1 else ''}; compiling"
     )
 
     # Steps.
-    batches = make_batches(config, source, start_step)
+    started = time.monotonic()
     step_fn = compile_step(config, model, tx, mesh)
+    step_fn = step_fn.lower(state, batch_shape(config, mesh)).compile()
+    log.info(f"compiled in {time.monotonic() - started:.0f} s")
     eval_fn = compile_eval_step(config, model, mesh)
+    batches = make_batches(config, source, start_step)
     board = open_board(workdir, start_step)
     bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
     with contextlib.closing(manager), contextlib.closing(board), bar, logging_redirect_tqdm([log]):
@@ -260,9 +274,22 @@ def train(config: Config, workdir: Path) -> None:
                 _require_finite([metrics], step)  # a lost state must not replace a good one
                 checkpoint.save(manager, step, state, score)
             since += time.monotonic() - paused
+    log.info(f"scores and pictures: {workdir / 'eval' / str(num_steps) / 'index.html'}")
 
 
-def make_batches(config: Config, source: pipeline.Source, start_step: int) -> Iterator[Batch]:
+def batch_shape(config: Config, mesh: Mesh) -> Batch:
+    """Shapes, types and shardings of a global training batch."""
+    size, sharding = config.train.batch_size, distributed.split(mesh)
+    image, row = (size, *config.augment.crop_size), (size,)
+    return Batch(
+        image=jax.ShapeDtypeStruct((*image, 3), jnp.uint8, sharding=sharding),
+        label=jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
+        example_id=jax.ShapeDtypeStruct(row, jnp.int32, sharding=sharding),
+        valid=jax.ShapeDtypeStruct(row, jnp.bool, sharding=sharding),
+    )
+
+
+def make_batches(config: Config, source: Source, start_step: int) -> Iterator[Batch]:
     """This process's rows of the training batches after `start_step`."""
     return pipeline.train_batches(
         source,
@@ -302,8 +329,8 @@ def _require_finite(history: list[Metrics], step: int) -> None:
     losses = [float(metrics["loss"]) for metrics in history]
     if not np.isfinite(losses).all():
         raise FloatingPointError(
-            f"the loss is not finite in steps {step - len(history) + 1} to {step}: {losses};"
-            " lower optim.learning_rate or look at the data"
+            f"the loss of the last {len(history)} steps before step {step + 1} is not finite:"
+            f" {losses}; lower optim.learning_rate or look at the data"
         )
 
 

@@ -33,6 +33,7 @@ def save_all(workdir, state, scores, keep_checkpoints=2):
 
 def test_a_state_comes_back_bit_for_bit(run, tmp_path):
     config, state, mesh = run
+    state = state.replace(step=state.step + 3)
     save_all(tmp_path, state, {3: None})
     with contextlib.closing(checkpoint.open_reader(tmp_path)) as manager:
         restored = checkpoint.restore(manager, 3, abstract(config), mesh)
@@ -82,3 +83,17 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path):
     with contextlib.closing(checkpoint.open_reader(tmp_path)) as manager:
         with pytest.raises(InputError, match="checkpoints/3: cannot be read"):
             checkpoint.restore(manager, 3, abstract(config), mesh)
+
+
+def test_a_damaged_score_and_a_renamed_folder_are_named(run, tmp_path):
+    config, state, mesh = run
+    save_all(tmp_path, state, {2: 0.5, 4: 0.6})  # the state itself is that of step 0
+    with contextlib.closing(checkpoint.open_reader(tmp_path)) as manager:
+        with pytest.raises(InputError, match="checkpoints/4: holds the state after 0 steps"):
+            checkpoint.restore(manager, 4, abstract(config), mesh)
+    score = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
+    score.write_text(score.read_text()[:5])
+    with pytest.raises(InputError, match="checkpoints/2/metrics/metrics: is damaged"):
+        checkpoint.open_reader(tmp_path)
+    with pytest.raises(InputError, match="remove the folder .*checkpoints/2"):
+        checkpoint.open_manager(tmp_path, keep_checkpoints=1)

@@ -59,7 +59,10 @@ def test_every_setting_is_read():
 
 def test_all_bad_overrides_are_listed_with_the_nearest_name():
     with pytest.raises(InputError) as error:
-        load("train.batchsize=3", "contrast.temprature=2", "train.num_steps=a", "seed", "tau=1")
+        load(
+            *("data.name=synthetic", "train.batchsize=3", "contrast.temprature=2"),
+            *("train.num_steps=a", "seed", "tau=1"),
+        )
     lines = str(error.value).splitlines()
     assert lines[0] == "5 problems in the config:"
     assert "train.batchsize: no such setting, did you mean train.batch_size?" in lines[1]

@@ -88,7 +88,7 @@ def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path):
         np.testing.assert_array_equal(got[path], array, err_msg=path)
 
     again = run(killed)  # a finished run stays as it is
-    assert again.returncode == 0 and "step" in again.stderr
+    assert again.returncode == 0 and "is trained to its end, step 14" in again.stderr
     assert logged_steps(tmp_path / "killed") == list(range(1, 15))
 
 
@@ -123,6 +123,10 @@ def test_modes_read_the_config_from_the_workdir(trained, tmp_path):
         (
             [*TRAIN, "--config.trian.num_steps=2", "--config.seed=x"],
             ["trian.num_steps: no such setting, did you mean train.num_steps?", "seed = x: must"],
+        ),
+        (
+            [*TRAIN, "--config.sed=2", "--config.contrast.temperature=0"],
+            ["sed: no such setting, did you mean seed?", "contrast.temperature = 0.0: must be > 0"],
         ),
         (
             [*TRAIN, "--config.train.batch_size=3", "--config.contrast.temperature=0"],

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from contrastseg_jax.files import write_atomically
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.files import lock, to_json, write_atomically
 
 
 def test_text_and_bytes_are_written_into_new_folders(tmp_path):
@@ -25,3 +26,15 @@ def test_the_old_content_stays_when_writing_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_folder_is_locked_by_one_at_a_time(tmp_path):
+    with lock(tmp_path / "run" / ".lock"):
+        with pytest.raises(InputError, match="run: another process is training in this folder"):
+            lock(tmp_path / "run" / ".lock")
+    lock(tmp_path / "run" / ".lock").close()
+
+
+def test_json_has_null_for_what_is_not_finite():
+    text = to_json({"a": [1.5, float("nan")], "b": {"c": float("inf")}, "d": 3})
+    assert text == '{"a": [1.5, null], "b": {"c": null}, "d": 3}'

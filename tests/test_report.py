@@ -23,7 +23,7 @@ def test_panel_and_legend_hold_the_colours_of_the_classes(tmp_path):
     label = np.zeros((20, 30), np.uint8)
     prediction = np.ones((20, 30), np.int32)
     image = np.full((20, 30, 3), 7, np.uint8)
-    report.save_panel(tmp_path / "panel.png", image, label, prediction, CLASSES)
+    report.save_panel(tmp_path / "panel.png", image, label, prediction, CLASSES, "x")
     report.save_legend(tmp_path / "legend.png", CLASSES)
     for name, least in (("panel.png", 10_000), ("legend.png", 20)):
         with Image.open(tmp_path / name) as picture:
@@ -42,7 +42,7 @@ def test_curves_of_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.save_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1200, 420)
+        assert picture.size == (1440, 420)
 
 
 def test_evaluation_page_escapes_names_and_metrics_are_valid_json(tmp_path):

@@ -103,7 +103,7 @@ def test_a_step_depends_on_seed_and_step_alone():
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     history = [{"loss": jnp.asarray(1.0)}, {"loss": jnp.asarray(np.inf)}]
-    with pytest.raises(FloatingPointError, match="in steps 9 to 10"):
+    with pytest.raises(FloatingPointError, match="last 2 steps before step 11"):
         _require_finite(history, 10)
     _require_finite(history[:1], 9)
 

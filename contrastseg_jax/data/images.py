@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from contrastseg_jax.errors import InputError
 
@@ -90,5 +90,8 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
+    except UnidentifiedImageError as error:  # whose own message is a memory address
+        reason = "not an image" if data else "empty"
+        raise InputError(f"{name}: unreadable image file ({reason})") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: unreadable image file ({error})") from error

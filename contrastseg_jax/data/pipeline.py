@@ -205,10 +205,15 @@ def _decode(record: dict[str, bytes], label_map: LabelMap, short_side: int) -> t
     return resize_short_side(image, label, short_side)
 
 
-def _padded_size(source: Source, short_side: int, multiple: int, index: int) -> tuple[int, int]:
+def content_size(source: Source, short_side: int, index: int) -> tuple[int, int]:
+    """(height, width) of an example in an evaluation batch, without the padding around it."""
     record = source[index]
     size = image_size(record["image"], f"image {record['name'].decode()}")
-    height, width = resized_size(size, short_side)
+    return resized_size(size, short_side)
+
+
+def _padded_size(source: Source, short_side: int, multiple: int, index: int) -> tuple[int, int]:
+    height, width = content_size(source, short_side, index)
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 

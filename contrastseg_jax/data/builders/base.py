@@ -109,8 +109,9 @@ def pairs_config(root: Path, pairs: dict[str, list[Pair]], label_map: LabelMap) 
 
 def missing_data(spec: DatasetSpec, layout: str) -> InputError:
     """The error of a data set whose raw data are not where they should be."""
+    found = "has none" if Path(spec.root).expanduser().is_dir() else "is no folder"
     return InputError(
-        f"no images for the data set '{spec.name}': data.root = '{spec.root}'\n"
+        f"no images for the data set '{spec.name}': data.root = '{spec.root}' {found}\n"
         "Give the folder that holds them with --config.data.root=FOLDER; the first start checks and"
         f" prepares them. Its layout:\n{layout}"
     )
