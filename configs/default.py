@@ -58,9 +58,13 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     contrast.candidates = CANDIDATES[variant]  # none, batch (the global one), memory or both
     contrast.loss_weight = 0.1  # of the contrast loss (original: 0.1, with its bank 1)
     contrast.anchors = "hard"  # hard: half of the anchors mispredicted pixels; random: any
-    # The similarities of all anchors of a device with all candidates are held at once.
     contrast.anchors_per_image = 512  # (original: 1024 for the 2 images of a GPU)
     contrast.max_views = 100  # most anchors of one class in one image (original: 100)
+    contrast.positives = "all"  # of an anchor: all, random, hardest or semi_hard (paper)
+    contrast.negatives = "all"  # likewise; semi_hard: at random out of the hardest tenth
+    contrast.num_positives = 1024  # of an anchor, unless all (paper: 1024)
+    contrast.num_negatives = 2048  # of an anchor, unless all (paper: 2048)
+    contrast.approximate = False  # find the hardest by lax.approx_max_k, fast on a TPU
     contrast.temperature = 0.1  # (paper: 0.1)
     contrast.base_temperature = 0.07  # the loss is scaled by temperature / this (original)
     contrast.warmup_steps = 5000  # steps before the contrast loss counts (original: 5000)
@@ -70,6 +74,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     memory.segment_size = 5000  # slots per class of the segment queue; 0: none (original: 5000)
     memory.pixels_per_class = 10  # enqueued per class and image (paper: 10)
     memory.dtype = "float32"  # in which the bank is stored: float32 or bfloat16
+    memory.sharding = "replicated"  # whole on every device, or slots: a part of them on each
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 0.01  # at step 0 (original: 0.01)

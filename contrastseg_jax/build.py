@@ -75,6 +75,11 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, Sched
     return sgd(schedule, momentum=optim.momentum, weight_decay=optim.weight_decay), schedule
 
 
+def splits_memory(config: Config) -> bool:
+    """Whether each device holds a part of the bank's slots instead of the whole bank."""
+    return uses_memory(config) and config.memory.sharding == "slots"
+
+
 def init_state(config: Config, model: Segmenter, tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0: fresh parameters, an empty bank."""
     params, batch_stats = segmenter.init_variables(model, config.seed)

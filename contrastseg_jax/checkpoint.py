@@ -3,14 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as policies
 
-from contrastseg_jax import distributed
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import TrainState
 
@@ -64,11 +62,17 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
     return int(which)
 
 
-def restore(manager: ocp.CheckpointManager, step: int, state: TrainState, mesh: Mesh) -> TrainState:
-    """The state saved at a step, on every device; `state` has its structure, shapes and dtypes."""
-    sharding = distributed.replicated(mesh)
+def restore(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, sharding: Any
+) -> TrainState:
+    """The state saved at a step, laid out as `sharding` says (a prefix of the state's tree).
+
+    `state` has its structure, shapes and dtypes; it may have been saved with another layout.
+    """
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        jax.tree.broadcast(sharding, state),
     )
     try:
         restored = manager.restore(step, args=ocp.args.StandardRestore(abstract))

@@ -196,7 +196,10 @@ def uses_memory(config: Config) -> bool:
 CHOICES = {
     "contrast.candidates": ("none", "batch", "memory", "both"),
     "contrast.anchors": ("hard", "random"),
+    "contrast.positives": ("all", "random", "hardest", "semi_hard"),
+    "contrast.negatives": ("all", "random", "hardest", "semi_hard"),
     "memory.dtype": ("float32", "bfloat16"),
+    "memory.sharding": ("replicated", "slots"),
 }
 
 Rule = tuple[str, Callable[[Any, Config], bool], str]
@@ -214,6 +217,7 @@ def _range(value: Sequence[float]) -> bool:
 RULES: tuple[Rule, ...] = (
     (
         "data.num_threads data.prefetch contrast.anchors_per_image contrast.max_views"
+        " contrast.num_positives contrast.num_negatives"
         " memory.pixels_per_class train.batch_size train.num_steps train.log_steps"
         " train.eval_steps train.checkpoint_steps train.keep_checkpoints eval.batch_size"
         " eval.pad_multiple",

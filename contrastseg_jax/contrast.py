@@ -1,18 +1,26 @@
-"""Pixel contrast: hard anchor sampling and the supervised pixel InfoNCE of the paper.
+"""Pixel contrast: anchors, candidates and the supervised pixel InfoNCE of the paper.
 
 Everything is written for static shapes: a count that depends on the data becomes a `valid` mask,
 and "nothing to contrast" is a loss of exactly 0 with a gradient of exactly 0.
 """
 
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.nn import logsumexp, softplus
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
+from contrastseg_jax.selection import NO_CLASS, POOLED, Selection
+from contrastseg_jax.streaming import loss_and_gradient
 from contrastseg_jax.structs import IGNORE_LABEL, Anchors, Candidates
 
-MASKED = -1e30  # stands for minus infinity where a real one would turn gradients into NaN
+Metrics = dict[str, Float[Array, ""]]
 
 
 def label_at_stride(label: UInt8[Array, "b h w"], size: tuple[int, int]) -> Int[Array, "b hs ws"]:
@@ -31,13 +39,47 @@ def sort_by_group(
     """Order pixels by group, at random inside each.
 
     Returns the pixel at each sorted position, and the start and size of groups 0..num_groups-1;
-    pixels whose group is `num_groups` or more come last and belong to none.
+    pixels whose group is `num_groups` or more come last and belong to none. Group and pixel share
+    one 32-bit sort key, which a CPU sorts seven times as fast as keys with values beside them.
     """
-    random = jax.random.bits(rng, group.shape)
-    index = jnp.arange(group.size, dtype=jnp.int32)
-    group, _, order = lax.sort((group, random, index), num_keys=2)
-    bounds = jnp.searchsorted(group, jnp.arange(num_groups + 1, dtype=group.dtype))
-    return order, bounds[:-1].astype(jnp.int32), jnp.diff(bounds).astype(jnp.int32)
+    bits = max(group.size - 1, 1).bit_length()
+    if (num_groups + 1) << bits > 1 << 32:
+        raise ValueError(f"{num_groups} groups of {group.size} pixels: too many for a 32-bit key")
+    rounds = jax.random.bits(rng, (6,))
+    shuffled = _scramble(jnp.arange(group.size, dtype=jnp.uint32), rounds, bits=bits)
+    group = jnp.minimum(group, num_groups).astype(jnp.uint32)
+    key = jnp.sort((group << bits) | shuffled)
+    order = _scramble(key & jnp.uint32((1 << bits) - 1), rounds, bits=bits, inverse=True)
+    ends = jnp.arange(num_groups + 1, dtype=jnp.uint32) << bits
+    bounds = jnp.searchsorted(key, ends).astype(jnp.int32)
+    return order.astype(jnp.int32), bounds[:-1], jnp.diff(bounds)
+
+
+def _scramble(
+    index: UInt32[Array, " n"], rounds: UInt32[Array, " r"], *, bits: int, inverse: bool = False
+) -> UInt32[Array, " n"]:
+    """A random one-to-one map of 0..2**bits-1 (a Feistel network, one key a round), or its inverse.
+
+    Each round changes one half of the bits by a hash of the other, so that it undoes itself.
+    """
+    low = bits // 2
+    low_mask, high_mask = (1 << low) - 1, (1 << bits) - (1 << low)
+    turns = range(rounds.size)
+    for turn in reversed(turns) if inverse else turns:
+        if turn % 2:
+            index ^= _hash((index >> low) + rounds[turn]) & jnp.uint32(low_mask)
+        else:
+            index ^= (_hash((index & jnp.uint32(low_mask)) + rounds[turn]) << low) & jnp.uint32(
+                high_mask
+            )
+    return index
+
+
+def _hash(x: UInt32[Array, " n"]) -> UInt32[Array, " n"]:
+    """The finalizer of MurmurHash3: every bit of the input moves every bit of the output."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
 
 
 def sample_anchors(
@@ -83,65 +125,183 @@ def sample_anchors(
         return order[jnp.where(valid, position, 0)], cls, valid
 
     pixel, cls, valid = jax.vmap(draw)(group.reshape(b, -1), rng)
+    hard = valid & jnp.take_along_axis((prediction != label).reshape(b, -1), pixel, axis=1)
     rows = jnp.take_along_axis(embedding.reshape(b, -1, d), pixel[:, :, None], axis=1, mode="clip")
-    return Anchors(rows, jnp.where(valid, cls, IGNORE_LABEL), valid)
+    return Anchors(rows, jnp.where(valid, cls, IGNORE_LABEL), valid, hard)
 
 
 def batch_candidates(anchors: Anchors) -> Candidates:
-    """The anchors of the whole global batch, in order, as candidates; gradients flow into them."""
-    d = anchors.embedding.shape[-1]
-    return Candidates(
-        anchors.embedding.reshape(-1, d), anchors.label.reshape(-1), anchors.valid.reshape(-1)
-    )
+    """The anchors of the whole global batch as candidates; gradients flow into them.
 
-
-def join_candidates(first: Candidates, second: Candidates) -> Candidates:
-    """Both sets, `first` in front; stored embeddings may be of a narrower dtype."""
+    They are sorted by class, so that the positives of an anchor lie together. Each knows which
+    anchor it is, so that none is its own positive.
+    """
+    label = anchors.label.reshape(-1)
+    order = jnp.argsort(label)
+    rows = anchors.embedding.reshape(-1, anchors.embedding.shape[-1])
     return Candidates(
-        jnp.concatenate([first.embedding, second.embedding.astype(first.embedding.dtype)]),
-        jnp.concatenate([first.label, second.label]),
-        jnp.concatenate([first.valid, second.valid]),
+        embedding=jnp.take(rows, order, axis=0, mode="clip"),
+        label=label[order],
+        valid=anchors.valid.reshape(-1)[order],
+        anchor=order.astype(jnp.int32),
     )
 
 
 def pixel_contrast_loss(
     anchors: Anchors,
-    candidates: Candidates,
+    candidates: tuple[Candidates, ...],
+    rng: Key[Array, ""] | None = None,
     *,
     temperature: float,
     base_temperature: float,
-    exclude_self: bool,
-) -> Float[Array, ""]:
+    positives: str = "all",
+    negatives: str = "all",
+    num_positives: int = 1024,
+    num_negatives: int = 2048,
+    approximate: bool = False,
+    mesh: Mesh | None = None,
+    split_candidates: bool = False,
+    chunk_size: int = 1024,
+) -> tuple[Float[Array, ""], Metrics]:
     """Pixel-wise supervised InfoNCE (Eq. 3), averaged over positives, then over anchors.
 
         L_i = T/T_base · 1/|P_i| Σ_{p∈P_i} -log  exp(i·p/T) / (exp(i·p/T) + Σ_{n∈N_i} exp(i·n/T))
 
-    P_i: valid candidates with i's label; N_i: those with another. With L = log Σ_n exp(i·n/T) each
-    term is softplus(L - i·p/T). Anchors without a positive are left out of the mean; without
-    a negative a term is 0. Rows with valid=False never matter, whatever they hold.
+    P_i: valid candidates with i's label, of all sets together; N_i: those with another. With
+    L = log Σ_n exp(i·n/T) each term is softplus(L - i·p/T). Anchors without a positive are left out
+    of the mean; without a negative a term is 0. Rows with valid=False never matter, whatever they
+    hold. Similarities exist for at most `chunk_size` candidates at a time (see `streaming.py`).
 
-    `exclude_self`: the first candidates are `batch_candidates(anchors)`, so candidate i is no
-    positive of anchor i.
+    `positives`, `negatives`: how P_i and N_i are thinned out (Sec. 3.2), both at random by `rng`.
+      all: not at all; random: `num_positives` and `num_negatives` of them; hardest: as many, the
+      positives least similar and the negatives most similar to i; semi_hard: as many of the hardest
+      tenth. `approximate` finds the hardest by `lax.approx_max_k`.
+    `mesh`: the devices over which the anchors' images are split. Each holds all candidates or, with
+      `split_candidates`, its part of every set (of the last axis but one of `embedding`).
+
+    Returns the loss and, for the log, `positives_per_anchor`, `positive_similarity` and
+    `negative_similarity` (means over the anchors, and the pairs, that count), and `hard_anchors`,
+    the share of anchors that are, where that is known.
     """
-    rows = batch_candidates(anchors)
-    similarity = _similarity(rows, candidates) / temperature
-    same = rows.label[:, None] == candidates.label[None, :]
-    usable = rows.valid[:, None] & candidates.valid[None, :]
-    positive, negative = usable & same, usable & ~same
-    if exclude_self:
-        positive &= ~jnp.eye(*same.shape, dtype=bool)
-    log_negatives = logsumexp(jnp.where(negative, similarity, MASKED), axis=1, keepdims=True)
-    cost = jnp.where(positive, softplus(log_negatives - similarity), 0.0)
-    num_positives = positive.sum(1).astype(jnp.float32)
-    per_anchor = cost.sum(1) / jnp.maximum(num_positives, 1.0)
-    num_anchors = jnp.sum(num_positives > 0).astype(jnp.float32)
-    return temperature / base_temperature * per_anchor.sum() / jnp.maximum(num_anchors, 1.0)
-
-
-def _similarity(rows: Candidates, candidates: Candidates) -> Float[Array, "a c"]:
-    """Dot products in float32; invalid rows count as zero vectors so that NaN cannot spread."""
-    first, second = (
-        jnp.where(side.valid[:, None], side.embedding.astype(jnp.float32), 0.0)
-        for side in (rows, candidates)
+    if not candidates:
+        raise ValueError("candidates must hold at least one set")
+    chosen = (
+        Selection(positives, num_positives, approximate),
+        Selection(negatives, num_negatives, approximate),
     )
-    return jnp.matmul(first, second.T, precision=lax.Precision.HIGHEST)
+    ranks, shuffled = None, None
+    if POOLED & {positives, negatives}:
+        if rng is None:
+            raise ValueError(f"positives {positives} and negatives {negatives} need an rng")
+        ranks, shuffled = _shuffle(candidates, rng)
+        if mesh is not None:  # every device sorts for itself: cheaper than sending it round
+            whole = NamedSharding(mesh, PartitionSpec())
+            ranks, shuffled = lax.with_sharding_constraint((ranks, shuffled), whole)
+    measure = functools.partial(
+        loss_and_gradient,
+        temperature=temperature,
+        base_temperature=base_temperature,
+        positives=chosen[0],
+        negatives=chosen[1],
+        chunk_size=chunk_size,
+    )
+    if mesh is not None:
+        measure = functools.partial(_on_mesh, measure, mesh, split_candidates)
+    index = jnp.arange(anchors.label.size, dtype=jnp.int32).reshape(anchors.label.shape)
+    loss, metrics = cast(Any, _loss)(measure, anchors, index, candidates, ranks, shuffled)
+    if anchors.hard is not None:
+        num_anchors = jnp.maximum(jnp.sum(anchors.valid), 1)
+        metrics["hard_anchors"] = jnp.sum(anchors.hard & anchors.valid) / num_anchors
+    return loss, metrics
+
+
+def _shuffle(
+    candidates: tuple[Candidates, ...], rng: Key[Array, ""]
+) -> tuple[tuple[Int[Array, "..."], ...], Int[Array, " all"]]:
+    """A random order of all candidates of all sets: each one's rank, and the labels in order.
+
+    It depends on neither devices nor embeddings. Invalid candidates come last.
+    """
+    labels = [jnp.where(c.valid, c.label, NO_CLASS).reshape(-1) for c in candidates]
+    label = jnp.concatenate(labels)
+    order, _, _ = sort_by_group((label == NO_CLASS).astype(jnp.int32), rng, num_groups=1)
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    ends = list(itertools.accumulate(part.size for part in labels))
+    ranks = jnp.split(rank, ends[:-1])
+    shapes = [c.label.shape for c in candidates]
+    return tuple(r.reshape(s) for r, s in zip(ranks, shapes, strict=True)), label[order]
+
+
+def _on_mesh(
+    measure: Callable[..., Any],
+    mesh: Mesh,
+    split_candidates: bool,
+    anchors: Anchors,
+    index: Int[Array, "b s"],
+    candidates: tuple[Candidates, ...],
+    ranks: tuple[Int[Array, "..."], ...] | None,
+    shuffled: Int[Array, " all"] | None,
+    *,
+    differentiated: tuple[bool, ...],
+) -> tuple[Float[Array, ""], Metrics, tuple[Array, tuple[Array | None, ...]]]:
+    """`measure` on every device, on its own rows or its own candidates: the others are whole."""
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    of_rows = whole if split_candidates else split
+    of_sets = tuple(
+        PartitionSpec(*[None] * (c.label.ndim - 1), "data") if split_candidates else whole
+        for c in candidates
+    )
+    of_gradients = tuple(
+        spec if wanted else None for spec, wanted in zip(of_sets, differentiated, strict=True)
+    )
+    return jax.shard_map(
+        functools.partial(
+            measure,
+            differentiated=differentiated,
+            rows_axis=None if split_candidates else "data",
+            candidates_axis="data" if split_candidates else None,
+        ),
+        mesh=mesh,
+        in_specs=(of_rows, of_rows, of_sets, None if ranks is None else of_sets, whole),
+        out_specs=(whole, whole, (of_rows, of_gradients)),
+        check_vma=False,
+    )(anchors, index, candidates, ranks, shuffled)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(
+    measure: Callable[..., Any],
+    anchors: Anchors,
+    index: Int[Array, "b s"],
+    candidates: tuple[Candidates, ...],
+    *order: Any,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss alone; when it is differentiated, its gradient is found on the same way."""
+    nothing = (False,) * len(candidates)
+    return measure(anchors, index, candidates, *order, differentiated=nothing)[:2]
+
+
+def _loss_forward(
+    measure: Callable[..., Any], *arguments: Any
+) -> tuple[tuple[Float[Array, ""], Metrics], Any]:
+    differentiated = tuple(c.embedding.perturbed for c in arguments[2])
+    values = jax.tree.map(lambda x: x.value, arguments)
+    loss, metrics, gradients = measure(*values, differentiated=differentiated)
+    return (loss, metrics), gradients
+
+
+def _loss_backward(_: Callable[..., Any], gradients: Any, cotangents: Any) -> tuple[Any, ...]:
+    slope, nothing = cotangents[0], cast(Any, None)
+    if isinstance(slope, SymbolicZero):  # only the diagnostics were differentiated
+        return (None,) * 5
+    of_anchors, of_candidates = jax.tree.map(lambda x: slope.astype(x.dtype) * x, gradients)
+    return (
+        Anchors(of_anchors, nothing, nothing),
+        None,
+        tuple(Candidates(part, nothing, nothing) for part in of_candidates),
+        None,
+        None,
+    )
+
+
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)

@@ -1,4 +1,4 @@
-"""One mesh axis, `data`: batches are split over it, everything else is replicated."""
+"""One mesh axis, `data`: batches are split over it, and the memory bank's slots where asked."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from contrastseg_jax.structs import Batch
+from contrastseg_jax.structs import Batch, MemoryBank, TrainState
 
 Tree = TypeVar("Tree")
 
@@ -25,6 +25,24 @@ def split(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def state_sharding(mesh: Mesh, *, split_memory: bool) -> Any:
+    """Where a `TrainState` lies: all of it on every device, or each queue's slots split over them.
+
+    A prefix of the state's tree, as `jit`, `device_put` and `checkpoint.restore` take it.
+    """
+    everywhere: Any = replicated(mesh)
+    if not split_memory:
+        return everywhere
+    slots: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
+    counters = {
+        f"{queue}_{counter}": everywhere
+        for queue in ("pixel", "segment")
+        for counter in ("head", "count")
+    }
+    bank = MemoryBank(pixel=slots, segment=slots, **counters)
+    return TrainState(everywhere, everywhere, everywhere, everywhere, everywhere, bank)
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:

@@ -156,7 +156,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
     state = jax.eval_shape(lambda: init_state(config, model, tx))
     with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
         step = checkpoint.find_step(manager, which)
-        state = checkpoint.restore(manager, step, state, mesh)
+        state = checkpoint.restore(manager, step, state, distributed.replicated(mesh))
     log.info(f"{manager.directory / str(step)}: {config.model.name} after {step} steps")
     return model, inference_variables(state), step, mesh
 

@@ -3,12 +3,15 @@
 Slots are filled only by real embeddings and are invalid until then; the bank starts empty.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from contrastseg_jax.contrast import join_candidates, sort_by_group
+from contrastseg_jax.contrast import sort_by_group
 from contrastseg_jax.structs import Candidates, MemoryBank
 
 
@@ -31,15 +34,18 @@ def enqueue(
     bank: MemoryBank,
     pixel: tuple[Float[Array, "b k v d"], Bool[Array, "b k v"]],
     segment: tuple[Float[Array, "b k 1 d"], Bool[Array, "b k 1"]],
+    *,
+    mesh: Mesh | None = None,
 ) -> MemoryBank:
     """Write the rows of a global batch, in example order, over the oldest slots.
 
     `pixel` and `segment` are rows and their `valid` masks as `pixel_keys` and `segment_keys` give
-    them; invalid rows leave no trace. More new rows than slots: the last ones stay.
+    them; invalid rows leave no trace. More new rows than slots: the last ones stay. `mesh`: the
+    devices over which the slots are split, each of which writes the rows that fall in its own.
     """
     return MemoryBank(
-        *_write(bank.pixel, bank.pixel_head, bank.pixel_count, *pixel),
-        *_write(bank.segment, bank.segment_head, bank.segment_count, *segment),
+        *_write(bank.pixel, bank.pixel_head, bank.pixel_count, *pixel, mesh=mesh),
+        *_write(bank.segment, bank.segment_head, bank.segment_count, *segment, mesh=mesh),
     )
 
 
@@ -72,25 +78,22 @@ def segment_keys(
 ) -> tuple[Float[Array, "b k 1 d"], Bool[Array, "b k 1"]]:
     """The mean embedding of each class of each image, brought to unit length."""
     b, _, _, d = embedding.shape
-
-    def sums(embedding: Float[Array, "n d"], label: Int[Array, " n"]) -> tuple[Array, Array]:
-        return (
-            jax.ops.segment_sum(embedding, label, num_classes),
-            jax.ops.segment_sum(jnp.ones_like(label), label, num_classes),
-        )
-
-    total, size = jax.vmap(sums)(embedding.reshape(b, -1, d), label.reshape(b, -1))
-    length = jnp.linalg.norm(total, axis=-1, keepdims=True)
-    return (total / jnp.maximum(length, 1e-12))[:, :, None], size[:, :, None] > 0
-
-
-def memory_candidates(bank: MemoryBank) -> Candidates:
-    """Every slot of both queues, those never written marked invalid; no gradient flows here."""
-    return lax.stop_gradient(
-        join_candidates(
-            _slots(bank.pixel, bank.pixel_count), _slots(bank.segment, bank.segment_count)
-        )
+    # A product with the one-hot labels: a scatter of so many rows is six times as slow.
+    member = jax.nn.one_hot(label.reshape(b, -1), num_classes, axis=1, dtype=embedding.dtype)
+    total = jnp.einsum(
+        "bkn,bnd->bkd", member, embedding.reshape(b, -1, d), precision=lax.Precision.HIGHEST
     )
+    length = jnp.linalg.norm(total, axis=-1, keepdims=True)
+    return (total / jnp.maximum(length, 1e-12))[:, :, None], member.any(-1)[:, :, None]
+
+
+def memory_candidates(bank: MemoryBank) -> tuple[Candidates, ...]:
+    """The slots of each queue that is in use, those never written marked invalid.
+
+    No gradient flows into them.
+    """
+    queues = (bank.pixel, bank.pixel_count), (bank.segment, bank.segment_count)
+    return tuple(_slots(*lax.stop_gradient(queue)) for queue in queues if queue[0].size)
 
 
 def fill_ratio(bank: MemoryBank) -> Float[Array, " k"]:
@@ -105,6 +108,8 @@ def _write(
     count: Int[Array, " k"],
     rows: Float[Array, "b k v d"],
     valid: Bool[Array, "b k v"],
+    *,
+    mesh: Mesh | None,
 ) -> tuple[Float[Array, "k m d"], Int[Array, " k"], Int[Array, " k"]]:
     """Append each class's valid rows to its ring buffer."""
     size = slots.shape[1]
@@ -118,13 +123,33 @@ def _write(
     # which a scatter writes twice to one slot is undefined.
     stays = valid & (rank >= total[:, None] - size)
     slot = jnp.where(stays, (head[:, None] + rank) % size, size)
-    cls = jnp.arange(slots.shape[0])[:, None]
-    slots = slots.at[cls, slot].set(rows.astype(slots.dtype), mode="drop")
+    scatter = _scatter
+    if mesh is not None:
+        whole, split = PartitionSpec(), PartitionSpec(None, "data")
+        scatter = jax.shard_map(
+            functools.partial(_scatter, axis="data"),
+            mesh=mesh,
+            in_specs=(split, whole, whole),
+            out_specs=split,
+        )
+    slots = scatter(slots, rows.astype(slots.dtype), slot)
     return slots, (head + total) % size, jnp.minimum(count + total, size)
 
 
+def _scatter(
+    slots: Float[Array, "k m d"],
+    rows: Float[Array, "k r d"],
+    slot: Int[Array, "k r"],
+    axis: str | None = None,
+) -> Float[Array, "k m d"]:
+    """Put each row into its slot, or nowhere if the slot is not among those of this device."""
+    size = slots.shape[1]
+    slot = slot - lax.axis_index(axis) * size if axis else slot
+    slot = jnp.where(slot < 0, size, slot)  # a negative index would count from the end
+    return slots.at[jnp.arange(slots.shape[0])[:, None], slot].set(rows, mode="drop")
+
+
 def _slots(slots: Float[Array, "k m d"], count: Int[Array, " k"]) -> Candidates:
-    num_classes, size, d = slots.shape
-    label = jnp.broadcast_to(jnp.arange(num_classes)[:, None], (num_classes, size))
-    valid = jnp.arange(size)[None, :] < count[:, None]
-    return Candidates(slots.reshape(-1, d), label.reshape(-1), valid.reshape(-1))
+    shape = slots.shape[:2]
+    label = jnp.broadcast_to(jnp.arange(shape[0], dtype=jnp.int32)[:, None], shape)
+    return Candidates(slots, label, jnp.arange(shape[1])[None, :] < count[:, None])

@@ -39,15 +39,17 @@ class Anchors:
     embedding: Float[Array, "b s d"]
     label: Int[Array, "b s"]
     valid: Bool[Array, "b s"]
+    hard: Bool[Array, "b s"] | None = None  # wrongly predicted, where that is known
 
 
 @struct.dataclass
 class Candidates:
-    """Embeddings to contrast anchors with; same label: positive, other label: negative."""
+    """A set to contrast anchors with; same label: positive, other label: negative."""
 
-    embedding: Float[Array, "c d"]
-    label: Int[Array, " c"]
-    valid: Bool[Array, " c"]
+    embedding: Float[Array, "*c d"]
+    label: Int[Array, "*c"]
+    valid: Bool[Array, "*c"]
+    anchor: Int[Array, "*c"] | None = None  # place of the anchor that each is; None: none is one
 
 
 @struct.dataclass

@@ -19,11 +19,17 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax import checkpoint, distributed, memory, report
-from contrastseg_jax.build import build_model, build_optimizer, dataset_spec, init_state, pad_color
+from contrastseg_jax.build import (
+    build_model,
+    build_optimizer,
+    dataset_spec,
+    init_state,
+    pad_color,
+    splits_memory,
+)
 from contrastseg_jax.config import Config, claim
 from contrastseg_jax.contrast import (
     batch_candidates,
-    join_candidates,
     label_at_stride,
     pixel_contrast_loss,
     sample_anchors,
@@ -37,7 +43,13 @@ from contrastseg_jax.logging import log, open_board, write_metrics
 from contrastseg_jax.losses import segmentation_loss
 from contrastseg_jax.models.segmenter import Segmenter
 from contrastseg_jax.optim import update_ema
-from contrastseg_jax.structs import Batch, MemoryBank, SegmentationOutput, TrainState
+from contrastseg_jax.structs import (
+    IGNORE_LABEL,
+    Batch,
+    MemoryBank,
+    SegmentationOutput,
+    TrainState,
+)
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -47,12 +59,16 @@ def contrast_loss(
     embedding: Float[Array, "b hs ws d"],
     label: Int[Array, "b hs ws"],
     rng: Key[Array, " b"],
+    selection_rng: Key[Array, ""],
     *,
     bank: MemoryBank | None,
     mesh: Mesh,
     config: Config,
-) -> Float[Array, ""]:
-    """Eq. 3 between sampled anchors and the candidates that the config names."""
+) -> tuple[Float[Array, ""], Metrics]:
+    """Eq. 3 between sampled anchors and the candidates that the config names, and diagnostics.
+
+    `rng` draws the anchors, one key per image, `selection_rng` positives and negatives.
+    """
     settings = config.contrast
     anchors = sample_anchors(
         embedding,
@@ -64,17 +80,24 @@ def contrast_loss(
         max_views=settings.max_views,
         strategy=settings.anchors,
     )
-    sets = []
+    sets = ()
     if settings.candidates in ("batch", "both"):
-        sets.append(distributed.replicate(batch_candidates(anchors), mesh))
+        sets += (batch_candidates(anchors),)
     if bank is not None:
-        sets.append(memory.memory_candidates(bank))
+        sets += memory.memory_candidates(bank)
     return pixel_contrast_loss(
         anchors,
-        functools.reduce(join_candidates, sets),
+        sets,
+        selection_rng,
         temperature=settings.temperature,
         base_temperature=settings.base_temperature,
-        exclude_self=settings.candidates != "memory",
+        positives=settings.positives,
+        negatives=settings.negatives,
+        num_positives=settings.num_positives,
+        num_negatives=settings.num_negatives,
+        approximate=settings.approximate,
+        mesh=mesh,
+        split_candidates=splits_memory(config),
     )
 
 
@@ -97,7 +120,11 @@ def enqueue_batch(
         pixels_per_class=config.memory.pixels_per_class,
     )
     segment = memory.segment_keys(embedding, label, num_classes=num_classes)
-    return memory.enqueue(bank, *distributed.replicate((pixel, segment), mesh))
+    return memory.enqueue(
+        bank,
+        *distributed.replicate((pixel, segment), mesh),
+        mesh=mesh if splits_memory(config) else None,
+    )
 
 
 def train_step(
@@ -115,7 +142,7 @@ def train_step(
     the example's id, so it does not depend on how images are spread over devices.
     """
     step_rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    dropout_rng, anchor_rng, key_rng = jax.random.split(step_rng, 3)
+    dropout_rng, anchor_rng, key_rng, selection_rng = jax.random.split(step_rng, 4)
     per_image = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     anchor_rng, key_rng = (per_image(rng, batch.example_id) for rng in (anchor_rng, key_rng))
     image = normalize(
@@ -137,17 +164,21 @@ def train_step(
             class_weights=config.loss.class_weights,
             aux_weight=config.loss.aux_weight,
         )
-        metrics = {"cross_entropy": cross_entropy}
+        ignored = jnp.mean((batch.label == IGNORE_LABEL).astype(jnp.float32))
+        metrics = {"cross_entropy": cross_entropy, "ignored_pixels": ignored}
         if output.embedding is not None:
             label = label_at_stride(batch.label, output.embedding.shape[1:3])
-            contrast = jax.lax.cond(
+            measure = functools.partial(contrast_loss, bank=bank, mesh=mesh, config=config)
+            arguments = (output.logits, output.embedding, label, anchor_rng, selection_rng)
+            shapes = jax.eval_shape(measure, *arguments)
+            contrast, diagnostics = jax.lax.cond(
                 state.step >= config.contrast.warmup_steps,
-                functools.partial(contrast_loss, bank=bank, mesh=mesh, config=config),
-                lambda *_: jnp.zeros(()),
-                *(output.logits, output.embedding, label, anchor_rng),
+                measure,
+                lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+                *arguments,
             )
             loss += config.contrast.loss_weight * contrast
-            metrics["contrast"] = contrast
+            metrics |= {"contrast": contrast, **diagnostics}
         return loss, (updates["batch_stats"], output, metrics | {"loss": loss})
 
     grads, (batch_stats, output, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -162,7 +193,8 @@ def train_step(
         # After the loss: an image is never contrasted with its own rows of this step.
         label = label_at_stride(batch.label, output.embedding.shape[1:3])
         bank = enqueue_batch(bank, output.embedding, label, key_rng, mesh=mesh, config=config)
-        metrics["memory_fill"] = memory.fill_ratio(bank).mean()
+        fill = memory.fill_ratio(bank)
+        metrics |= {"memory_fill": fill.mean(), "memory_fill_min": fill.min()}
     state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, bank)
     return state, metrics
 
@@ -171,11 +203,11 @@ def compile_step(
     config: Config, model: Segmenter, tx: optax.GradientTransformation, mesh: Mesh
 ) -> jax.stages.Wrapped:
     """`train_step` for a mesh; the state it is given is used up."""
-    everywhere = distributed.replicated(mesh)
+    of_state = distributed.state_sharding(mesh, split_memory=splits_memory(config))
     return jax.jit(
         functools.partial(train_step, model=model, tx=tx, mesh=mesh, config=config),
-        in_shardings=(everywhere, distributed.split(mesh)),
-        out_shardings=everywhere,
+        in_shardings=(of_state, distributed.split(mesh)),
+        out_shardings=(of_state, distributed.replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -211,6 +243,7 @@ def _train_on(
     model = build_model(config, num_classes)
     tx, schedule = build_optimizer(config)
     num_steps = config.train.num_steps
+    of_state = distributed.state_sharding(mesh, split_memory=splits_memory(config))
     manager = checkpoint.open_manager(workdir, keep_checkpoints=config.train.keep_checkpoints)
     start_step = manager.latest_step() or 0
     if start_step >= num_steps:
@@ -219,9 +252,9 @@ def _train_on(
     if start_step:
         log.info(f"going on after step {start_step} of {num_steps}")
         state = jax.eval_shape(lambda: init_state(config, model, tx))
-        state = checkpoint.restore(manager, start_step, state, mesh)
+        state = checkpoint.restore(manager, start_step, state, of_state)
     else:
-        state = jax.device_put(init_state(config, model, tx), distributed.replicated(mesh))
+        state = jax.device_put(init_state(config, model, tx), of_state)
     num_params = parameter_overview.count_parameters(state.params)
     log.info(
         f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {mesh.size}"

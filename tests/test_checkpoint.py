@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small import make_config, start
 
-from contrastseg_jax import build, checkpoint
+from contrastseg_jax import build, checkpoint, distributed
 from contrastseg_jax.errors import InputError
 
 
@@ -36,7 +36,7 @@ def test_a_state_comes_back_bit_for_bit(run, tmp_path):
     state = state.replace(step=state.step + 3)
     save_all(tmp_path, state, {3: None})
     with contextlib.closing(checkpoint.open_reader(tmp_path)) as manager:
-        restored = checkpoint.restore(manager, 3, abstract(config), mesh)
+        restored = checkpoint.restore(manager, 3, abstract(config), distributed.replicated(mesh))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(), restored, state)
@@ -71,7 +71,7 @@ def test_a_foreign_checkpoint_is_named(run, tmp_path):
     for other in (make_config(variant="ce"), make_config("model.proj_dim=8")):
         with contextlib.closing(checkpoint.open_reader(tmp_path)) as manager:
             with pytest.raises(InputError, match="checkpoints/3: cannot be read"):
-                checkpoint.restore(manager, 3, abstract(other), mesh)
+                checkpoint.restore(manager, 3, abstract(other), distributed.replicated(mesh))
 
 
 def test_a_damaged_checkpoint_is_named(run, tmp_path):
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path):
             path.write_bytes(path.read_bytes()[:100])
     with contextlib.closing(checkpoint.open_reader(tmp_path)) as manager:
         with pytest.raises(InputError, match="checkpoints/3: cannot be read"):
-            checkpoint.restore(manager, 3, abstract(config), mesh)
+            checkpoint.restore(manager, 3, abstract(config), distributed.replicated(mesh))
 
 
 def test_a_damaged_score_and_a_renamed_folder_are_named(run, tmp_path):
@@ -90,7 +90,7 @@ def test_a_damaged_score_and_a_renamed_folder_are_named(run, tmp_path):
     save_all(tmp_path, state, {2: 0.5, 4: 0.6})  # the state itself is that of step 0
     with contextlib.closing(checkpoint.open_reader(tmp_path)) as manager:
         with pytest.raises(InputError, match="checkpoints/4: holds the state after 0 steps"):
-            checkpoint.restore(manager, 4, abstract(config), mesh)
+            checkpoint.restore(manager, 4, abstract(config), distributed.replicated(mesh))
     score = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
     score.write_text(score.read_text()[:5])
     with pytest.raises(InputError, match="checkpoints/2/metrics/metrics: is damaged"):

@@ -1,6 +1,5 @@
 """Sampling and loss against the original's figures, literal NumPy, optax, and their own rules."""
 
-import functools
 import json
 
 import jax
@@ -14,7 +13,6 @@ from oracles import golden_cases, pixel_contrast_loss_literal, sample_counts_lit
 
 from contrastseg_jax.contrast import (
     batch_candidates,
-    join_candidates,
     label_at_stride,
     pixel_contrast_loss,
     sample_anchors,
@@ -22,7 +20,6 @@ from contrastseg_jax.contrast import (
 from contrastseg_jax.structs import IGNORE_LABEL, Anchors, Candidates
 
 SCALE = {"temperature": 0.1, "base_temperature": 0.07}
-BATCH = {"exclude_self": True}
 
 
 def unit_rows(rng, *shape):
@@ -38,25 +35,29 @@ def anchors_of(embedding, label, valid=None):
     )
 
 
-def candidates_of(embedding, label, valid=None):
+def candidates_of(embedding, label, valid=None, anchor=None):
     valid = np.ones(len(label), bool) if valid is None else valid
-    return Candidates(jnp.asarray(embedding), jnp.asarray(label, jnp.int32), jnp.asarray(valid))
+    return Candidates(
+        jnp.asarray(embedding),
+        jnp.asarray(label, jnp.int32),
+        jnp.asarray(valid),
+        None if anchor is None else jnp.asarray(anchor, jnp.int32),
+    )
 
 
 # --- Loss ----------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("exclude_self", "temperature", "base_temperature"))
-def loss_of_rows(rows, label, bank, *, exclude_self, temperature, base_temperature):
-    anchors = Anchors(rows[None], label[None], jnp.ones_like(label, bool)[None])
-    candidates = batch_candidates(anchors) if bank is None else bank
-    return pixel_contrast_loss(
-        anchors,
-        candidates,
-        exclude_self=exclude_self,
-        temperature=temperature,
-        base_temperature=base_temperature,
-    )
+SETTINGS = ("temperature", "base_temperature", "positives", "negatives", "chunk_size")
+contrast = jax.jit(pixel_contrast_loss, static_argnames=SETTINGS)
+
+
+def loss_of_rows(rows, label, bank=None, valid=None, **settings):
+    """The loss as a function of its anchors' embeddings, in the batch where there is no bank."""
+    valid = jnp.ones_like(label, bool) if valid is None else valid
+    anchors = Anchors(rows[None], label[None], valid[None])
+    candidates = (batch_candidates(anchors),) if bank is None else bank
+    return contrast(anchors, candidates, jax.random.key(0), **settings)[0]
 
 
 def assert_matches_the_original(case, bank, grad_name):
@@ -70,7 +71,6 @@ def assert_matches_the_original(case, bank, grad_name):
         jnp.asarray(rows.reshape(len(label), -1)),
         jnp.asarray(label),
         bank,
-        exclude_self=bank is None,
         temperature=meta["temperature"],
         base_temperature=meta["base_temperature"],
     )
@@ -88,7 +88,7 @@ def assert_matches_the_original(case, bank, grad_name):
 def test_loss_in_the_batch_matches_the_original(path):
     case = np.load(path)
     if "anchor_index" not in case:  # nothing to sample: the original crashes
-        loss = loss_of_rows(jnp.zeros((0, 8)), jnp.zeros(0, jnp.int32), None, **SCALE, **BATCH)
+        loss = loss_of_rows(jnp.zeros((0, 8)), jnp.zeros(0, jnp.int32), None, **SCALE)
         assert float(loss) == float(case["loss_corrected"]) == 0
         return
     corrected = "grad_anchors_corrected"
@@ -98,10 +98,13 @@ def test_loss_in_the_batch_matches_the_original(path):
 
 @pytest.mark.parametrize("path", golden_cases("memory"), ids=lambda p: p.stem)
 def test_loss_against_the_bank_matches_the_original(path):
+    """Class 0 counts (D6) and no slot is taken for the anchor itself (D7)."""
     case = np.load(path)
-    slots = np.concatenate([case["segment_queue"], case["pixel_queue"]], 1).astype(np.float32)
-    num_classes, num_slots, d = slots.shape
-    bank = candidates_of(slots.reshape(-1, d), np.repeat(np.arange(num_classes), num_slots))
+    bank = []
+    for queue in (case["segment_queue"], case["pixel_queue"]):
+        label = np.broadcast_to(np.arange(len(queue))[:, None], queue.shape[:2])
+        bank.append(candidates_of(queue.astype(np.float32), label, np.ones(label.shape, bool)))
+    bank = tuple(bank)
     assert_matches_the_original(case, bank, "grad_anchors_f64_fix_both")
 
 
@@ -109,24 +112,27 @@ def test_loss_equals_optax_ntxent_when_positives_are_equally_many():
     rng = np.random.default_rng(0)
     embedding, label = unit_rows(rng, 24, 16), np.tile(np.arange(4), 6)
     anchors = anchors_of(embedding, label)
-    loss = pixel_contrast_loss(anchors, batch_candidates(anchors), exclude_self=True, **SCALE)
+    loss, _ = contrast(anchors, (batch_candidates(anchors),), **SCALE)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         expected = optax.losses.ntxent(jnp.asarray(embedding), jnp.asarray(label), temperature=0.1)
     np.testing.assert_allclose(loss, expected * 0.1 / 0.07, rtol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), num_classes=st.integers(1, 5), exclude_self=st.booleans())
-def test_loss_equals_a_literal_transcription(seed, num_classes, exclude_self):
+@given(seed=st.integers(0, 2**31), num_classes=st.integers(1, 5), in_batch=st.booleans())
+def test_loss_equals_a_literal_transcription(seed, num_classes, in_batch):
+    """Whatever the classes, with candidates in one set or in two, and any chunk size."""
     rng = np.random.default_rng(seed)
-    anchors = (unit_rows(rng, 12, 8), rng.integers(num_classes, size=12), rng.random(12) < 0.8)
+    own = (unit_rows(rng, 12, 8), rng.integers(num_classes, size=12), rng.random(12) < 0.8)
     more = (unit_rows(rng, 20, 8), rng.integers(num_classes, size=20), rng.random(20) < 0.8)
-    candidates = [np.concatenate(pair) for pair in zip(anchors, more, strict=True)]
-    loss = pixel_contrast_loss(
-        anchors_of(*anchors), candidates_of(*candidates), exclude_self=exclude_self, **SCALE
-    )
-    expected = pixel_contrast_loss_literal(*anchors, *candidates, exclude_self, **SCALE)
-    np.testing.assert_allclose(loss, expected, rtol=2e-5, atol=1e-6)
+    both = [np.concatenate(pair) for pair in zip(own, more, strict=True)]
+    anchors = anchors_of(*own)
+    first = batch_candidates(anchors) if in_batch else candidates_of(*own)
+    expected = pixel_contrast_loss_literal(*own, *both, in_batch, **SCALE)
+    for chunk_size in (5, 64):
+        sets = (first, candidates_of(*more))
+        loss, _ = contrast(anchors, sets, chunk_size=chunk_size, **SCALE)
+        np.testing.assert_allclose(loss, expected, rtol=2e-5, atol=1e-6)
 
 
 @settings(max_examples=15, deadline=None)
@@ -140,15 +146,10 @@ def test_invalid_rows_and_the_order_of_candidates_never_matter(seed):
     def loss_and_grad(embedding, label, valid, garbage):
         spoilt = np.where(anchors[2][:, None], anchors[0], garbage)
         embedding = np.where(valid[:, None], embedding, garbage)
-        candidates = candidates_of(embedding.astype(np.float32), label, valid)
-
-        def loss_of(rows):
-            return pixel_contrast_loss(
-                anchors_of(rows, *anchors[1:]), candidates, exclude_self=False, **SCALE
-            )
-
+        bank = (candidates_of(embedding.astype(np.float32), label, valid),)
+        rows = [jnp.asarray(spoilt, jnp.float32), *map(jnp.asarray, anchors[1:])]
         with jax.debug_nans(False):
-            return jax.value_and_grad(loss_of)(jnp.asarray(spoilt, jnp.float32))
+            return jax.value_and_grad(loss_of_rows)(*rows[:2], bank, rows[2], **SCALE)
 
     loss, grad = loss_and_grad(embedding, label, valid, 1.0)
     order = rng.permutation(16)
@@ -158,39 +159,62 @@ def test_invalid_rows_and_the_order_of_candidates_never_matter(seed):
         np.testing.assert_allclose(other[1], grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("label", [[0, 1, 2, 3], [0, 0, 0, 0]], ids=["no positive", "no negative"])
-def test_nothing_to_contrast_is_exactly_zero(label):
-    embedding = unit_rows(np.random.default_rng(0), 4, 8)
+STRATEGIES = ("all", "random", "hardest", "semi_hard")
 
-    def loss_of(rows):
-        anchors = anchors_of(rows, label)
-        return pixel_contrast_loss(anchors, batch_candidates(anchors), exclude_self=True, **SCALE)
 
-    loss, grad = jax.value_and_grad(loss_of)(jnp.asarray(embedding))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("label", "valid"),
+    [([0, 1, 2, 3], [1, 1, 1, 1]), ([0, 0, 0, 0], [1, 1, 1, 1]), ([0, 0, 1, 1], [0, 0, 0, 0])],
+    ids=["no positive", "no negative", "no anchor"],
+)
+def test_nothing_to_contrast_is_exactly_zero(label, valid, strategy):
+    """D13, D14: the original crashes or divides 0 by 0."""
+    rows = jnp.asarray(unit_rows(np.random.default_rng(0), 4, 8))
+    label, valid = jnp.asarray(label), jnp.asarray(valid, bool)
+    chosen = {"positives": strategy, "negatives": strategy}
+    loss, grad = jax.value_and_grad(loss_of_rows)(rows, label, None, valid, **chosen, **SCALE)
     assert float(loss) == 0
     assert not np.any(grad)
 
 
 def test_small_temperature_gives_no_nan():
-    """The original's D15: log(exp(s) + Σ exp) underflows at temperature 0.01."""
+    """D15: the original's log(exp(s) + Σ exp) underflows at temperature 0.01."""
     rng = np.random.default_rng(0)
-    anchors = anchors_of(10 * unit_rows(rng, 32, 8), rng.integers(3, size=32))
+    rows, label = 10 * unit_rows(rng, 32, 8), rng.integers(3, size=32)
     scale = {"temperature": 0.001, "base_temperature": 0.07}
-    loss, grad = jax.value_and_grad(
-        lambda a: pixel_contrast_loss(a, batch_candidates(a), exclude_self=True, **scale),
-        allow_int=True,
-    )(anchors)
-    assert np.isfinite(loss) and np.isfinite(grad.embedding).all() and np.any(grad.embedding)
+    loss, grad = jax.value_and_grad(loss_of_rows)(
+        jnp.asarray(rows), jnp.asarray(label, jnp.int32), None, **scale
+    )
+    assert np.isfinite(loss) and np.isfinite(grad).all() and np.any(grad)
 
 
-def test_join_candidates_keeps_the_first_in_front():
-    first = candidates_of(np.ones((2, 3), np.float32), [0, 1])
-    second = candidates_of(jnp.zeros((1, 3), jnp.bfloat16), [2], [False])
-    joined = join_candidates(first, second)
-    assert joined.embedding.dtype == jnp.float32
-    np.testing.assert_array_equal(joined.embedding[:, 0], [1, 1, 0])
-    np.testing.assert_array_equal(joined.label, [0, 1, 2])
-    np.testing.assert_array_equal(joined.valid, [True, True, False])
+def test_diagnostics_are_means_over_the_pairs():
+    rng = np.random.default_rng(0)
+    rows, label, valid = unit_rows(rng, 20, 8), rng.integers(4, size=20), rng.random(20) < 0.8
+    hard = rng.random(20) < 0.5
+    anchors = anchors_of(rows, label, valid).replace(hard=jnp.asarray(hard)[None])
+    _, metrics = pixel_contrast_loss(anchors, (batch_candidates(anchors),), **SCALE)
+    similarity, same = rows @ rows.T, label[:, None] == label
+    pairs = valid[:, None] & valid
+    positive, negative = pairs & same & ~np.eye(20, dtype=bool), pairs & ~same
+    expected = {
+        "positives_per_anchor": positive.sum() / positive.any(1).sum(),
+        "positive_similarity": similarity[positive].mean(),
+        "negative_similarity": similarity[negative].mean(),
+        "hard_anchors": hard[valid].mean(),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_what_cannot_be_contrasted_is_an_error():
+    anchors = anchors_of(np.ones((2, 3), np.float32), [0, 1])
+    with pytest.raises(ValueError, match="at least one set"):
+        pixel_contrast_loss(anchors, (), **SCALE)
+    with pytest.raises(ValueError, match="semi_hard.*rng"):
+        pixel_contrast_loss(anchors, (batch_candidates(anchors),), negatives="semi_hard", **SCALE)
 
 
 # --- Labels and anchors --------------------------------------------------------------------------

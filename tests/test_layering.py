@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "contrastseg_jax"
 VOCABULARY = {"structs", "errors", "files", "config"}
-METHOD = {"contrast", "memory", "losses", "metrics", "resize"}
+METHOD = {"contrast", "memory", "losses", "metrics", "resize", "selection", "streaming"}
 LIBRARIES_OF = {"flax": {"models", "structs"}, "tensorflow": set()}
 
 

@@ -114,16 +114,36 @@ def test_empty_slots_are_no_candidates_and_no_gradient_reaches_the_bank():
     bank = memory.init_memory(
         num_classes=2, pixel_size=3, segment_size=2, proj_dim=4, dtype="bfloat16"
     )
-    assert not memory.memory_candidates(bank).valid.any()
+    assert not any(queue.valid.any() for queue in memory.memory_candidates(bank))
     rows = jnp.ones((1, 2, 2, 4)), jnp.asarray([[[True, True], [True, False]]])
     means = jnp.ones((1, 2, 1, 4)), jnp.asarray([[[True], [False]]])
     bank = enqueue(bank, rows, means)
-    candidates = memory.memory_candidates(bank)
-    assert candidates.embedding.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(candidates.label, [0, 0, 0, 1, 1, 1, 0, 0, 1, 1])
-    np.testing.assert_array_equal(candidates.valid, [1, 1, 0, 1, 0, 0, 1, 0, 0, 0])
+    pixel, segment = memory.memory_candidates(bank)
+    assert pixel.embedding.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(pixel.label, [[0, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(pixel.valid, [[1, 1, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(segment.label, [[0, 0], [1, 1]])
+    np.testing.assert_array_equal(segment.valid, [[1, 0], [0, 0]])
     np.testing.assert_allclose(memory.fill_ratio(bank), [3 / 5, 1 / 5])
     grad = jax.grad(
-        lambda rows: memory.memory_candidates(bank.replace(pixel=rows)).embedding.sum().astype("f4")
+        lambda rows: (
+            memory.memory_candidates(bank.replace(pixel=rows))[0].embedding.sum().astype("f4")
+        )
     )(bank.pixel)
     assert not np.any(np.asarray(grad, np.float32))
+
+
+@pytest.mark.parametrize(("pixel_size", "segment_size"), [(0, 2), (3, 0)])
+def test_a_queue_of_no_slots_is_switched_off(pixel_size, segment_size):
+    bank = memory.init_memory(
+        num_classes=2,
+        pixel_size=pixel_size,
+        segment_size=segment_size,
+        proj_dim=4,
+        dtype="float32",
+    )
+    rows = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 2, 1), bool)
+    bank = enqueue(bank, rows, rows)
+    (queue,) = memory.memory_candidates(bank)
+    assert queue.embedding.shape == (2, pixel_size + segment_size, 4)
+    assert queue.valid.sum() == 2

@@ -1,0 +1,130 @@
+"""What `test_multi_device.py` compares, computed on 1, 2, 4 and 8 devices: to be run on its own.
+
+python tests/eight_devices.py FILE.npz
+"""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+from small import make_batch, make_config, start
+
+from contrastseg_jax import distributed, memory
+from contrastseg_jax.contrast import batch_candidates, pixel_contrast_loss, sample_anchors
+
+SHARDINGS = ("replicated", "slots")
+CASES = (
+    *itertools.product((1, 2, 4, 8), SHARDINGS, ("all", "semi_hard")),
+    *itertools.product((1, 8), SHARDINGS, ("random", "hardest")),
+)
+CLASSES, DIM = 3, 16
+
+
+def make_maps(seed):
+    """Embeddings, labels and predictions of eight images."""
+    rng = np.random.default_rng(seed)
+    embedding = rng.normal(size=(8, 6, 7, DIM)).astype(np.float32)
+    embedding /= np.linalg.norm(embedding, axis=-1, keepdims=True)
+    label, prediction = rng.integers(CLASSES, size=(2, 8, 6, 7)).astype(np.int32)
+    return embedding, label, prediction, np.arange(8)
+
+
+def contrast(maps, bank, *, mesh, split_memory, strategy):
+    """Loss and its gradient in the embeddings, then the bank with their keys in it."""
+    embedding, label, prediction, index = maps
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index)
+
+    def loss_of(embedding):
+        anchors = sample_anchors(
+            *(embedding, label, prediction, keys),
+            num_classes=CLASSES,
+            anchors_per_image=12,
+            max_views=4,
+            strategy="hard",
+        )
+        return pixel_contrast_loss(
+            anchors,
+            (batch_candidates(anchors), *memory.memory_candidates(bank)),
+            jax.random.key(1),
+            temperature=0.1,
+            base_temperature=0.07,
+            positives=strategy,
+            negatives=strategy,
+            num_positives=5,
+            num_negatives=6,
+            mesh=mesh,
+            split_candidates=split_memory,
+        )
+
+    (loss, metrics), grad = jax.value_and_grad(loss_of, has_aux=True)(embedding)
+    pixel = memory.pixel_keys(embedding, label, keys, num_classes=CLASSES, pixels_per_class=2)
+    segment = memory.segment_keys(embedding, label, num_classes=CLASSES)
+    rows = distributed.replicate((pixel, segment), mesh)
+    bank = memory.enqueue(bank, *rows, mesh=mesh if split_memory else None)
+    return loss, metrics, grad, bank
+
+
+def run_contrast(num_devices, sharding, strategy):
+    """Two steps from a bank that is partly filled: the second overwrites slots of the first."""
+    mesh = distributed.make_mesh(jax.devices()[:num_devices])
+    split_memory = sharding == "slots"
+    of_state = distributed.state_sharding(mesh, split_memory=split_memory)
+    of_bank = of_state.memory if split_memory else of_state
+    bank = memory.init_memory(
+        num_classes=CLASSES, pixel_size=24, segment_size=16, proj_dim=DIM, dtype="float32"
+    )
+    step = jax.jit(
+        functools.partial(contrast, mesh=mesh, split_memory=split_memory, strategy=strategy),
+        in_shardings=(distributed.split(mesh), of_bank),
+        out_shardings=(None, None, None, of_bank),
+        donate_argnums=1,
+    )
+    bank = jax.device_put(bank, of_bank)
+    results = []
+    for seed in range(3):
+        maps = jax.device_put(make_maps(seed), distributed.split(mesh))
+        loss, metrics, grad, bank = step(maps, bank)
+        results += [loss, grad, *(metrics[key] for key in sorted(metrics))]
+        jax.block_until_ready(bank)
+    held = {shard.data.shape[1] for shard in bank.pixel.addressable_shards}
+    assert held == {24 // num_devices if split_memory else 24}
+    return [np.asarray(x) for x in (*results, *jax.tree.leaves(bank))]
+
+
+def run_step(sharding):
+    """The HLO of the real step on eight devices, and how often two batches were traced."""
+    settings = ("memory.pixel_size=65536", "memory.segment_size=64", "train.batch_size=8")
+    selection = ("contrast.negatives=semi_hard", "contrast.num_negatives=8")
+    config = make_config(*settings, *selection, f"memory.sharding={sharding}")
+    step_fn, state, mesh = start(config, num_devices=8)
+    batch = distributed.to_devices(make_batch(size=8), mesh)
+    hlo = step_fn.lower(state, batch).compile().as_text()
+    for seed in range(2):
+        batch = distributed.to_devices(make_batch(seed, size=8), mesh)
+        state, _ = jax.block_until_ready(step_fn(state, batch))
+    return hlo, step_fn._cache_size()
+
+
+def main(path):
+    """Write everything into one file."""
+    results = {}
+    for case in CASES:
+        for i, array in enumerate(run_contrast(*case)):
+            results[f"{'/'.join(map(str, case))}/{i}"] = array
+    for sharding in SHARDINGS:
+        results[f"hlo/{sharding}"], results[f"traces/{sharding}"] = run_step(sharding)
+    np.savez(path, **results)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_debug_nans", True)
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_CACHE"])
+    main(sys.argv[1])
