@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from contrastseg_jax import memory
+from contrastseg_jax import distributed, memory
 from contrastseg_jax.config import Config, broken_rules, uses_contrast, uses_memory
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import dataset_names, label_map
@@ -14,24 +14,89 @@ from contrastseg_jax.models.segmenter import Segmenter, model_names
 from contrastseg_jax.optim import Schedule, poly_schedule, sgd
 from contrastseg_jax.structs import TrainState
 
+BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
+
 
 def check(config: Config, *, mode: str) -> None:
     """Raise one error for all settings that do not fit each other, this package or the machine."""
+    num_devices = jax.device_count() if mode == "train" else 1
     problems = broken_rules(
         config,
         choices={"model.name": model_names(), "data.name": dataset_names()},
-        num_devices=jax.device_count() if mode == "train" else 1,
+        num_devices=num_devices,
     )
-    weights = config.loss.class_weights
-    if weights and not any(problem.startswith("data.") for problem in problems):
+    if not any(problem.startswith("data.") for problem in problems):
         classes = label_map(dataset_spec(config)).names
-        if len(weights) != len(classes):
+        weights = config.loss.class_weights
+        if weights and len(weights) != len(classes):
             problems.append(
                 f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
                 f" {len(classes)} classes {', '.join(classes)}, or none"
             )
+        if mode == "train":
+            problems += contrast_problems(
+                config,
+                num_classes=len(classes),
+                num_devices=num_devices,
+                device_bytes=distributed.device_bytes(),
+            )
     if problems:
         raise listed("the config", problems)
+
+
+def contrast_problems(
+    config: Config, *, num_classes: int, num_devices: int, device_bytes: int
+) -> list[str]:
+    """What the bank cannot hold, and what cannot hold the bank; each with its figures."""
+    if not uses_contrast(config):
+        return []
+    settings, batch_size = config.contrast, config.train.batch_size
+    bank, problems = config.memory, []
+    of_class, of_others = 0, 0  # the most candidates of one class, and of all others together
+    if settings.candidates in ("batch", "both"):
+        of_class = of_others = batch_size * settings.anchors_per_image
+    if uses_memory(config):
+        problems += bank_problems(config, num_devices=num_devices)
+        slots = bank.pixel_size + bank.segment_size
+        of_class, of_others = of_class + slots, of_others + (num_classes - 1) * slots
+        parts = num_devices if bank.sharding == "slots" else 1
+        size = num_classes * slots * config.model.proj_dim * jnp.dtype(bank.dtype).itemsize
+        if size // parts > BANK_SHARE * device_bytes:
+            problems.append(
+                f"memory: {num_classes} classes x {slots} slots x {config.model.proj_dim}"
+                f" {bank.dtype} take {size // parts / 2**30:.1f} GiB of a device's"
+                f" {device_bytes / 2**30:.1f}: must be at most {BANK_SHARE:.0%}; make the queues"
+                " smaller, or use memory.dtype = 'bfloat16' or memory.sharding = 'slots'"
+            )
+    for side, most in (("positives", of_class), ("negatives", of_others)):
+        number = settings[f"num_{side}"]
+        if settings[side] != "all" and number > most:
+            problems.append(
+                f"contrast.num_{side} = {number}: an anchor has at most {most} {side}"
+                f" (batch of {batch_size}, {num_classes} classes, queues of {bank.pixel_size} and"
+                f" {bank.segment_size}); it must be at most that"
+            )
+    return problems
+
+
+def bank_problems(config: Config, *, num_devices: int) -> list[str]:
+    """Queues that are too short for a step, or that do not come out even over the devices."""
+    problems, bank = [], config.memory
+    for queue, per_image in (("pixel", bank.pixels_per_class), ("segment", 1)):
+        size, rows = bank[f"{queue}_size"], per_image * config.train.batch_size
+        if 0 < size < rows:
+            problems.append(
+                f"memory.{queue}_size = {size}: one step may enqueue {rows} rows of a class"
+                f" ({per_image} for each of {config.train.batch_size} images); it must be at least"
+                " that, or 0"
+            )
+        if bank.sharding == "slots" and size % num_devices:
+            problems.append(
+                f"memory.{queue}_size = {size}: memory.sharding = 'slots' splits it over"
+                f" {num_devices} devices; it must be a multiple, e.g."
+                f" {size + num_devices - size % num_devices}"
+            )
+    return problems
 
 
 def dataset_spec(config: Config) -> DatasetSpec:

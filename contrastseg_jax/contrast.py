@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
-from contrastseg_jax.selection import NO_CLASS, POOLED, Selection
+from contrastseg_jax.selection import NO_LABEL, POOLED, RANK_BITS, Order, Selection
 from contrastseg_jax.streaming import loss_and_gradient
 from contrastseg_jax.structs import IGNORE_LABEL, Anchors, Candidates
 
@@ -189,14 +189,14 @@ def pixel_contrast_loss(
         Selection(positives, num_positives, approximate),
         Selection(negatives, num_negatives, approximate),
     )
-    ranks, shuffled = None, None
+    ranks, order = None, None
     if POOLED & {positives, negatives}:
         if rng is None:
             raise ValueError(f"positives {positives} and negatives {negatives} need an rng")
-        ranks, shuffled = _shuffle(candidates, rng)
+        ranks, order = _shuffle(candidates, rng)
         if mesh is not None:  # every device sorts for itself: cheaper than sending it round
             whole = NamedSharding(mesh, PartitionSpec())
-            ranks, shuffled = lax.with_sharding_constraint((ranks, shuffled), whole)
+            ranks, order = lax.with_sharding_constraint((ranks, order), whole)
     measure = functools.partial(
         loss_and_gradient,
         temperature=temperature,
@@ -208,7 +208,7 @@ def pixel_contrast_loss(
     if mesh is not None:
         measure = functools.partial(_on_mesh, measure, mesh, split_candidates)
     index = jnp.arange(anchors.label.size, dtype=jnp.int32).reshape(anchors.label.shape)
-    loss, metrics = cast(Any, _loss)(measure, anchors, index, candidates, ranks, shuffled)
+    loss, metrics = cast(Any, _loss)(measure, anchors, index, candidates, ranks, order)
     if anchors.hard is not None:
         num_anchors = jnp.maximum(jnp.sum(anchors.valid), 1)
         metrics["hard_anchors"] = jnp.sum(anchors.hard & anchors.valid) / num_anchors
@@ -217,19 +217,18 @@ def pixel_contrast_loss(
 
 def _shuffle(
     candidates: tuple[Candidates, ...], rng: Key[Array, ""]
-) -> tuple[tuple[Int[Array, "..."], ...], Int[Array, " all"]]:
-    """A random order of all candidates of all sets: each one's rank, and the labels in order.
-
-    It depends on neither devices nor embeddings. Invalid candidates come last.
-    """
-    labels = [jnp.where(c.valid, c.label, NO_CLASS).reshape(-1) for c in candidates]
-    label = jnp.concatenate(labels)
-    order, _, _ = sort_by_group((label == NO_CLASS).astype(jnp.int32), rng, num_groups=1)
-    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
-    ends = list(itertools.accumulate(part.size for part in labels))
-    ranks = jnp.split(rank, ends[:-1])
+) -> tuple[tuple[Int[Array, "..."], ...], Order]:
+    """A random order that depends on neither devices nor embeddings, and each one's rank in it."""
+    label = jnp.concatenate([jnp.where(c.valid, c.label, NO_LABEL).reshape(-1) for c in candidates])
+    if label.size > 1 << RANK_BITS:
+        raise ValueError(f"{label.size} candidates: at most {1 << RANK_BITS} can be drawn from")
+    index, _, _ = sort_by_group((label == NO_LABEL).astype(jnp.int32), rng, num_groups=1)
+    rank = jnp.zeros_like(index).at[index].set(jnp.arange(index.size, dtype=jnp.int32))
+    keys = jnp.sort((label.astype(jnp.uint32) << RANK_BITS) | rank.astype(jnp.uint32))
+    ends = itertools.accumulate(c.label.size for c in candidates[:-1])
+    ranks = jnp.split(rank, list(ends))
     shapes = [c.label.shape for c in candidates]
-    return tuple(r.reshape(s) for r, s in zip(ranks, shapes, strict=True)), label[order]
+    return tuple(r.reshape(s) for r, s in zip(ranks, shapes, strict=True)), Order(index, keys)
 
 
 def _on_mesh(
@@ -240,7 +239,7 @@ def _on_mesh(
     index: Int[Array, "b s"],
     candidates: tuple[Candidates, ...],
     ranks: tuple[Int[Array, "..."], ...] | None,
-    shuffled: Int[Array, " all"] | None,
+    order: Order | None,
     *,
     differentiated: tuple[bool, ...],
 ) -> tuple[Float[Array, ""], Metrics, tuple[Array, tuple[Array | None, ...]]]:
@@ -265,7 +264,7 @@ def _on_mesh(
         in_specs=(of_rows, of_rows, of_sets, None if ranks is None else of_sets, whole),
         out_specs=(whole, whole, (of_rows, of_gradients)),
         check_vma=False,
-    )(anchors, index, candidates, ranks, shuffled)
+    )(anchors, index, candidates, ranks, order)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -274,11 +273,11 @@ def _loss(
     anchors: Anchors,
     index: Int[Array, "b s"],
     candidates: tuple[Candidates, ...],
-    *order: Any,
+    *drawn: Any,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss alone; when it is differentiated, its gradient is found on the same way."""
     nothing = (False,) * len(candidates)
-    return measure(anchors, index, candidates, *order, differentiated=nothing)[:2]
+    return measure(anchors, index, candidates, *drawn, differentiated=nothing)[:2]
 
 
 def _loss_forward(

@@ -1,5 +1,6 @@
 """One mesh axis, `data`: batches are split over it, and the memory bank's slots where asked."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -53,6 +54,13 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Inside `jit`: bring every array of the tree to all devices (an all-gather if split)."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def device_bytes() -> int:
+    """Memory of one device; devices of the CPU share that of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit", of_machine // jax.local_device_count())
 
 
 def fetch(tree: Any) -> Any:

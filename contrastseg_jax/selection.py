@@ -11,12 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 NO_CLASS = 1 << 30  # the label of rows and columns that take part in nothing; sorts behind all
 NO_ANCHOR = -1  # for a candidate that is no anchor
 MASKED = -1e30  # stands for minus infinity where a real one would turn differences into NaN
 POOLED = {"random", "semi_hard"}  # strategies that draw a pool from the candidates of a class
+NO_LABEL = 255  # what stands for NO_CLASS in the 8 bits that a label has in a key
+RANK_BITS = 24
 BLOCK = 16  # rows whose similarities with all candidates of a selection exist at once
 POOL_FACTOR = 10  # semi-hard takes the hardest tenth of a pool this many times as large
 
@@ -36,6 +38,13 @@ class Columns(NamedTuple):
     label: Int[Array, " c"]
     anchor: Int[Array, " c"]
     rank: Int[Array, " c"]
+
+
+class Order(NamedTuple):
+    """A random order of the candidates of all sets on all devices, those without a label last."""
+
+    candidate: Int[Array, " all"]  # which one it is, one set after the other, by rank
+    keys: UInt32[Array, " all"]  # label << RANK_BITS | rank of each, sorted
 
 
 class Selection(NamedTuple):
@@ -78,27 +87,27 @@ def select(
     tile: Rows,
     *,
     sets: tuple[Columns, ...],
-    shuffled: Int[Array, " all"] | None,
+    layouts: tuple[tuple[int, int], ...],
+    order: Order | None,
     selection: Selection,
     positive: bool,
     axis: str | None,
 ) -> tuple[tuple[Columns, ...], Limits]:
     """The columns to look at, and the limits, for rows of the class that the first row has.
 
-    `shuffled` are the labels of all candidates, those on other devices included, by rank. The rows
-    of a class share one pool: its first positives, or negatives, in that order. The hardest tenth
-    of a random pool of ten times K is the paper's K at random out of the hardest tenth of all, at a
-    fraction of the comparisons.
+    The rows of a class share one pool, its first positives, or negatives, in the random order. The
+    hardest tenth of a random pool of ten times K is the paper's K at random out of the hardest
+    tenth of all, at a fraction of the comparisons.
     """
     label, size = tile.label[0], tile.label.size
-    rank = jnp.asarray(jnp.iinfo(jnp.int32).max)
-    factor = POOL_FACTOR if selection.strategy == "semi_hard" else 1
-    if selection.strategy in POOLED and shuffled is not None:
-        pool_size = min(selection.number * factor, shuffled.size)
-        counts = jnp.cumsum(_eligible(shuffled, label, positive=positive))
-        rank = jnp.searchsorted(counts, pool_size).astype(jnp.int32) + 1
-        sets = (_pool(sets, label, rank, pool_size, positive=positive),)
-    limits = Limits(jnp.full(size, rank), jnp.full(size, -jnp.inf))
+    limit = jnp.asarray(jnp.iinfo(jnp.int32).max)
+    if selection.strategy in POOLED and order is not None:
+        factor = POOL_FACTOR if selection.strategy == "semi_hard" else 1
+        pool_size = min(selection.number * factor, order.candidate.size)
+        ranks = _pool_ranks(order, label, pool_size, positive=positive)
+        sets = (_pool(sets, layouts, order, ranks, axis),)
+        limit = jnp.max(jnp.where(ranks < order.candidate.size, ranks, -1)) + 1
+    limits = Limits(jnp.full(size, limit), jnp.full(size, -jnp.inf))
     if selection.strategy in ("all", "random"):
         return sets, limits
     find = functools.partial(
@@ -134,39 +143,66 @@ def _hardness_limit(
     return found - 2e-6 * jnp.abs(found)
 
 
-def _eligible(
-    label_of: Int[Array, " c"], label: Int[Array, ""], *, positive: bool
-) -> Bool[Array, " c"]:
-    """Where the positives, or the negatives, of a class are."""
-    same = label_of == label
-    return same if positive else ~same & (label_of != NO_CLASS)
+def _pool_ranks(
+    order: Order, label: Int[Array, ""], size: int, *, positive: bool
+) -> Int[Array, " p"]:
+    """Ranks of the first positives, or negatives, of a class; beyond all ranks where none is left.
+
+    The time is that of a few searches, whatever the number of candidates.
+    """
+    nothing, place = order.candidate.size, jnp.arange(size, dtype=jnp.int32)
+    classes = jnp.stack([label, label + 1, jnp.asarray(NO_LABEL)]).astype(jnp.uint32)
+    start, end, num_valid = jnp.searchsorted(order.keys, classes << RANK_BITS).astype(jnp.int32)
+
+    def rank_of(member: Int[Array, " p"]) -> Int[Array, " p"]:
+        key = jnp.take(order.keys, start + member, mode="clip")
+        return (key & jnp.uint32((1 << RANK_BITS) - 1)).astype(jnp.int32)
+
+    if positive:
+        return jnp.where(place < end - start, rank_of(place), nothing)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        ahead = (middle < end - start) & (rank_of(middle) - middle <= place)
+        return jnp.where(ahead, middle + 1, low), jnp.where(ahead, high, middle)
+
+    # Of the class itself, so many members come before the negative at each place.
+    bounds = jnp.zeros_like(place), jnp.full_like(place, nothing)
+    members, _ = lax.fori_loop(0, nothing.bit_length() + 1, halve, bounds)
+    rank = place + members
+    return jnp.where(rank < num_valid, rank, nothing)
 
 
 def _pool(
     sets: tuple[Columns, ...],
-    label: Int[Array, ""],
-    rank: Int[Array, ""],
-    size: int,
-    *,
-    positive: bool,
+    layouts: tuple[tuple[int, int], ...],
+    order: Order,
+    ranks: Int[Array, " p"],
+    axis: str | None,
 ) -> Columns:
-    """The positives, or negatives, of a class below a rank, of which there are at most `size`."""
-    labels, anchors, ranks = (
-        jnp.concatenate([getattr(columns, name) for columns in sets])
-        for name in ("label", "anchor", "rank")
+    """The candidates of some ranks; those that lie on other devices take part in nothing here."""
+    index = jnp.take(order.candidate, ranks, mode="fill", fill_value=order.candidate.size)
+    num_devices, device = (lax.axis_size(axis), lax.axis_index(axis)) if axis else (1, 0)
+    pool = Columns(
+        jnp.zeros((ranks.size, sets[0].embedding.shape[1])),
+        jnp.full(ranks.shape, NO_CLASS),
+        jnp.full(ranks.shape, NO_ANCHOR),
+        ranks,
     )
-    member = _eligible(labels, label, positive=positive) & (ranks < rank)
-    (index,) = jnp.nonzero(member, size=size, fill_value=labels.size)
-    embedding, first = jnp.zeros((size, sets[0].embedding.shape[1])), 0
-    for columns in sets:
-        here = (index >= first) & (index < first + columns.label.size)
-        found = jnp.take(columns.embedding, jnp.where(here, index - first, 0), axis=0, mode="clip")
-        embedding = jnp.where(here[:, None], found.astype(jnp.float32), embedding)
-        first += columns.label.size
-    return Columns(
-        embedding,
-        *(jnp.take(x, index, mode="fill", fill_value=NO_CLASS) for x in (labels, anchors, ranks)),
-    )
+    for columns, (num_rows, width) in zip(sets, layouts, strict=True):
+        row, slot = jnp.divmod(index, width * num_devices)
+        here = (row >= 0) & (row < num_rows) & (slot // width == device)
+        local = jnp.where(here, row * width + slot % width, 0)
+        found = jax.tree.map(lambda x, at=local: jnp.take(x, at, axis=0, mode="clip"), columns)
+        pool = Columns(
+            jnp.where(here[:, None], found.embedding.astype(jnp.float32), pool.embedding),
+            jnp.where(here, found.label, pool.label),
+            jnp.where(here, found.anchor, pool.anchor),
+            ranks,
+        )
+        index -= num_rows * width * num_devices
+    return pool
 
 
 def _kth_largest(

@@ -8,6 +8,7 @@ is summed on the way, so that nothing is walked again backwards.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from contrastseg_jax.selection import (
     NO_CLASS,
     Columns,
     Limits,
+    Order,
     Rows,
     Selection,
     dot,
@@ -63,7 +65,7 @@ def loss_and_gradient(
     index: Int[Array, "b s"],
     candidates: tuple[Candidates, ...],
     ranks: tuple[Int[Array, "..."], ...] | None,
-    shuffled: Int[Array, " all"] | None,
+    order: Order | None,
     *,
     temperature: float,
     base_temperature: float,
@@ -76,16 +78,19 @@ def loss_and_gradient(
 ) -> tuple[Float[Array, ""], Metrics, Gradients]:
     """Loss, diagnostics, and gradients in the anchors and in the sets that are `differentiated`.
 
-    `index` is the place of each anchor in the batch. `ranks` (one for each candidate) and
-    `shuffled` (the labels of all, in order) are what selections draw from. It runs on
-    every device: the anchors lie over the devices of the mesh axis `rows_axis`, or the candidates
-    over those of `candidates_axis`; what lies over no axis is whole on each device.
+    `index` is the place of each anchor in the batch; `ranks` and `order` are the random order from
+    which selections draw. It runs on every device: the anchors lie over the devices of the mesh
+    axis `rows_axis`, or the candidates over those of `candidates_axis`; what lies over no axis is
+    whole on each device.
     """
     if ranks is None:
         ranks = tuple(jnp.zeros(c.label.shape, jnp.int32) for c in candidates)
     sets = tuple(_columns(*pair) for pair in zip(candidates, ranks, strict=True))
-    rows, order = _sorted_rows(anchors, index, temperature)
-    choose = functools.partial(select, sets=sets, shuffled=shuffled, axis=candidates_axis)
+    rows, places = _sorted_rows(anchors, index, temperature)
+    layouts = tuple((math.prod(c.label.shape[:-1]), c.label.shape[-1]) for c in candidates)
+    choose = functools.partial(
+        select, sets=sets, layouts=layouts, order=order, axis=candidates_axis
+    )
 
     away, away_limits = _find_negatives(rows, sets, negatives, choose, chunk_size)
     peak = lax.pmax(away.peak, candidates_axis) if candidates_axis else away.peak
@@ -103,7 +108,7 @@ def loss_and_gradient(
 
     gradient = (push * share / total)[:, None] * away.weighted - pull[:, None] * near.weighted
     gradient = _over(candidates_axis, gradient) / temperature
-    gradient = jnp.zeros_like(gradient).at[order].set(gradient).reshape(anchors.embedding.shape)
+    gradient = jnp.zeros_like(gradient).at[places].set(gradient).reshape(anchors.embedding.shape)
     gradient = gradient.astype(anchors.embedding.dtype)
     walk = functools.partial(
         candidate_gradient,

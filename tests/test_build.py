@@ -1,5 +1,7 @@
 """What a config makes."""
 
+import re
+
 import jax
 import pytest
 from small import make_config
@@ -34,6 +36,47 @@ def test_the_batch_size_is_checked_where_it_is_used():
     config = make_config("train.batch_size=3")
     build.check(config, mode="eval")
     with pytest.raises(InputError, match="train.batch_size = 3.*2 devices"):
+        build.check(config, mode="train")
+
+
+def problems(*overrides, num_devices=2, device_bytes=1 << 30):
+    config = make_config(*overrides)
+    return build.contrast_problems(
+        config, num_classes=3, num_devices=num_devices, device_bytes=device_bytes
+    )
+
+
+def test_a_bank_that_fits_is_no_problem():
+    assert problems() == []
+    assert problems("memory.segment_size=0", "memory.sharding=slots") == []
+    assert problems("contrast.negatives=semi_hard", "contrast.num_negatives=8") == []
+    assert problems("contrast.candidates=none", "memory.pixel_size=1") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["memory.pixel_size=11"], r"pixel_size = 11: .* 12 rows .*\(3 for each of 4 images\)"),
+        (["memory.segment_size=3"], r"segment_size = 3: one step may enqueue 4 rows"),
+        (["memory.sharding=slots", "memory.pixel_size=17"], r"pixel_size = 17: .*2 devices.*18"),
+        (["memory.pixel_size=2000000"], r"3 classes x 2000004 slots x 16 float32 take 0.4 GiB"),
+        (["contrast.positives=random"], r"num_positives = 1024: .* at most 116 positives"),
+        (["contrast.negatives=hardest"], r"num_negatives = 2048: .* at most 136 negatives"),
+        (
+            ["contrast.negatives=random", "contrast.candidates=batch"],
+            r"num_negatives = 2048: .* at most 96 negatives",
+        ),
+    ],
+)
+def test_what_the_bank_cannot_hold_is_refused_with_figures(overrides, message):
+    (problem,) = problems(*overrides, device_bytes=1 << 29)
+    assert re.search(message, problem)
+
+
+def test_check_lists_the_problems_of_the_bank_in_training_alone():
+    config = make_config("memory.pixel_size=5", "contrast.negatives=random")
+    build.check(config, mode="eval")
+    with pytest.raises(InputError, match=r"(?s)pixel_size = 5.*num_negatives = 2048"):
         build.check(config, mode="train")
 
 

@@ -42,6 +42,23 @@ def test_a_state_comes_back_bit_for_bit(run, tmp_path):
     jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(), restored, state)
 
 
+def test_a_bank_may_be_restored_to_another_layout(tmp_path):
+    config = make_config("memory.sharding=slots")
+    _, state, mesh = start(config)
+    assert not state.memory.pixel.is_fully_replicated
+    everywhere, split = (
+        distributed.state_sharding(mesh, split_memory=split) for split in (False, True)
+    )
+    with contextlib.closing(checkpoint.open_manager(tmp_path, keep_checkpoints=1)) as manager:
+        checkpoint.save(manager, 0, state, None)
+        manager.wait_until_finished()
+        whole = checkpoint.restore(manager, 0, abstract(config), everywhere)
+        again = checkpoint.restore(manager, 0, abstract(config), split)
+    assert whole.memory.pixel.is_fully_replicated
+    assert again.memory.pixel.sharding == state.memory.pixel.sharding
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
 def test_the_newest_and_the_best_are_kept(run, tmp_path):
     scores = {1: None, 2: 0.4, 3: 0.6, 4: None, 5: 0.5, 6: float("nan"), 7: None}
     save_all(tmp_path, run[1], scores)

@@ -36,7 +36,7 @@ def computed(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["all", "random", "hardest", "semi_hard"])
 def test_loss_gradient_diagnostics_and_bank_do_not_depend_on_devices(computed, strategy):
-    """Neither on their number nor on where the bank lies; the bank is the same to the bit."""
+    """Neither on their number nor on where the bank lies."""
     cases = {}
     for name, array in computed.items():
         case, _, index = name.rpartition("/")

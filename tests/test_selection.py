@@ -31,12 +31,13 @@ def masks(rows, candidates, rngs, number):
     label = jnp.where(candidates.valid, candidates.label, NO_CLASS)
 
     def taken(strategy, positive, rng):
-        ranks, shuffled = _shuffle((candidates,), rng)
+        ranks, order = _shuffle((candidates,), rng)
         columns = Columns(candidates.embedding, label, jnp.full(label.shape, -1), ranks[0])
         (some,), limits = select(
             tile,
             sets=(columns,),
-            shuffled=shuffled,
+            layouts=((1, label.size),),
+            order=order,
             selection=Selection(strategy, number.size, approximate=False),
             positive=positive,
             axis=None,

@@ -92,6 +92,24 @@ def test_bank_alone_trains_on_what_it_holds():
     assert state.memory.pixel.dtype == jnp.bfloat16
 
 
+def test_a_bank_split_over_the_devices_trains_alike(warming_up):
+    state, history, _ = run_steps(make_config("memory.sharding=slots"))
+    for metrics, expected in zip(history, warming_up[1], strict=True):
+        for key, value in expected.items():
+            np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+    np.testing.assert_allclose(state.memory.pixel, warming_up[0].memory.pixel, atol=1e-4)
+
+
+def test_diagnostics_are_logged_with_the_loss(warming_up):
+    metrics = warming_up[1][2]
+    assert 0 < metrics["hard_anchors"] < 1
+    assert metrics["ignored_pixels"] == 1 / 32
+    assert metrics["positives_per_anchor"] > 1
+    assert -1 <= metrics["negative_similarity"] < metrics["positive_similarity"] <= 1
+    first = warming_up[1][0]
+    assert 0 < first["memory_fill_min"] <= first["memory_fill"] < 1
+
+
 def test_a_step_depends_on_seed_and_step_alone():
     config = make_config()
     step_fn, state, mesh = start(config)
