@@ -7,7 +7,9 @@ Both sides of a ratio are timed in one run, in turns, and the quickest of severa
 PyTorch installed, the method in the batch is also timed the way the original computes it.
 """
 
+import dataclasses
 import functools
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,15 +25,12 @@ from contrastseg_jax import memory
 from contrastseg_jax.contrast import batch_candidates, pixel_contrast_loss, sample_anchors
 from contrastseg_jax.structs import Anchors, Candidates, MemoryBank
 
-try:
-    import torch
-except ImportError:
-    torch = None
+torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("growth", False, "Time per step against slots and classes instead.")
 
-SCALE = {"temperature": 0.1, "base_temperature": 0.07}
+SCALE: dict[str, Any] = {"temperature": 0.1, "base_temperature": 0.07}
 DIM, CLASSES = 256, 19
 
 
@@ -54,7 +53,7 @@ def in_batch(num_images: int) -> None:
     embedding, label, prediction = make_maps(num_images)
     ours = compiled(jax.value_and_grad(loss_in_batch), embedding, label, prediction)
     direct = compiled(jax.value_and_grad(direct_in_batch), embedding, label, prediction)
-    sides = {"ours": ours, "all similarities at once": direct}
+    sides: dict[str, Any] = {"ours": ours, "all similarities at once": direct}
     if torch is not None:
         maps = [torch.from_numpy(np.array(x)) for x in (embedding, label, prediction)]
         sides["PyTorch, as the original"] = lambda: original_in_batch(*maps)
@@ -71,7 +70,7 @@ def make_maps(num_images: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     label = rng.integers(CLASSES, size=(num_images, 8, 16)).repeat(16, 1).repeat(16, 2)
     other = rng.integers(CLASSES, size=label.shape)
     prediction = np.where(rng.random(label.shape) < 0.3, other, label)
-    return jnp.asarray(embedding), *(jnp.asarray(x, jnp.int32) for x in (label, prediction))
+    return jnp.asarray(embedding), jnp.asarray(label, jnp.int32), jnp.asarray(prediction, jnp.int32)
 
 
 def draw(embedding: jax.Array, label: jax.Array, prediction: jax.Array) -> Anchors:
@@ -206,7 +205,7 @@ def loss_against_bank(
 ) -> jax.Array:
     """Positives and negatives chosen in one way, in the numbers of the paper."""
     return pixel_contrast_loss(
-        anchors.replace(embedding=rows),
+        dataclasses.replace(anchors, embedding=rows),
         (candidates,),
         jax.random.key(0),
         positives=strategy,
@@ -232,7 +231,7 @@ def enqueue() -> None:
             bank, pixel, memory.segment_keys(embedding, label, num_classes=CLASSES)
         )
 
-    run = jax.jit(step, donate_argnums=0).lower(bank, embedding, label).compile()
+    run: Any = jax.jit(step, donate_argnums=0).lower(bank, embedding, label).compile()
     seconds = []
     for _ in range(10):
         started = time.perf_counter()
@@ -272,12 +271,12 @@ def growth() -> None:
 # --- Measuring -----------------------------------------------------------------------------------
 
 
-def compiled(function: Callable[..., Any], *arguments: Any) -> functools.partial:
+def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
     """The compiled function with its arguments."""
     return functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments)
 
 
-def extra_megabytes(run: functools.partial) -> int:
+def extra_megabytes(run: Any) -> int:
     """Memory beyond arguments and results."""
     return round(run.func.memory_analysis().temp_size_in_bytes / 2**20)
 

@@ -96,9 +96,9 @@ def sample_anchors(
     """Segmentation-aware hard anchor sampling (Sec. 3.2), one independent draw per image.
 
     With p classes present, each gives min(anchors_per_image // p, max_views) pixels, or all it
-    has. `strategy='hard'`: half of them wrongly predicted, half rightly, the shorter side topped
-    up by the other; `'random'`: any. Pixels that carry IGNORE_LABEL are never drawn. Rows are
-    sorted by class within an image. More classes than rows: no anchors.
+    has. `strategy='hard'`: half of them (one at least) wrongly predicted, half rightly, the
+    shorter side topped up by the other; `'random'`: any. Pixels that carry IGNORE_LABEL are never
+    drawn. Rows are sorted by class within an image. More classes than rows: no anchors.
     """
     b, _, _, d = embedding.shape
     wrong = prediction != label if strategy == "hard" else jnp.zeros_like(label, bool)
@@ -112,7 +112,9 @@ def sample_anchors(
         start, size = start.reshape(num_classes, 2), size.reshape(num_classes, 2)
         num_present = jnp.sum(size.sum(1) > 0)
         views = jnp.minimum(anchors_per_image // jnp.maximum(num_present, 1), max_views)
-        hard = jnp.minimum(size[:, 0], jnp.maximum(views // 2, views - size[:, 1]))
+        # Of a single view half would be none: then hard sampling would be off.
+        half = jnp.maximum(views // 2, jnp.minimum(views, 1))
+        hard = jnp.minimum(size[:, 0], jnp.maximum(half, views - size[:, 1]))
         taken = hard + jnp.minimum(size[:, 1], views - hard)
         end = jnp.cumsum(taken)
         row = jnp.arange(anchors_per_image, dtype=jnp.int32)

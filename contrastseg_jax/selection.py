@@ -97,7 +97,8 @@ def select(
 
     The rows of a class share one pool, its first positives, or negatives, in the random order. The
     hardest tenth of a random pool of ten times K is the paper's K at random out of the hardest
-    tenth of all, at a fraction of the comparisons.
+    tenth of all, at a fraction of the comparisons. `layouts` are the shapes of the sets, classes x
+    slots; with `axis`, the slots of this device out of those over all devices of a mesh axis.
     """
     label, size = tile.label[0], tile.label.size
     limit = jnp.asarray(jnp.iinfo(jnp.int32).max)
@@ -161,7 +162,7 @@ def _pool_ranks(
     if positive:
         return jnp.where(place < end - start, rank_of(place), nothing)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) // 2
         ahead = (middle < end - start) & (rank_of(middle) - middle <= place)

@@ -236,7 +236,7 @@ def by_class(visit: Callable[..., Any], rows: Rows, *more: Float[Array, " r"]) -
     )
     whole = (whole[0]._replace(label=label), *whole[1:])
 
-    def cut(start: Array) -> tuple[Rows, ...]:
+    def cut(start: Array) -> tuple[Any, ...]:
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, TILE), whole)
 
     def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:

@@ -50,7 +50,7 @@ def sample_counts_literal(label, prediction, num_classes, anchors_per_image, max
     for c in range(num_classes):
         num_hard = int(np.sum((label == c) & (prediction != c)))
         num_easy = int(np.sum((label == c) & (prediction == c)))
-        half = views // 2
+        half = max(views // 2, 1) if views else 0  # a single view is a hard one
         if num_hard + num_easy <= views:
             counts[c] = num_hard, num_easy
         elif num_hard >= half and num_easy >= views - half:

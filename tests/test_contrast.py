@@ -108,6 +108,16 @@ def test_loss_against_the_bank_matches_the_original(path):
     assert_matches_the_original(case, bank, "grad_anchors_f64_fix_both")
 
 
+def test_more_anchors_than_slots():
+    """D7: the original crashes."""
+    rng = np.random.default_rng(0)
+    own = unit_rows(rng, 40, 8), rng.integers(2, size=40), np.ones(40, bool)
+    slots = unit_rows(rng, 6, 8), np.arange(6) % 2, np.ones(6, bool)
+    loss, _ = contrast(anchors_of(*own), (candidates_of(*slots),), **SCALE)
+    expected = pixel_contrast_loss_literal(*own, *slots, False, **SCALE)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
 def test_loss_equals_optax_ntxent_when_positives_are_equally_many():
     rng = np.random.default_rng(0)
     embedding, label = unit_rows(rng, 24, 16), np.tile(np.arange(4), 6)
@@ -174,6 +184,33 @@ def test_nothing_to_contrast_is_exactly_zero(label, valid, strategy):
     label, valid = jnp.asarray(label), jnp.asarray(valid, bool)
     chosen = {"positives": strategy, "negatives": strategy}
     loss, grad = jax.value_and_grad(loss_of_rows)(rows, label, None, valid, **chosen, **SCALE)
+    assert float(loss) == 0
+    assert not np.any(grad)
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_classes", "anchors_per_image"),
+    [([IGNORE_LABEL], 3, 8), ([1], 3, 8), ([0, 1, 2, 3, 4, 5], 6, 4)],
+    ids=["all ignored", "one class only", "more classes than rows"],
+)
+def test_maps_without_anything_to_contrast(labels, num_classes, anchors_per_image):
+    """D13, from the maps on: loss and gradient in the embeddings are exactly 0."""
+    rng = np.random.default_rng(0)
+    embedding = jnp.asarray(unit_rows(rng, 2, 4, 6, 8))
+    label = jnp.asarray(np.resize(labels, (2, 4, 6)), jnp.int32)
+
+    @jax.value_and_grad
+    def loss_of(embedding):
+        anchors = sample_anchors(
+            *(embedding, label, jnp.zeros_like(label), jax.random.split(jax.random.key(0))),
+            num_classes=num_classes,
+            anchors_per_image=anchors_per_image,
+            max_views=100,
+            strategy="hard",
+        )
+        return contrast(anchors, (batch_candidates(anchors),), **SCALE)[0]
+
+    loss, grad = loss_of(embedding)
     assert float(loss) == 0
     assert not np.any(grad)
 
@@ -287,6 +324,16 @@ def test_anchors_obey_the_rule_of_the_paper(
         for c in range(num_classes):
             got = np.sum(wrong & (labels == c)), np.sum(~wrong & (labels == c))
             assert got == expected[c]
+
+
+def test_a_single_view_is_a_hard_one():
+    """D11: one view of each class, half of which is hard, must not mean none."""
+    where, label, prediction = scene(np.random.default_rng(0), 3)
+    arguments = {"num_classes": 3, "anchors_per_image": 3, "max_views": 1, "strategy": "hard"}
+    anchors = sample(where, label, prediction, **arguments)
+    assert anchors.valid.all() and anchors.hard.all()
+    rows = anchors.embedding.reshape(-1, 3).astype(int)
+    assert (prediction[tuple(rows.T)] != label[tuple(rows.T)]).all()
 
 
 def test_random_anchors_ignore_the_prediction():

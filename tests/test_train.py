@@ -77,6 +77,22 @@ def test_contrast_counts_after_its_warmup_and_the_bank_fills_before(warming_up):
     assert not lengths[~written].any()
 
 
+def test_warmup_computes_no_contrast():
+    """D18: a bank that would make the loss NaN does not matter until the contrast counts."""
+    step_fn, state, mesh = start(make_config("contrast.warmup_steps=1"))
+    with jax.debug_nans(False):
+        bank = state.memory.replace(
+            pixel=jnp.full_like(state.memory.pixel, np.nan),
+            pixel_count=jnp.full_like(state.memory.pixel_count, 16),
+        )
+        state, first = step_fn(
+            state.replace(memory=bank), distributed.to_devices(make_batch(0), mesh)
+        )
+        assert np.isfinite(first["loss"])
+        _, second = step_fn(state, distributed.to_devices(make_batch(1), mesh))
+        assert np.isnan(second["loss"])
+
+
 def test_cross_entropy_alone_has_neither_projection_nor_bank():
     config = make_config("optim.ema_decay=0.9", variant="ce")
     _, state, _ = start(config)
