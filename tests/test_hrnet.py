@@ -1,12 +1,14 @@
 """HRNet: sizes, resolutions, names and padding."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from contrastseg_jax.models.hrnet import HRNET_SPECS, HRNet, HRNetSpec, conv
+from contrastseg_jax.models.hrnet import HRNET_SPECS, HRNet, HRNetSpec
+from contrastseg_jax.models.layers import conv
 from contrastseg_jax.models.segmenter import init_variables
 
 SMALL = HRNetSpec((4, 6, 8, 10), num_modules=(1, 1, 2), num_blocks=1, stem_width=3)
@@ -36,7 +38,7 @@ def test_number_of_parameters(name, expected):
 def test_any_image_size_gives_all_branches_at_stride_4(size):
     def init_and_apply(rng, image):
         features, _ = HRNet(SMALL).init_with_output(rng, image, train=False)
-        return features
+        return features["last"]
 
     features = jax.eval_shape(init_and_apply, jax.random.key(0), jnp.zeros((2, *size, 3)))
     assert features.shape == (2, -(-size[0] // 4), -(-size[1] // 4), sum(SMALL.widths))
@@ -67,10 +69,14 @@ def test_names_are_those_of_the_original():
 
 @pytest.mark.parametrize("size", [4, 5])
 def test_stride_2_reads_the_even_pixels(size):
-    layer = conv(1, 3, stride=2, name="conv1")
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return conv(x, 1, 3, stride=2, name="conv1")
+
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
     x = jnp.arange(float(size**2)).reshape(1, size, size, 1)
-    result = layer.apply({"params": {"kernel": kernel}}, x)
+    result = Layer().apply({"params": {"conv1": {"kernel": kernel}}}, x)
     np.testing.assert_array_equal(result, x[:, ::2, ::2])
 
 
@@ -88,7 +94,7 @@ def test_odd_sizes_run_and_differentiate():
             train=True,
             mutable=["batch_stats"],
         )
-        return jnp.square(features).sum()
+        return jnp.square(features["last"]).sum()
 
     for leaf in jax.tree.leaves(gradient(params)):
         assert np.all(np.isfinite(leaf))

@@ -5,22 +5,120 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.hrnet import batch_norm, conv
+from contrastseg_jax.models.layers import batch_norm, conv, conv_bn
+from contrastseg_jax.resize import resize_bilinear
 
 
 class FCNHead(nn.Module):
-    """Class logits from features (the original's `cls_head` in `lib/models/nets/hrnet.py`)."""
+    """Class logits from features, as the original's `cls_head` in `lib/models/nets/hrnet.py`.
+
+    With other widths and biases, every auxiliary head and the head of torchvision's FCN.
+    """
+
+    num_classes: int
+    dropout_rate: float
+    width: int = 0  # between the convolutions; 0: that of the features
+    use_bias: tuple[bool, bool] = (True, False)  # of the 3x3 and the 1x1 convolution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b hs ws c"], *, train: bool) -> Float[Array, "b hs ws k"]:
+        """3x3 convolution, BN, ReLU, dropout of whole channels, 1x1 convolution."""
+        of_first, of_last = self.use_bias
+        x = conv(x, self.width or x.shape[-1], 3, use_bias=of_first, name="conv1")
+        x = nn.relu(batch_norm(x, train=train, name="bn1"))
+        x = nn.Dropout(self.dropout_rate, broadcast_dims=(1, 2), deterministic=not train)(x)
+        return conv(x, self.num_classes, 1, use_bias=of_last, name="conv2")
+
+
+class ASPP(nn.Module):
+    """Features at several scales: dilated convolutions side by side, and the image's mean.
+
+    Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017; the
+    original's `lib/models/modules/decoder_block.py`.
+    """
+
+    width: int
+    rates: tuple[int, int, int]  # dilations of the 3x3 convolutions
+    project_size: int  # kernel of the convolution that joins the branches
+    dropout_rate: float  # of single values of the result
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b hs ws c"], *, train: bool) -> Float[Array, "b hs ws c2"]:
+        """A 1x1 convolution, one per rate, and one of the mean, each with BN and ReLU; joined."""
+        mean = jnp.mean(x, axis=(1, 2), keepdims=True)
+        branches = [
+            conv_bn(x, self.width, 1, train=train, name="b0"),
+            *(
+                conv_bn(x, self.width, 3, dilation=rate, train=train, name=f"b{i}")
+                for i, rate in enumerate(self.rates, start=1)
+            ),
+            jnp.broadcast_to(
+                conv_bn(mean, self.width, 1, train=train, name="b4"),
+                (*x.shape[:3], self.width),
+            ),
+        ]
+        x = nn.relu(jnp.concatenate(branches, axis=-1))
+        x = conv_bn(x, self.width, self.project_size, train=train, name="project")
+        return nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
+
+
+class DeepLabV3Head(nn.Module):
+    """Logits from an ASPP: the original's `lib/models/modules/decoder_block.py` as it stands.
+
+    With a width of 256, a 1x1 convolution to join the branches and a ReLU after the refinement it
+    is the standard one (torchvision's).
+    """
+
+    num_classes: int
+    dropout_rate: float
+    width: int = 512
+    rates: tuple[int, int, int] = (12, 24, 36)
+    project_size: int = 3
+    refine_relu: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b hs ws c"], *, train: bool) -> Float[Array, "b hs ws k"]:
+        """ASPP, 3x3 convolution, BN, 1x1 convolution."""
+        aspp = ASPP(self.width, self.rates, self.project_size, self.dropout_rate, name="aspp")
+        x = conv_bn(aspp(x, train=train), self.width, 3, train=train, name="refine")
+        x = nn.relu(x) if self.refine_relu else x
+        return conv(x, self.num_classes, 1, use_bias=True, name="refine_2")
+
+
+class DeepLabV3PlusNeck(nn.Module):
+    """Features of an ASPP, brought to the resolution of layer1 and joined with it.
+
+    Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image
+    Segmentation", ECCV 2018. Its decoder, without separable convolutions, is this and
+    `DeepLabV3PlusHead`.
+    """
+
+    rates: tuple[int, int, int] = (6, 12, 18)  # for output stride 16
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b hs ws c"], low: Float[Array, "b h4 w4 c2"], *, train: bool
+    ) -> Float[Array, "b h4 w4 304"]:
+        """256 channels of the ASPP beside 48 of layer1."""
+        x = ASPP(256, self.rates, 1, 0.0, name="aspp")(x, train=train)
+        low = nn.relu(conv_bn(low, 48, 1, train=train, name="low_level"))
+        return jnp.concatenate([resize_bilinear(x, (low.shape[1], low.shape[2])), low], axis=-1)
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """Logits from the features that `DeepLabV3PlusNeck` has joined."""
 
     num_classes: int
     dropout_rate: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "b hs ws c"], *, train: bool) -> Float[Array, "b hs ws k"]:
-        """3x3 convolution, BN, ReLU, dropout of whole channels, 1x1 convolution without bias."""
-        x = conv(x.shape[-1], 3, use_bias=True, name="conv1")(x)
-        x = nn.relu(batch_norm(not train, name="bn1")(x))
+        """Twice 3x3 convolution, BN and ReLU; dropout of whole channels, 1x1 convolution."""
+        for i in (1, 2):
+            x = conv(x, 256, 3, name=f"conv{i}")
+            x = nn.relu(batch_norm(x, train=train, name=f"bn{i}"))
         x = nn.Dropout(self.dropout_rate, broadcast_dims=(1, 2), deterministic=not train)(x)
-        return conv(self.num_classes, 1, name="conv2")(x)
+        return conv(x, self.num_classes, 1, use_bias=True, name="conv3")
 
 
 class ProjectionHead(nn.Module):
@@ -31,9 +129,9 @@ class ProjectionHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b hs ws c"], *, train: bool) -> Float[Array, "b hs ws d"]:
         """1x1 convolution, BN, ReLU, 1x1 convolution, division by the length, in float32."""
-        x = conv(x.shape[-1], 1, use_bias=True, name="conv1")(x)
-        x = nn.relu(batch_norm(not train, name="bn1")(x))
-        x = conv(self.proj_dim, 1, use_bias=True, name="conv2")(x).astype(jnp.float32)
+        x = conv(x, x.shape[-1], 1, use_bias=True, name="conv1")
+        x = nn.relu(batch_norm(x, train=train, name="bn1"))
+        x = conv(x, self.proj_dim, 1, use_bias=True, name="conv2").astype(jnp.float32)
         # At least 1e-12 as in F.normalize, so that a vector of zeros has a finite gradient.
         square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
         return x * lax.rsqrt(jnp.maximum(square, 1e-24))

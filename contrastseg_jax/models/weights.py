@@ -1,0 +1,158 @@
+"""PyTorch state dicts as Flax variables: which name there is which here.
+
+Backbones carry the names of their state dicts, indices joined by `_`: `backbone.layer1.0.conv1` is
+`backbone/layer1_0/conv1`. The tables below are for what stands on them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float
+
+from contrastseg_jax.errors import listed
+
+Path = tuple[str, ...]  # collection, modules, leaf
+Table = tuple[tuple[str, str], ...]  # patterns of PyTorch's modules, and their names here
+
+# The BN of a `BNReLU` is element 0 of an element, hence `.1.0`.
+ORIGINAL: Table = (
+    (r"proj_head\.proj\.0", "proj_head.conv1"),
+    (r"proj_head\.proj\.1\.0", "proj_head.bn1"),
+    (r"proj_head\.proj\.2", "proj_head.conv2"),
+    (r"(aux_head|dsn_head|decoder\.layer_dsn)\.0", "aux_head.conv1"),
+    (r"(aux_head|dsn_head|decoder\.layer_dsn)\.1\.0", "aux_head.bn1"),
+    (r"(aux_head|dsn_head|decoder\.layer_dsn)\.[23]", "aux_head.conv2"),
+    (r"cls_head\.0", "cls_head.conv1"),
+    (r"cls_head\.1\.0", "cls_head.bn1"),
+    (r"cls_head\.3", "cls_head.conv2"),
+    (r"decoder\.layer_aspp\.(b[0-3]|project)\.(\d)(\.0)?", r"cls_head.aspp.\1_\2"),
+    (r"decoder\.layer_aspp\.b4\.1", "cls_head.aspp.b4_0"),
+    (r"decoder\.layer_aspp\.b4\.2\.0", "cls_head.aspp.b4_1"),
+    (r"decoder\.refine\.(\d)", r"cls_head.refine_\1"),
+    (r"conv_?3x3\.(\d)(\.0)?", r"cls_head.conv3x3_\1"),
+    (
+        r"(?:ocr_distri|spatial_ocr)_head\.(?:object_context_block\.)?(\w+)\.(\d)(\.0)?",
+        r"cls_head.\1_\2",
+    ),
+    (r"cls_head|head", "cls_head.classifier"),  # of OCR
+)
+
+TORCHVISION_AUX: Table = (
+    (r"aux_classifier\.0", "aux_head.conv1"),
+    (r"aux_classifier\.1", "aux_head.bn1"),
+    (r"aux_classifier\.4", "aux_head.conv2"),
+)
+
+TORCHVISION_FCN: Table = (
+    (r"classifier\.0", "cls_head.conv1"),
+    (r"classifier\.1", "cls_head.bn1"),
+    (r"classifier\.4", "cls_head.conv2"),
+    *TORCHVISION_AUX,
+)
+
+TORCHVISION_DEEPLAB: Table = (
+    (r"classifier\.0\.convs\.([0-3])\.(\d)", r"cls_head.aspp.b\1_\2"),
+    (r"classifier\.0\.convs\.4\.1", "cls_head.aspp.b4_0"),
+    (r"classifier\.0\.convs\.4\.2", "cls_head.aspp.b4_1"),
+    (r"classifier\.0\.project\.(\d)", r"cls_head.aspp.project_\1"),
+    (r"classifier\.1", "cls_head.refine_0"),
+    (r"classifier\.2", "cls_head.refine_1"),
+    (r"classifier\.4", "cls_head.refine_2"),
+    *TORCHVISION_AUX,
+)
+
+# Around a whole model: of DistributedDataParallel, and of the original's model with memory.
+WRAPPERS = re.compile(r"(module\.)?(encoder_q\.)?")
+
+# What has no place here by rule: counters, ImageNet classifiers, the original's memory.
+UNUSED = re.compile(
+    r".*\.num_batches_tracked|(fc|classifier)\.(weight|bias)"
+    r"|(incre_modules|downsamp_modules|final_layer)\..*|(segment|pixel)_queue(_ptr)?"
+)
+
+# A backbone that was saved on its own.
+BARE_BACKBONE = re.compile(r"(conv[123]|bn[123]|resinit|layer\d|stage\d|transition\d)\..*")
+
+
+def flax_paths(shapes: Mapping[str, Sequence[int]]) -> dict[str, Path]:
+    """Where each tensor of a state dict lives, but for those that are UNUSED.
+
+    A tensor that no table knows keeps its name, under which no network has a place for it.
+    """
+    names = {key: WRAPPERS.sub("", key, count=1) for key in shapes}
+    table = ORIGINAL
+    if any(name.startswith("classifier.0.") for name in names.values()):
+        is_deeplab = any(name.startswith("classifier.0.convs.") for name in names.values())
+        table = TORCHVISION_DEEPLAB if is_deeplab else TORCHVISION_FCN
+    # An ImageNet file of the original's deep stem has its three convolutions at the top.
+    stem = "backbone.resinit." if "conv3.weight" in names.values() else "backbone."
+    paths = {}
+    for key, name in names.items():
+        if UNUSED.fullmatch(name):
+            continue
+        if BARE_BACKBONE.fullmatch(name):
+            name = (stem if name.startswith(("conv", "bn")) else "backbone.") + name
+        module, _, tensor = name.rpartition(".")
+        paths[key] = _leaf_path(_module_name(module, table), tensor, len(shapes[key]))
+    return paths
+
+
+def flax_variables(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The variables that a state dict's tensors are; OIHW kernels become HWIO."""
+    paths = flax_paths({key: array.shape for key, array in tensors.items()})
+    return unflatten_dict({path: _flax_layout(tensors[key]) for key, path in paths.items()})
+
+
+def fill(tensors: Mapping[str, np.ndarray], expected: Any, *, source: str) -> dict[str, Any]:
+    """`flax_variables`, if they are exactly the leaves of `expected` in name and shape.
+
+    Otherwise one InputError with every leaf that is not filled, every tensor that has no place, and
+    every shape that is another one. `expected`: arrays or shapes, as `segmenter.variable_shapes`
+    gives them. `source`: the file that the error names.
+    """
+    filled, problems = {}, []
+    wanted: dict[Path, Any] = dict(flatten_dict(expected))
+    paths = flax_paths({key: array.shape for key, array in tensors.items()})
+    for key, path in paths.items():
+        array = _flax_layout(tensors[key])
+        if path not in wanted:
+            problems.append(f"- {key} {tuple(array.shape)}: the network has no place for it")
+        elif path in filled:
+            problems.append(f"- {key}: {'/'.join(path)} is filled by another tensor already")
+        elif array.shape != wanted[path].shape:
+            problems.append(f"! {key}: gives {array.shape}, must be {wanted[path].shape}")
+        filled[path] = array
+    problems += [
+        f"+ {'/'.join(path)} {tuple(leaf.shape)}: no tensor fills it"
+        for path, leaf in wanted.items()
+        if path not in filled
+    ]
+    if problems:
+        raise listed(source, problems, limit=len(problems))
+    return unflatten_dict(filled)
+
+
+def _module_name(module: str, table: Table) -> str:
+    if module.startswith("backbone."):
+        return re.sub(r"\.(\d+)", r"_\1", module)
+    for pattern, name in table:
+        match = re.fullmatch(pattern, module)
+        if match:
+            return match.expand(name)
+    return module
+
+
+def _leaf_path(module: str, tensor: str, ndim: int) -> Path:
+    modules = tuple(module.split("."))
+    if tensor.startswith("running_"):
+        return "batch_stats", *modules, tensor.removeprefix("running_")
+    weight = "kernel" if ndim == 4 else "scale"
+    return "params", *modules, weight if tensor == "weight" else tensor
+
+
+def _flax_layout(array: np.ndarray) -> Float[np.ndarray, "..."]:
+    array = array.astype(np.float32, copy=False)
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
