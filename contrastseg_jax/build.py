@@ -12,6 +12,7 @@ from contrastseg_jax.errors import listed
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.segmenter import Segmenter, model_names
 from contrastseg_jax.optim import Schedule, poly_schedule, sgd
+from contrastseg_jax.selection import POOLED, RANK_BITS
 from contrastseg_jax.structs import TrainState
 
 BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
@@ -50,15 +51,11 @@ def contrast_problems(
     """What the bank cannot hold, and what cannot hold the bank; each with its figures."""
     if not uses_contrast(config):
         return []
-    settings, batch_size = config.contrast, config.train.batch_size
-    bank, problems = config.memory, []
-    of_class, of_others = 0, 0  # the most candidates of one class, and of all others together
-    if settings.candidates in ("batch", "both"):
-        of_class = of_others = batch_size * settings.anchors_per_image
+    settings, bank, batch_size = config.contrast, config.memory, config.train.batch_size
+    problems, slots, anchors = [], 0, 0
     if uses_memory(config):
-        problems += bank_problems(config, num_devices=num_devices)
         slots = bank.pixel_size + bank.segment_size
-        of_class, of_others = of_class + slots, of_others + (num_classes - 1) * slots
+        problems += bank_problems(config, num_devices=num_devices)
         parts = num_devices if bank.sharding == "slots" else 1
         size = num_classes * slots * config.model.proj_dim * jnp.dtype(bank.dtype).itemsize
         if size // parts > BANK_SHARE * device_bytes:
@@ -68,14 +65,29 @@ def contrast_problems(
                 f" {device_bytes / 2**30:.1f}: must be at most {BANK_SHARE:.0%}; make the queues"
                 " smaller, or use memory.dtype = 'bfloat16' or memory.sharding = 'slots'"
             )
-    for side, most in (("positives", of_class), ("negatives", of_others)):
+    if settings.candidates in ("batch", "both"):
+        anchors = settings.anchors_per_image
+    own = min(anchors, settings.max_views)  # of one class in an image, of which one is the anchor
+    most = {
+        "positives": slots + max(batch_size * own - 1, 0),
+        "negatives": (num_classes - 1) * slots
+        + batch_size * min(anchors, (num_classes - 1) * settings.max_views),
+    }
+    for side, limit in most.items():
         number = settings[f"num_{side}"]
-        if settings[side] != "all" and number > most:
+        if settings[side] != "all" and number > limit:
             problems.append(
-                f"contrast.num_{side} = {number}: an anchor has at most {most} {side}"
-                f" (batch of {batch_size}, {num_classes} classes, queues of {bank.pixel_size} and"
-                f" {bank.segment_size}); it must be at most that"
+                f"contrast.num_{side} = {number}: an anchor has at most {limit}, of {num_classes}"
+                f" classes, {slots} slots a class and {batch_size * anchors} anchors in the batch"
             )
+    total = num_classes * slots + batch_size * anchors
+    if total > 1 << RANK_BITS and POOLED & {settings.positives, settings.negatives}:
+        problems.append(
+            f"contrast.positives = {settings.positives!r}, contrast.negatives ="
+            f" {settings.negatives!r}: can draw from at most {1 << RANK_BITS} candidates; there are"
+            f" {total}, of {num_classes} classes, {slots} slots a class and {batch_size * anchors}"
+            " anchors in the batch"
+        )
     return problems
 
 

@@ -29,6 +29,7 @@ OPERATIONAL = (
     "train.keep_checkpoints",
     "eval.batch_size",
     "eval.num_pictures",
+    "memory.sharding",
 )
 
 
@@ -343,6 +344,7 @@ def _typed(value: Any, default: Any) -> Any:
     if type(value) is not type(default):
         kind = {
             tuple: "tuple, e.g. (1, 2) or ('a', 'b')",
+            bool: "True or False",
             int: "whole number",
             float: "number",
             str: "string",

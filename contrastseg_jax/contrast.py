@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
-from contrastseg_jax.selection import NO_LABEL, POOLED, RANK_BITS, Order, Selection
+from contrastseg_jax.selection import NO_LABEL, POOLED, RANK_BITS, STRATEGIES, Order, Selection
 from contrastseg_jax.streaming import loss_and_gradient
 from contrastseg_jax.structs import IGNORE_LABEL, Anchors, Candidates
 
@@ -60,7 +60,8 @@ def _scramble(
 ) -> UInt32[Array, " n"]:
     """A random one-to-one map of 0..2**bits-1 (a Feistel network, one key a round), or its inverse.
 
-    Each round changes one half of the bits by a hash of the other, so that it undoes itself.
+    Each round changes one half of the bits by a hash of the other, so that it undoes itself. Maps
+    of a handful of pixels are not quite evenly shuffled.
     """
     low = bits // 2
     low_mask, high_mask = (1 << low) - 1, (1 << bits) - (1 << low)
@@ -172,12 +173,13 @@ def pixel_contrast_loss(
     P_i: valid candidates with i's label, of all sets together; N_i: those with another. With
     L = log Σ_n exp(i·n/T) each term is softplus(L - i·p/T). Anchors without a positive are left out
     of the mean; without a negative a term is 0. Rows with valid=False never matter, whatever they
-    hold. Similarities exist for at most `chunk_size` candidates at a time (see `streaming.py`).
+    hold. Similarities with all candidates never exist at once (see `streaming.py`): those of all
+    anchors with `chunk_size` of them, or, where the hardest are sought, of a few anchors.
 
     `positives`, `negatives`: how P_i and N_i are thinned out (Sec. 3.2), both at random by `rng`.
       all: not at all; random: `num_positives` and `num_negatives` of them; hardest: as many, the
-      positives least similar and the negatives most similar to i; semi_hard: as many of the hardest
-      tenth. `approximate` finds the hardest by `lax.approx_max_k`.
+      positives least similar and the negatives most similar to i, and all that tie with the last;
+      semi_hard: as many of the hardest tenth. `approximate`: find those by `lax.approx_max_k`.
     `mesh`: the devices over which the anchors' images are split. Each holds all candidates or, with
       `split_candidates`, its part of every set (of the last axis but one of `embedding`).
 
@@ -187,6 +189,11 @@ def pixel_contrast_loss(
     """
     if not candidates:
         raise ValueError("candidates must hold at least one set")
+    for strategy in (positives, negatives):
+        if strategy not in STRATEGIES:
+            raise ValueError(f"{strategy!r}: must be one of {', '.join(STRATEGIES)}")
+    if not any(c.label.size for c in candidates):
+        positives = negatives = "all"  # of nothing
     chosen = (
         Selection(positives, num_positives, approximate),
         Selection(negatives, num_negatives, approximate),
@@ -211,6 +218,7 @@ def pixel_contrast_loss(
         measure = functools.partial(_on_mesh, measure, mesh, split_candidates)
     index = jnp.arange(anchors.label.size, dtype=jnp.int32).reshape(anchors.label.shape)
     loss, metrics = cast(Any, _loss)(measure, anchors, index, candidates, ranks, order)
+    metrics = lax.stop_gradient(metrics)
     if anchors.hard is not None:
         num_anchors = jnp.maximum(jnp.sum(anchors.valid), 1)
         metrics["hard_anchors"] = jnp.sum(anchors.hard & anchors.valid) / num_anchors

@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from contrastseg_jax import checkpoint, distributed, report
-from contrastseg_jax.build import build_model, build_optimizer, dataset_spec, init_state, pad_color
+from contrastseg_jax.build import (
+    build_model,
+    build_optimizer,
+    dataset_spec,
+    init_state,
+    pad_color,
+    splits_memory,
+)
 from contrastseg_jax.config import Config
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_split
@@ -154,9 +161,13 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
     model = build_model(config, len(label_map(dataset_spec(config)).names))
     tx, _ = build_optimizer(config)
     state = jax.eval_shape(lambda: init_state(config, model, tx))
+    # The bank as in training, where the devices at hand allow it: whole it may not fit.
+    uneven = (config.memory.pixel_size % mesh.size, config.memory.segment_size % mesh.size)
+    split_memory = splits_memory(config) and not any(uneven)
+    of_state = distributed.state_sharding(mesh, split_memory=split_memory)
     with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
         step = checkpoint.find_step(manager, which)
-        state = checkpoint.restore(manager, step, state, distributed.replicated(mesh))
+        state = checkpoint.restore(manager, step, state, of_state)
     log.info(f"{manager.directory / str(step)}: {config.model.name} after {step} steps")
     return model, inference_variables(state), step, mesh
 

@@ -2,7 +2,7 @@
 
 A selection is two limits per anchor. Every candidate has a rank, its place in one random order: an
 anchor takes those below a rank, and of them those that are hard enough. Hardness is the similarity
-of a negative, and its opposite of a positive.
+of a negative, and its opposite of a positive; all that are as hard as the last one are taken.
 """
 
 import functools
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 NO_CLASS = 1 << 30  # the label of rows and columns that take part in nothing; sorts behind all
 NO_ANCHOR = -1  # for a candidate that is no anchor
 MASKED = -1e30  # stands for minus infinity where a real one would turn differences into NaN
+STRATEGIES = ("all", "random", "hardest", "semi_hard")
 POOLED = {"random", "semi_hard"}  # strategies that draw a pool from the candidates of a class
 NO_LABEL = 255  # what stands for NO_CLASS in the 8 bits that a label has in a key
 RANK_BITS = 24
@@ -89,6 +90,7 @@ def select(
     sets: tuple[Columns, ...],
     layouts: tuple[tuple[int, int], ...],
     order: Order | None,
+    longest: Float[Array, ""],
     selection: Selection,
     positive: bool,
     axis: str | None,
@@ -99,16 +101,20 @@ def select(
     hardest tenth of a random pool of ten times K is the paper's K at random out of the hardest
     tenth of all, at a fraction of the comparisons. `layouts` are the shapes of the sets, classes x
     slots; with `axis`, the slots of this device out of those over all devices of a mesh axis.
+    `longest` is the length of the longest candidate.
     """
     label, size = tile.label[0], tile.label.size
-    limit = jnp.asarray(jnp.iinfo(jnp.int32).max)
+    limit = jnp.full(size, jnp.iinfo(jnp.int32).max)
     if selection.strategy in POOLED and order is not None:
         factor = POOL_FACTOR if selection.strategy == "semi_hard" else 1
         pool_size = min(selection.number * factor, order.candidate.size)
-        ranks = _pool_ranks(order, label, pool_size, positive=positive)
-        sets = (_pool(sets, layouts, order, ranks, axis),)
-        limit = jnp.max(jnp.where(ranks < order.candidate.size, ranks, -1)) + 1
-    limits = Limits(jnp.full(size, limit), jnp.full(size, -jnp.inf))
+        # One more than that, for the rows that are in the pool themselves.
+        ranks = _pool_ranks(order, label, pool_size + 1, positive=positive)
+        pool = _pool(sets, layouts, order, ranks, axis)
+        own = jnp.sum(pool.anchor[None, :] == tile.anchor[:, None], axis=1)
+        own = lax.psum(own, axis) if axis else own
+        sets, limit = (pool,), jnp.where(own > 0, ranks[-1], ranks[-2]) + 1
+    limits = Limits(limit, jnp.full(size, -jnp.inf))
     if selection.strategy in ("all", "random"):
         return sets, limits
     find = functools.partial(
@@ -116,7 +122,9 @@ def select(
     )
     blocks = jax.tree.map(lambda x: x.reshape(-1, BLOCK, *x.shape[1:]), (tile, limits))
     hardness = lax.map(lambda block: find(*block), blocks).reshape(size)
-    return sets, limits._replace(hardness=hardness)
+    # The walks compute the same products in blocks of another size, which rounds them differently.
+    margin = 1e-6 * longest * jnp.linalg.norm(tile.embedding, axis=1)
+    return sets, limits._replace(hardness=hardness - margin)
 
 
 def _hardness_limit(
@@ -139,9 +147,7 @@ def _hardness_limit(
     share = POOL_FACTOR if selection.strategy == "semi_hard" else 1
     wanted = jnp.clip(-(-number // share), 1, selection.number)
     find = _kth_approximate if selection.approximate else _kth_largest
-    found = find(jnp.concatenate(hardness, axis=1), wanted, selection.number, axis)
-    # The walks compute the same products in blocks of another size, which may round differently.
-    return found - 2e-6 * jnp.abs(found)
+    return find(jnp.concatenate(hardness, axis=1), wanted, selection.number, axis)
 
 
 def _pool_ranks(
@@ -192,6 +198,8 @@ def _pool(
         ranks,
     )
     for columns, (num_rows, width) in zip(sets, layouts, strict=True):
+        if columns.label.size == 0:
+            continue
         row, slot = jnp.divmod(index, width * num_devices)
         here = (row >= 0) & (row < num_rows) & (slot // width == device)
         local = jnp.where(here, row * width + slot % width, 0)

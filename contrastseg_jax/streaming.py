@@ -89,13 +89,19 @@ def loss_and_gradient(
     rows, places = _sorted_rows(anchors, index, temperature)
     layouts = tuple((math.prod(c.label.shape[:-1]), c.label.shape[-1]) for c in candidates)
     choose = functools.partial(
-        select, sets=sets, layouts=layouts, order=order, axis=candidates_axis
+        select,
+        sets=sets,
+        layouts=layouts,
+        order=order,
+        longest=_longest(sets, candidates_axis),
+        axis=candidates_axis,
     )
 
     away, away_limits = _find_negatives(rows, sets, negatives, choose, chunk_size)
     peak = lax.pmax(away.peak, candidates_axis) if candidates_axis else away.peak
     share = jnp.exp(away.peak - peak)
-    total = jnp.maximum(_over(candidates_axis, away.total * share), 1.0)  # < 1: no negatives
+    # Below 1 only for rows that never were walked: nowhere is a set, or they are not valid.
+    total = jnp.maximum(_over(candidates_axis, away.total * share), 1.0)
     log_negatives = peak + jnp.log(total)
 
     near, near_limits = _find_positives(rows, log_negatives, positives, choose, chunk_size)
@@ -348,6 +354,13 @@ def _columns(candidates: Candidates, rank: Int[Array, "..."]) -> Columns:
     anchor = jnp.full(label.shape, NO_ANCHOR) if anchor is None else anchor.reshape(-1)
     embedding = candidates.embedding.reshape(-1, candidates.embedding.shape[-1])
     return Columns(embedding, label, anchor, rank.reshape(-1))
+
+
+def _longest(sets: tuple[Columns, ...], axis: str | None) -> Float[Array, ""]:
+    """The length of the longest candidate on any device."""
+    squares = [jnp.max(jnp.sum(finite(c) ** 2, axis=1), initial=0.0) for c in sets]
+    longest = jnp.sqrt(jnp.max(jnp.stack(squares)))
+    return lax.pmax(longest, axis) if axis else longest
 
 
 def _over(axis: str | None, tree: Any) -> Any:

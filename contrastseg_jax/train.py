@@ -192,6 +192,9 @@ def train_step(
     if bank is not None and output.embedding is not None:
         # After the loss: an image is never contrasted with its own rows of this step.
         label = label_at_stride(batch.label, output.embedding.shape[1:3])
+        # A lost step must not spoil the bank. Besides, the loss is then known to be computed before
+        # the bank is written, without which XLA keeps a copy of the whole bank for it.
+        label = jnp.where(jnp.isfinite(metrics["loss"]), label, IGNORE_LABEL)
         bank = enqueue_batch(bank, output.embedding, label, key_rng, mesh=mesh, config=config)
         fill = memory.fill_ratio(bank)
         metrics |= {"memory_fill": fill.mean(), "memory_fill_min": fill.min()}

@@ -60,17 +60,27 @@ def test_a_bank_that_fits_is_no_problem():
         (["memory.segment_size=3"], r"segment_size = 3: one step may enqueue 4 rows"),
         (["memory.sharding=slots", "memory.pixel_size=17"], r"pixel_size = 17: .*2 devices.*18"),
         (["memory.pixel_size=2000000"], r"3 classes x 2000004 slots x 16 float32 take 0.4 GiB"),
-        (["contrast.positives=random"], r"num_positives = 1024: .* at most 116 positives"),
-        (["contrast.negatives=hardest"], r"num_negatives = 2048: .* at most 136 negatives"),
+        (["contrast.positives=random"], r"num_positives = 1024: .* at most 115"),
+        (["contrast.negatives=hardest"], r"num_negatives = 2048: .* at most 136"),
+        (
+            ["contrast.positives=semi_hard", "contrast.max_views=10", "contrast.candidates=batch"],
+            r"num_positives = 1024: .* at most 39, .* 0 slots .* 96 anchors",
+        ),
         (
             ["contrast.negatives=random", "contrast.candidates=batch"],
-            r"num_negatives = 2048: .* at most 96 negatives",
+            r"num_negatives = 2048: .* at most 96",
         ),
     ],
 )
 def test_what_the_bank_cannot_hold_is_refused_with_figures(overrides, message):
     (problem,) = problems(*overrides, device_bytes=1 << 29)
     assert re.search(message, problem)
+
+
+def test_more_candidates_than_can_be_drawn_from_are_refused():
+    overrides = ["memory.pixel_size=6000000", "contrast.negatives=random", "model.proj_dim=1"]
+    (problem,) = problems(*overrides)
+    assert "at most 16777216 candidates; there are 18000108" in problem
 
 
 def test_check_lists_the_problems_of_the_bank_in_training_alone():

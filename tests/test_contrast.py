@@ -250,6 +250,8 @@ def test_what_cannot_be_contrasted_is_an_error():
     anchors = anchors_of(np.ones((2, 3), np.float32), [0, 1])
     with pytest.raises(ValueError, match="at least one set"):
         pixel_contrast_loss(anchors, (), **SCALE)
+    with pytest.raises(ValueError, match="semihard.*must be one of all, random"):
+        pixel_contrast_loss(anchors, (batch_candidates(anchors),), negatives="semihard", **SCALE)
     with pytest.raises(ValueError, match="semi_hard.*rng"):
         pixel_contrast_loss(anchors, (batch_candidates(anchors),), negatives="semi_hard", **SCALE)
 

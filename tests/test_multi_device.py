@@ -70,4 +70,6 @@ def test_the_bank_never_travels(computed, sharding):
     assert f"f32[{num_classes},{part},{dim}]" in hlo  # the pixel queue of one device
     assert len(moved) > 10
     assert max(moved) < num_classes * dim * slots // num_devices
+    # Nor does a device copy it: the new rows go where the old ones were.
+    assert not re.search(rf"f32\[{num_classes},{part},{dim}\]\S* copy\(", hlo)
     assert computed[f"traces/{sharding}"] == 1

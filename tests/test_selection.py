@@ -15,7 +15,8 @@ from contrastseg_jax.selection import NO_CLASS, Columns, Rows, Selection, is_sel
 from contrastseg_jax.structs import Anchors, Candidates
 
 SCALE = {"temperature": 0.1, "base_temperature": 0.07}
-STATIC = ("positives", "negatives", "num_positives", "num_negatives", "approximate", *SCALE)
+CHOSEN = ("positives", "negatives", "num_positives", "num_negatives", "approximate")
+STATIC = (*CHOSEN, "chunk_size", *SCALE)
 contrast = jax.jit(pixel_contrast_loss, static_argnames=STATIC)
 
 
@@ -37,6 +38,7 @@ def masks(rows, candidates, rngs, number):
             tile,
             sets=(columns,),
             layouts=((1, label.size),),
+            longest=jnp.ones(()),
             order=order,
             selection=Selection(strategy, number.size, approximate=False),
             positive=positive,
@@ -155,6 +157,54 @@ def test_the_loss_of_the_hardest_is_that_of_a_literal_choice(seed, number):
                 )
             )
     np.testing.assert_allclose(loss, np.mean(costs) if costs else 0, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["random", "hardest"])
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_an_anchor_is_not_one_of_its_positives(strategy, number):
+    """Though it is in its class's pool: every anchor has as many others as were asked for."""
+    rng = np.random.default_rng(0)
+    label = jnp.asarray(np.arange(40) % 2, jnp.int32)[None]
+    anchors = Anchors(jnp.asarray(unit_rows(rng, 1, 40, 8)), label, jnp.ones((1, 40), bool))
+    _, metrics = contrast(
+        *(anchors, (batch_candidates(anchors),), jax.random.key(0)),
+        positives=strategy,
+        num_positives=number,
+        **SCALE,
+    )
+    assert metrics["positives_per_anchor"] == number
+
+
+@pytest.mark.parametrize("chunk_size", [3, 40, 1024])
+@pytest.mark.parametrize("strategy", ["hardest", "semi_hard"])
+def test_a_limit_holds_for_similarities_near_0(strategy, chunk_size):
+    """Where they are rounding alone: the one positive is orthogonal to the anchors."""
+    rng = np.random.default_rng(0)
+    away, rows = unit_rows(rng, 256), unit_rows(rng, 512, 256).astype(np.float64)
+    rows -= (rows @ away)[:, None] * away
+    rows = (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+    label, valid = jnp.zeros((1, 512), jnp.int32), jnp.ones((1, 512), bool)
+    anchors = Anchors(jnp.asarray(rows)[None], label, valid)
+    queue, of_slots, written = (
+        unit_rows(rng, 2, 500, 256),
+        np.broadcast_to([[0], [1]], (2, 500)),
+        np.ones((2, 500), bool),
+    )
+    queue[0, 250], written[0] = away, np.arange(500) == 250
+    candidates = Candidates(
+        jnp.asarray(queue), jnp.asarray(of_slots, jnp.int32), jnp.asarray(written)
+    )
+
+    @jax.jit
+    @jax.grad
+    def gradient(rows):
+        chosen = {"positives": strategy, "num_positives": 16, "chunk_size": chunk_size}
+        return contrast(
+            anchors.replace(embedding=rows), (candidates,), jax.random.key(0), **chosen, **SCALE
+        )[0]
+
+    lost = ~np.abs(gradient(anchors.embedding)[0]).any(-1)
+    assert not lost.any(), f"{lost.sum()} anchors have lost their positive"
 
 
 @pytest.mark.parametrize("strategy", ["random", "semi_hard", "hardest"])
