@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 from contrastseg_jax.config import Config
 
+# Of a name's part that says which head; the others have 0.1 (original; torchvision for its own).
+DROPOUT_RATES = {"ocr": 0.05, "torchvision": 0.5, "deeplabv3_": 0.0}
 CANDIDATES = {"ce": "none", "contrast": "batch", "memory": "both"}  # of each variant
 
 
@@ -46,7 +48,10 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.model = net = ConfigDict()
     net.name = model  # see `contrastseg_jax/models/segmenter.py`
     net.proj_dim = 256  # length of an embedding (paper: 256)
-    net.dropout_rate = 0.1  # of whole channels in the segmentation head (original: 0.1)
+    rates = [rate for part, rate in DROPOUT_RATES.items() if part in model]
+    net.dropout_rate = (*rates, 0.1)[0]  # in front of the logits (as the model's original has it)
+    net.dtype = "float32"  # in which layers compute, or bfloat16; parameters stay float32
+    net.remat = ()  # stages computed again for the gradient, to save memory, e.g. ("stage4",)
     net.image_mean = (123.675, 116.28, 103.53)  # RGB, subtracted (ImageNet)
     net.image_std = (58.395, 57.12, 57.375)  # RGB, divided by (ImageNet)
 

@@ -10,7 +10,7 @@ from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import dataset_names, label_map
 from contrastseg_jax.errors import listed
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.models.segmenter import Segmenter, model_names
+from contrastseg_jax.models.segmenter import Segmenter, model_names, stage_names
 from contrastseg_jax.optim import Schedule, poly_schedule, sgd
 from contrastseg_jax.selection import POOLED, RANK_BITS
 from contrastseg_jax.structs import TrainState
@@ -26,6 +26,14 @@ def check(config: Config, *, mode: str) -> None:
         choices={"model.name": model_names(), "data.name": dataset_names()},
         num_devices=num_devices,
     )
+    if config.model.name in model_names():
+        stages = stage_names(config.model.name)
+        problems += [
+            f"model.remat names {stage!r}: must be stages of {config.model.name}: "
+            + ", ".join(stages)
+            for stage in config.model.remat
+            if stage not in stages
+        ]
     if not any(problem.startswith("data.") for problem in problems):
         classes = label_map(dataset_spec(config)).names
         weights = config.loss.class_weights
@@ -137,6 +145,8 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
         num_classes=num_classes,
         proj_dim=config.model.proj_dim if uses_contrast(config) else 0,
         dropout_rate=config.model.dropout_rate,
+        dtype=config.model.dtype,
+        remat=tuple(config.model.remat),
     )
 
 

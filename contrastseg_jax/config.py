@@ -199,6 +199,7 @@ CHOICES = {
     "contrast.anchors": ("hard", "random"),
     "contrast.positives": ("all", "random", "hardest", "semi_hard"),
     "contrast.negatives": ("all", "random", "hardest", "semi_hard"),
+    "model.dtype": ("float32", "bfloat16"),
     "memory.dtype": ("float32", "bfloat16"),
     "memory.sharding": ("replicated", "slots"),
 }

@@ -4,9 +4,10 @@ import re
 
 import jax
 import pytest
-from small import make_config
+from small import ROOT, make_config
 
 from contrastseg_jax import build
+from contrastseg_jax import config as config_lib
 from contrastseg_jax.errors import InputError
 
 
@@ -30,6 +31,40 @@ def test_bank_has_the_sizes_of_the_config():
     bank = build.init_state(config, model, tx).memory
     assert bank.pixel.shape == (3, 16, 16) and bank.pixel.dtype == "bfloat16"
     assert bank.segment.shape == (3, 0, 16)
+
+
+def test_the_network_computes_as_the_config_says():
+    config = make_config("model.dtype=bfloat16", "model.remat=('layer1', 'stage4')")
+    build.check(config, mode="train")
+    model = build.build_model(config, 3)
+    assert model.dtype == "bfloat16" and model.backbone.remat == ("layer1", "stage4")
+
+
+def test_stages_that_the_network_does_not_have_are_listed():
+    config = make_config("model.remat=('stage4', 'layer4', 5)", "model.dtype=float16")
+    with pytest.raises(InputError) as error:
+        build.check(config, mode="train")
+    text = str(error.value)
+    assert "model.remat names 'layer4': must be stages of hrnet_tiny: layer1, stage2" in text
+    assert "model.remat names 5" in text and "'stage4':" not in text
+    assert "model.dtype = 'float16': must be one of float32, bfloat16" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "rate"),
+    [
+        ("hrnet_w48", 0.1),
+        ("fcn_r50", 0.1),
+        ("hrnet_w48_ocr", 0.05),
+        ("ocr_r101", 0.05),
+        ("deeplabv3_r101", 0.0),
+        ("deeplabv3_r101_torchvision", 0.5),
+        ("deeplabv3plus_r50", 0.1),
+    ],
+)
+def test_dropout_is_that_of_the_original(model, rate):
+    path = ROOT / "configs" / "default.py"
+    assert config_lib.load(f"{path}:{model}").model.dropout_rate == rate
 
 
 def test_the_batch_size_is_checked_where_it_is_used():

@@ -221,6 +221,60 @@ def test_evaluation_does_not_compute_the_projection_head(tiny_variables):
     assert operations(TINY) == operations(plain)
 
 
+@pytest.mark.parametrize("name", ["hrnet_tiny_ocr", "deeplabv3plus_r18"])
+def test_bfloat16_is_of_the_layers_alone(name):
+    """Parameters, statistics, results and gradients are float32, and near those of float32."""
+    settings = {"num_classes": 3, "proj_dim": 4, "dropout_rate": 0.0}
+    full = segmenter.build(name, **settings)
+    half = segmenter.build(name, **settings, dtype="bfloat16")
+    assert shapes(segmenter.variable_shapes(half)) == shapes(segmenter.variable_shapes(full))
+    params, batch_stats = segmenter.init_variables(half, 0)
+    image = jnp.asarray(random_image(2, 64, 64))
+
+    def probe(params, model):
+        variables = {"params": params, "batch_stats": batch_stats}
+        output, updates = model.apply(variables, image, train=True, mutable=["batch_stats"])
+        return jnp.square(output.logits).mean(), (output, updates["batch_stats"])
+
+    gradient = jax.grad(probe, has_aux=True)
+    by_params, (output, updates) = jax.eval_shape(partial(gradient, model=half), params)
+    assert shapes(by_params) == shapes(params) and shapes(updates) == shapes(batch_stats)
+    assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+
+    program = str(jax.make_jaxpr(partial(probe, model=half))(params))
+    convolutions = [line for line in program.splitlines() if "= conv_general_dilated" in line]
+    assert convolutions and all(":bf16[" in line for line in convolutions)
+
+    @partial(quick_jit, static_argnames="model")
+    def evaluate(params, *, model):
+        variables = {"params": params, "batch_stats": batch_stats}
+        return model.apply(variables, image, train=False).logits
+
+    expected, result = evaluate(params, model=full), evaluate(params, model=half)
+    difference = np.linalg.norm(result - expected)
+    assert 0 < difference / np.linalg.norm(expected) < 0.03
+
+
+def test_recomputed_stages_change_no_gradient(tiny_variables):
+    image = jnp.asarray(random_image(2, 32, 32))
+    plain = segmenter.build("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.0)
+    again = plain.clone(backbone=plain.backbone.clone(remat=("layer1", "stage2", "stage4")))
+
+    def gradient(model):
+        def probe(params):
+            variables = {**tiny_variables, "params": params}
+            output, _ = model.apply(variables, image, train=True, mutable=["batch_stats"])
+            return jnp.square(output.logits).mean()
+
+        return jax.grad(probe)
+
+    params = tiny_variables["params"]
+    assert shapes(segmenter.variable_shapes(again)["params"]) == shapes(params)
+    assert str(jax.make_jaxpr(gradient(again))(params)).count("remat") >= 3
+    close = partial(np.testing.assert_allclose, rtol=0.02, atol=1e-5)
+    jax.tree.map(close, quick_jit(gradient(again))(params), quick_jit(gradient(plain))(params))
+
+
 def test_auxiliary_heads_are_computed_where_something_reads_them():
     def aux_logits(name):
         return output_shapes(name, 1, 33, 33, train=False)[1]
