@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from contrastseg_jax.models.heads import FCNHead, ProjectionHead
+from contrastseg_jax.models.heads import (
+    DeepLabV3Head,
+    DeepLabV3PlusHead,
+    DeepLabV3PlusNeck,
+    FCNHead,
+    ProjectionHead,
+)
 
 
 @pytest.fixture
@@ -13,10 +19,10 @@ def features():
     return jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 7, 6)), jnp.float32)
 
 
-def random_variables(model, features):
+def random_variables(model, *features):
     """Variables without the zeros and ones of an initialisation, which would hide mistakes."""
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), features, train=False))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *features, train=False))
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.uniform(0.2, 1.0, leaf.shape), leaf.dtype), shapes
     )
@@ -87,3 +93,80 @@ def test_a_vector_of_zeros_has_a_finite_gradient(features):
     np.testing.assert_array_equal(head.apply(variables, features, train=False), 0)
     for leaf in jax.tree.leaves(jax.grad(probe)(variables["params"])):
         assert np.all(np.isfinite(leaf))
+
+
+class TorchLayers:
+    """The layers of a head by name, in PyTorch: an independent convolution and BatchNorm."""
+
+    def __init__(self, torch, variables):
+        self.functional, self.as_tensor = torch.nn.functional, torch.as_tensor
+        self.params, self.stats = variables["params"], variables["batch_stats"]
+
+    def conv(self, x, name, dilation=1):
+        kernel = np.array(self.params[name]["kernel"]).transpose(3, 2, 0, 1)
+        bias = self.params[name].get("bias")
+        return self.functional.conv2d(
+            x,
+            self.as_tensor(kernel),
+            None if bias is None else self.as_tensor(np.array(bias)),
+            padding=dilation * (kernel.shape[2] // 2),
+            dilation=dilation,
+        )
+
+    def bn(self, x, name):
+        values = (*self.stats[name].values(), *self.params[name].values())
+        assert [*self.stats[name], *self.params[name]] == ["mean", "var", "bias", "scale"]
+        mean, var, bias, scale = (self.as_tensor(np.array(value)) for value in values)
+        return self.functional.batch_norm(x, mean, var, scale, bias)
+
+    def conv_bn_relu(self, x, name, dilation=1):
+        return self.bn(self.conv(x, f"{name}_0", dilation), f"{name}_1").relu()
+
+
+def aspp_in_torch(torch, variables, x, rates):
+    layers = TorchLayers(torch, {part: tree["aspp"] for part, tree in variables.items()})
+    pooled = layers.conv_bn_relu(x.mean((2, 3), keepdim=True), "b4")
+    branches = [layers.conv_bn_relu(x, "b0")]
+    branches += [layers.conv_bn_relu(x, f"b{i + 1}", rate) for i, rate in enumerate(rates)]
+    branches.append(torch.nn.functional.interpolate(pooled, x.shape[2:], mode="bilinear"))
+    return layers.conv_bn_relu(torch.cat(branches, 1), "project")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"project_size": 1, "refine_relu": True}], ids=["original", "torchvision"]
+)
+def test_deeplab_head_is_the_written_out_one(features, settings):
+    torch = pytest.importorskip("torch")
+    head = DeepLabV3Head(3, 0.5, width=4, rates=(1, 2, 3), **settings)
+    variables = random_variables(head, features)
+    x = torch.as_tensor(np.array(features).transpose(0, 3, 1, 2))
+    x = aspp_in_torch(torch, variables, x, (1, 2, 3))
+    layers = TorchLayers(torch, variables)
+    x = layers.bn(layers.conv(x, "refine_0"), "refine_1")
+    expected = layers.conv(x.relu() if settings else x, "refine_2").numpy().transpose(0, 2, 3, 1)
+    result = head.apply(variables, features, train=False)
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_deeplab_plus_is_the_written_out_one(features):
+    torch = pytest.importorskip("torch")
+    low = jnp.asarray(np.random.default_rng(3).normal(size=(2, 17, 25, 5)), jnp.float32)
+    neck, head = DeepLabV3PlusNeck(rates=(1, 2, 3)), DeepLabV3PlusHead(3, 0.5)
+    of_neck = random_variables(neck, features, low)
+    joined = neck.apply(of_neck, features, low, train=False)
+    assert joined.shape == (2, 17, 25, 304)
+
+    x, y = (torch.as_tensor(np.array(v).transpose(0, 3, 1, 2)) for v in (features, low))
+    x = aspp_in_torch(torch, of_neck, x, (1, 2, 3))
+    x = torch.nn.functional.interpolate(x, (17, 25), mode="bilinear", align_corners=True)
+    x = torch.cat([x, TorchLayers(torch, of_neck).conv_bn_relu(y, "low_level")], 1)
+    expected = x.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(joined, expected, rtol=1e-3, atol=1e-3)
+
+    of_head = random_variables(head, joined)
+    layers = TorchLayers(torch, of_head)
+    for i in (1, 2):
+        x = layers.bn(layers.conv(x, f"conv{i}"), f"bn{i}").relu()
+    expected = layers.conv(x, "conv3").numpy().transpose(0, 2, 3, 1)
+    result = head.apply(of_head, joined, train=False)
+    np.testing.assert_allclose(result, expected, rtol=1e-3)
