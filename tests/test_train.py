@@ -144,3 +144,32 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 def test_is_due_every_period_and_at_the_end():
     assert [step for step in range(1, 8) if is_due(step, 3, 7)] == [3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "name", ["hrnet_tiny_ocr", "deeplabv3_r18", "deeplabv3plus_r18", "ocr_r18"]
+)
+def test_every_kind_of_network_can_be_trained_with_memory(name):
+    """Traced, not compiled: sizes and types of logits, embeddings and labels fit each other."""
+    config = make_config(f"model.name={name}", "model.dtype=bfloat16", "model.remat=('layer1',)")
+    step_fn, state, _ = start(config)
+    after, metrics = jax.eval_shape(step_fn, state, make_batch())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert {"loss", "contrast", "cross_entropy", "memory_fill"} <= metrics.keys()
+
+
+def test_an_auxiliary_head_is_trained():
+    """Its loss counts, so that its parameters move, and with weight 0 they do not."""
+    for aux_weight, moves in ((0.4, True), (0.0, False)):
+        plain = ("optim.weight_decay=0.0", "contrast.candidates=none")
+        config = make_config(
+            "model.name=fcn_r18", f"loss.aux_weight={aux_weight}", *plain, variant="ce"
+        )
+        step_fn, state, mesh = start(config, num_devices=1)
+        before = distributed.fetch(state.params["aux_head"])
+        state, metrics = step_fn(state, distributed.to_devices(make_batch(size=2), mesh))
+        assert np.isfinite(metrics["loss"])
+        after = distributed.fetch(state.params["aux_head"])
+        assert np.any(before["conv2"]["kernel"] != after["conv2"]["kernel"]) == moves
