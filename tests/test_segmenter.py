@@ -289,11 +289,12 @@ def test_auxiliary_heads_are_computed_where_something_reads_them():
 @pytest.fixture(
     scope="module",
     # Name there and here; how far train-mode logits and embeddings may be off; the fewest positions
-    # that a BatchNorm sees. DeepLab's BatchNorm of the image's mean sees 2, which magnifies
-    # rounding: PyTorch's own float32 logits are off by 3e-3, these by 5e-3, and by 5e-4 in float64.
+    # that a BatchNorm sees; how far gradients may be off, relatively. DeepLab's BatchNorm of the
+    # image's mean sees 2, which magnifies rounding: PyTorch's own float32 logits are off by 3e-3.
+    # In float64, with weights not rounded to float32, logits agree to 5e-10, gradients to 5e-8.
     params=[
-        ("hrnet_w48_contrast", "hrnet_w48", 2e-4, 2e-5, 12),
-        ("deeplab_v3_contrast", "deeplabv3_r101", 1e-2, 1e-3, 2),
+        ("hrnet_w48_contrast", "hrnet_w48", 2e-4, 2e-5, 12, 0.01),
+        ("deeplab_v3_contrast", "deeplabv3_r101", 1e-2, 1e-3, 2, 0.04),
     ],
     ids=lambda case: case[0],
 )
@@ -342,7 +343,7 @@ def test_training_is_that_of_the_original(model, tensors, stored, case):
     def train(variables, image):
         return model.apply(variables, image, train=True, mutable=["batch_stats"])
 
-    *_, of_logits, of_embedding, fewest = case
+    _, _, of_logits, of_embedding, fewest, _ = case
     output, updates = train(flax_variables(tensors), golden.image())
     logits = golden.to_torch(output.logits)
     np.testing.assert_allclose(logits, stored["train_seg"], rtol=0, atol=of_logits)
@@ -367,7 +368,7 @@ def test_training_is_that_of_the_original(model, tensors, stored, case):
 @pytest.mark.skipif(
     "SLOW_TESTS" not in os.environ, reason="compiles for minutes; runs where SLOW_TESTS is set"
 )
-def test_gradients_are_those_of_the_original(model, tensors, stored):
+def test_gradients_are_those_of_the_original(model, tensors, stored, case):
     variables = flax_variables(tensors)
 
     def probe(params, image):
@@ -386,14 +387,17 @@ def test_gradients_are_those_of_the_original(model, tensors, stored):
 
     gradient = quick_jit(jax.value_and_grad(probe, argnums=(0, 1)))
     loss, (by_params, by_image) = gradient(variables["params"], golden.image())
-    np.testing.assert_allclose(loss, stored["probe_loss"], rtol=1e-4)
+    of_gradient = case[5]
+    np.testing.assert_allclose(loss, stored["probe_loss"], rtol=of_gradient / 10)
     # In float64, with weights not rounded to float32, HRNet's agree to 4e-8; float32 loses digits
     # in BatchNorms over few positions.
     subset, expected = golden.to_torch(by_image)[:, :, ::4, ::4], stored["grad_input_sub"]
-    np.testing.assert_allclose(subset, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        subset, expected, rtol=0, atol=3 * of_gradient * np.abs(expected).max()
+    )
     paths = flax_paths({key: array.shape for key, array in tensors.items()})
     by_params = flatten_dict({"params": by_params})
     lengths = [
         np.linalg.norm(by_params[path]) for key, path in paths.items() if "running" not in key
     ]
-    np.testing.assert_allclose(lengths, stored["grad_param_l2"], rtol=0.01, atol=1e-6)
+    np.testing.assert_allclose(lengths, stored["grad_param_l2"], rtol=of_gradient, atol=1e-6)
