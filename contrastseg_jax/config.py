@@ -345,7 +345,7 @@ def _typed(value: Any, default: Any) -> Any:
     if type(value) is not type(default):
         kind = {
             tuple: "tuple, e.g. (1, 2) or ('a', 'b')",
-            bool: "True or False",
+            bool: "truth value, True or False",
             int: "whole number",
             float: "number",
             str: "string",

@@ -91,7 +91,10 @@ def test_overrides_take_the_type_of_the_default(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["train.batch_size=2.5", "train.batch_size=True", "augment.crop_size=64", "optim.momentum=x"],
+    [
+        *("train.batch_size=2.5", "train.batch_size=True", "augment.crop_size=64"),
+        *("optim.momentum=x", "contrast.approximate=1", "contrast.approximate=yes"),
+    ],
 )
 def test_overrides_of_another_type_are_refused(text):
     with pytest.raises(InputError, match=re.escape(text.replace("=", " = "))):
