@@ -12,7 +12,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
@@ -301,8 +300,6 @@ def _loss_forward(
 
 def _loss_backward(_: Callable[..., Any], gradients: Any, cotangents: Any) -> tuple[Any, ...]:
     slope, nothing = cotangents[0], cast(Any, None)
-    if isinstance(slope, SymbolicZero):  # only the diagnostics were differentiated
-        return (None,) * 5
     of_anchors, of_candidates = jax.tree.map(lambda x: slope.astype(x.dtype) * x, gradients)
     return (
         Anchors(of_anchors, nothing, nothing),

@@ -146,8 +146,10 @@ def _hardness_limit(
     number = lax.psum(number, axis) if axis else number
     share = POOL_FACTOR if selection.strategy == "semi_hard" else 1
     wanted = jnp.clip(-(-number // share), 1, selection.number)
-    find = _kth_approximate if selection.approximate else _kth_largest
-    return find(jnp.concatenate(hardness, axis=1), wanted, selection.number, axis)
+    values = jnp.concatenate(hardness, axis=1)
+    if selection.approximate:
+        return _kth_approximate(values, wanted, axis, most=selection.number)
+    return _kth_largest(values, wanted, axis)
 
 
 def _pool_ranks(
@@ -215,7 +217,7 @@ def _pool(
 
 
 def _kth_largest(
-    values: Float[Array, "r c"], number: Int[Array, " r"], _: int, axis: str | None
+    values: Float[Array, "r c"], number: Int[Array, " r"], axis: str | None
 ) -> Float[Array, " r"]:
     """The number-th largest value of each row, found bit by bit: 32 counts instead of a sort.
 
@@ -236,7 +238,7 @@ def _kth_largest(
 
 
 def _kth_approximate(
-    values: Float[Array, "r c"], number: Int[Array, " r"], most: int, axis: str | None
+    values: Float[Array, "r c"], number: Int[Array, " r"], axis: str | None, *, most: int
 ) -> Float[Array, " r"]:
     """The same by `lax.approx_max_k`, which TPUs have in hardware; `most` bounds `number`."""
     best = lax.approx_max_k(values, min(most, values.shape[1]))[0]
