@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from small import quick_jit
 
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.heads import ProjectionHead
@@ -21,10 +22,6 @@ TINY = segmenter.build("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.
 def tiny_variables():
     params, batch_stats = segmenter.init_variables(TINY, 0)
     return {"params": params, "batch_stats": batch_stats}
-
-
-# Compiling costs far more than running here.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def num_params(params):

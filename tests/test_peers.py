@@ -1,0 +1,174 @@
+"""Networks of torchvision and timm: against what they computed, and against them where they are.
+
+Outputs are in float32, whose rounding is 6e-8; after up to a hundred layers they differ by 4e-7 to
+4e-6 of the largest value.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import golden
+import jax
+import numpy as np
+import pytest
+import recipe
+import small
+
+from contrastseg_jax import peers
+from contrastseg_jax.models import segmenter, weights
+from contrastseg_jax.models.resnet import RESNET_SPECS, ResNet
+
+DATA = Path(__file__).parent / "data" / "peers"
+
+
+def stored(name):
+    """The outputs by name, which of their values they are, and the recipe's state dict."""
+    with np.load(DATA / f"{name}.npz") as arrays:
+        outputs = dict(arrays)
+    meta = json.loads(str(outputs.pop("meta")))
+    return outputs, meta["every"], recipe.recipe_tensors(meta["shapes"])
+
+
+def assert_close(result, expected, every=(1, 1, 1)):
+    """Equal but for rounding; `expected` has only some values, in PyTorch's layout."""
+    channels, rows, columns = every
+    result = golden.to_torch(result)[:, ::channels, ::rows, ::columns]
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def of_backbone(variables):
+    return {collection: {"backbone": parts["backbone"]} for collection, parts in variables.items()}
+
+
+def build(network, num_classes=21):
+    return segmenter.build(network, num_classes=num_classes, proj_dim=0, dropout_rate=0.0)
+
+
+def test_the_recipe_is_that_of_the_stored_figures():
+    shapes = {"conv1.weight": (4, 3, 7, 7), "bn1.num_batches_tracked": ()}
+    shapes |= {f"bn1.{name}": (5,) for name in ("weight", "bias", "running_mean", "running_var")}
+    for name, array in recipe.recipe_tensors(shapes).items():
+        expected = golden.recipe_array(name, shapes[name], str(array.dtype))
+        np.testing.assert_array_equal(array, expected)
+        assert array.dtype == expected.dtype
+
+
+# --- Against what is stored (tests/make_peers.py) -------------------------------------------------
+
+
+def test_hrnet_is_timms():
+    """timm's with bilinear fusion; its own, which repeats pixels, moves features by up to 21 %."""
+    outputs, every, tensors = stored("timm_hrnet_w18")
+    expected = of_backbone(segmenter.variable_shapes(build("hrnet_w18")))
+    variables = weights.fill(tensors, expected, source="timm")
+    features = peers.own_output("hrnet_w18", variables, recipe.image())
+    assert_close(features, outputs["features"], every)
+
+
+def test_resnet_is_timms():
+    outputs, every, tensors = stored("timm_resnet50")
+    model = ResNet(RESNET_SPECS["r50"])
+    shapes = segmenter.variable_shapes(model)
+    expected = {collection: {"backbone": leaves} for collection, leaves in shapes.items()}
+    variables = weights.fill(tensors, expected, source="timm")
+
+    @small.quick_jit
+    def evaluate(variables, image):
+        backbone = {collection: parts["backbone"] for collection, parts in variables.items()}
+        return model.apply(backbone, image, train=False)["last"]
+
+    features = evaluate(variables, recipe.image())
+    assert_close(features, outputs["features"], every)
+
+
+def test_deeplabv3_is_torchvisions():
+    outputs, every, tensors = stored("torchvision_deeplabv3_resnet101")
+    model = build("deeplabv3_r101_torchvision")
+    variables = weights.fill(tensors, segmenter.variable_shapes(model), source="torchvision")
+
+    @small.quick_jit
+    def evaluate(variables, image):
+        output, state = model.apply(
+            variables,
+            image,
+            train=False,
+            mutable="intermediates",
+            capture_intermediates=lambda module, _: module.name == "backbone",
+        )
+        (features,) = state["intermediates"]["backbone"]["__call__"]
+        of_aux_head = {collection: parts["aux_head"] for collection, parts in variables.items()}
+        return output.logits, model.aux_head.apply(of_aux_head, features["layer3"], train=False)
+
+    logits, aux_logits = evaluate(variables, recipe.image())
+    assert_close(logits, outputs["logits"], every)
+    assert_close(aux_logits, outputs["aux_logits"], every)
+
+
+# --- Against the libraries themselves -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "network"),
+    [
+        ("timm", "hrnet_w18_small_v2", "hrnet_w18_small"),
+        ("torchvision.models", "resnet18", "fcn_r18"),
+        ("torchvision.models.segmentation", "fcn_resnet50", "fcn_r50"),
+        ("torchvision.models.segmentation", "deeplabv3_resnet50", "deeplabv3_r50_torchvision"),
+    ],
+)
+def test_our_network_computes_what_its_peer_does(library, name, network):
+    make = {
+        "timm": lambda timm: timm.create_model(name),
+        "torchvision.models": lambda models: getattr(models, name)(),
+        "torchvision.models.segmentation": lambda models: getattr(models, name)(
+            weights=None, weights_backbone=None, aux_loss=True
+        ),
+    }
+    pytest.importorskip("timm")
+    model = make[library](pytest.importorskip(library))
+    shapes = {f"module.{key}": tuple(value.shape) for key, value in model.state_dict().items()}
+    tensors = recipe.recipe_tensors(shapes)
+    expected = peers.peer_output((network,), tensors, recipe.image())
+    variables = weights.flax_variables(tensors)
+    result = peers.own_output(network, variables, recipe.image())
+    assert result.dtype == expected.dtype == np.float32
+    assert_close(result, golden.to_torch(expected))
+
+    # What has no place in a network makes no difference.
+    used = {key: tensors[key] for key in weights.flax_paths(shapes)}
+    assert len(used) < len(tensors)
+    again = peers.peer_output((network,), used, recipe.image())
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize(
+    ("network", "tensor"),
+    [
+        ("hrnet_tiny", "conv1.weight"),
+        ("hrnet_w48", "cls_head.0.weight"),  # the original's whole networks
+        ("deeplabv3_r101", "backbone.resinit.conv1.weight"),
+        ("deeplabv3_r101", "decoder.layer_aspp.b0.0.weight"),
+        ("fcn_r18", "classifier.4.weight"),
+        ("deeplabv3plus_r50", "classifier.4.weight"),
+    ],
+)
+def test_some_networks_have_no_peer(network, tensor):
+    tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
+    assert peers.peer_output((network,), tensors, recipe.image()) is None
+
+
+@pytest.mark.parametrize("tensor", ["conv1.weight", "classifier.4.weight"])
+def test_without_the_libraries_there_is_no_peer(tensor, monkeypatch):
+    for library in ("torch", "torchvision", "timm"):
+        monkeypatch.setitem(sys.modules, library, None)
+    tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
+    assert peers.peer_output(("fcn_r50",), tensors, recipe.image()) is None
+
+
+@pytest.mark.parametrize("network", ["deeplabv3_r18", "deeplabv3plus_r18", "ocr_r18"])
+def test_our_output_has_the_classes_of_the_variables(network):
+    shapes = segmenter.variable_shapes(build(network, num_classes=5))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    image = np.zeros((1, 16, 16, 3), np.float32)
+    assert peers.own_output(network, variables, image).shape[-1] == 5
