@@ -1,8 +1,9 @@
-"""Trains, evaluates and predicts.
+"""Trains, evaluates and predicts; converts weights to start from.
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=eval --workdir=runs/quickstart --checkpoint=best
     python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
+    python main.py --mode=convert --input=resnet50.pth --output=weights/resnet50
 
 Any setting of configs/default.py can be changed: --config.train.batch_size=4.
 """
@@ -23,12 +24,18 @@ SCHEMA = Path(__file__).parent / "configs" / "default.py"
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "FILE.py[:MODEL[,VARIANT]]; may be left out after training.")
-flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-flags.DEFINE_enum("mode", "train", ("train", "eval", "predict"), "What to do.")
-flags.DEFINE_string("checkpoint", "latest", "eval, predict: latest, best or a step.")
+flags.DEFINE_string("workdir", None, "Folder of the run; not of convert.")
+flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "convert"), "What to do.")
+flags.DEFINE_string(
+    "checkpoint",
+    "latest",
+    "eval, predict: latest, best, a step, or init: the weights of model.init_from as they are.",
+)
 flags.DEFINE_string("split", "val", "eval: the split of the data set.")
-flags.DEFINE_string("input", None, "predict: an image, or a folder of images.")
-flags.DEFINE_string("output", None, "predict: the folder for the results.")
+flags.DEFINE_string(
+    "input", None, "predict: image or folder of images; convert: .pth, .safetensors."
+)
+flags.DEFINE_string("output", None, "predict, convert: the folder for the results.")
 
 
 def main(argv: list[str], settings: list[str]) -> None:
@@ -36,19 +43,30 @@ def main(argv: list[str], settings: list[str]) -> None:
     try:
         if argv[1:]:
             raise InputError(f"{' '.join(argv[1:])}: not understood; write --NAME=VALUE")
-        config = load_config(settings)
-        # JAX and the networks take seconds to import: not before the config has been read.
-        from contrastseg_jax import build
-        from contrastseg_jax.logging import start_logging
+        require_flags(settings)
+        if FLAGS.mode == "convert":
+            from contrastseg_jax.convert import convert
+            from contrastseg_jax.logging import start_logging
 
-        start_logging()
-        build.check(config, mode=FLAGS.mode)
-        run(config, Path(FLAGS.workdir))
+            start_logging()
+            convert(Path(FLAGS.input), Path(FLAGS.output))
+        else:
+            run(load_config(settings), Path(FLAGS.workdir))
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         os._exit(130)  # at once: tearing down a compilation that goes on ends in a crash
+
+
+def require_flags(settings: list[str]) -> None:
+    """Raise an error for flags that the mode needs, or has no use for."""
+    needed = {"predict": ("workdir", "input", "output"), "convert": ("input", "output")}
+    for name in needed.get(FLAGS.mode, ("workdir",)):
+        if not FLAGS[name].value:
+            raise InputError(f"--{name}: is needed, --mode={FLAGS.mode} has no default for it")
+    if FLAGS.mode == "convert" and (FLAGS.config or FLAGS.workdir or settings):
+        raise InputError("--mode=convert: takes --input and --output, no config and no workdir")
 
 
 def load_config(settings: list[str]) -> Config:
@@ -59,13 +77,24 @@ def load_config(settings: list[str]) -> Config:
             raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
         return config_lib.stored(workdir, schema, settings)
     config = config_lib.load(FLAGS.config, settings)
-    if FLAGS.mode != "train":
+    if FLAGS.checkpoint == "init":
+        if not config.model.init_from:
+            raise InputError("--checkpoint=init: needs --config.model.init_from=FOLDER")
+    elif FLAGS.mode != "train":
         config_lib.refuse_differences(config, config_lib.stored(workdir, schema), workdir)
     return config
 
 
 def run(config: Config, workdir: Path) -> None:
     """Calls the mode's function."""
+    # JAX and the networks take seconds to import: not before the config has been read.
+    from contrastseg_jax import build
+    from contrastseg_jax.logging import start_logging
+
+    start_logging()
+    build.check(config, mode=FLAGS.mode)
+    if FLAGS.checkpoint == "init":
+        config = build.follow_weights(config, None)
     if FLAGS.mode == "train":
         from contrastseg_jax.train import train
 
@@ -77,8 +106,6 @@ def run(config: Config, workdir: Path) -> None:
     elif FLAGS.mode == "predict":
         from contrastseg_jax.predict import predict_run
 
-        if not (FLAGS.input and FLAGS.output):
-            raise InputError("--mode=predict: needs --input=FILE_OR_FOLDER and --output=FOLDER")
         predict_run(config, workdir, FLAGS.checkpoint, Path(FLAGS.input), Path(FLAGS.output))
 
 

@@ -50,10 +50,13 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     net.proj_dim = 256  # length of an embedding (paper: 256)
     rates = [rate for part, rate in DROPOUT_RATES.items() if part in model]
     net.dropout_rate = (*rates, 0.1)[0]  # in front of the logits (as the model's original has it)
+    net.init_from = ""  # folder of --mode=convert, whose weights training starts from; empty: none
     net.dtype = "float32"  # in which layers compute, or bfloat16; parameters stay float32
     net.remat = ()  # stages computed again for the gradient, to save memory, e.g. ("stage4",)
-    net.image_mean = (123.675, 116.28, 103.53)  # RGB, subtracted (ImageNet)
-    net.image_std = (58.395, 57.12, 57.375)  # RGB, divided by (ImageNet)
+    # How the network takes images. Empty: as the weights of init_from do, or ImageNet's way.
+    net.image_mean = ()  # red, green, blue, subtracted (ImageNet: 123.675, 116.28, 103.53)
+    net.image_std = ()  # red, green, blue, divided by (ImageNet: 58.395, 57.12, 57.375)
+    net.channel_order = ""  # RGB or BGR
 
     config.loss = loss = ConfigDict()
     loss.class_weights = ()  # of cross entropy, one per class; empty: all 1

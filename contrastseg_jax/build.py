@@ -1,20 +1,24 @@
 """What a config makes: the data set's spec, the network, the optimiser, the state at step 0."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from contrastseg_jax import distributed, memory
-from contrastseg_jax.config import Config, broken_rules, uses_contrast, uses_memory
+from contrastseg_jax import distributed, memory, pretrained
+from contrastseg_jax.config import Config, broken_rules, replaced, uses_contrast, uses_memory
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import dataset_names, label_map
 from contrastseg_jax.errors import listed
+from contrastseg_jax.logging import log
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.models.segmenter import Segmenter, model_names, stage_names
+from contrastseg_jax.models.segmenter import Segmenter, Variables, model_names, stage_names
 from contrastseg_jax.optim import Schedule, poly_schedule, sgd
 from contrastseg_jax.selection import POOLED, RANK_BITS
-from contrastseg_jax.structs import TrainState
+from contrastseg_jax.structs import ImageFormat, TrainState
 
+IMAGENET = ImageFormat()
 BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
 
 
@@ -132,9 +136,19 @@ def dataset_spec(config: Config) -> DatasetSpec:
     )
 
 
+def image_format(config: Config, default: ImageFormat = IMAGENET) -> ImageFormat:
+    """How the network takes images; `default` where the config leaves it open."""
+    net = config.model
+    return ImageFormat(
+        mean=net.image_mean or default.mean,
+        std=net.image_std or default.std,
+        channel_order=net.channel_order or default.channel_order,
+    )
+
+
 def pad_color(config: Config) -> tuple[int, int, int]:
     """What surrounds an image: the mean colour, which normalisation turns into about 0."""
-    red, green, blue = (round(value) for value in config.model.image_mean)
+    red, green, blue = (round(value) for value in image_format(config).mean)
     return red, green, blue
 
 
@@ -167,10 +181,43 @@ def splits_memory(config: Config) -> bool:
     return uses_memory(config) and config.memory.sharding == "slots"
 
 
-def init_state(config: Config, model: Segmenter, tx: optax.GradientTransformation) -> TrainState:
-    """The state at step 0: fresh parameters, an empty bank."""
-    params, batch_stats = segmenter.init_variables(model, config.seed)
-    variables = {"params": params, "batch_stats": batch_stats}
+def initial_variables(config: Config, model: Segmenter) -> Variables:
+    """What the network starts from: fresh ones, or those of `model.init_from`."""
+    fresh = segmenter.init_variables(model, config.seed)
+    if not config.model.init_from:
+        return fresh
+    return pretrained.start_from(Path(config.model.init_from), config.model.name, fresh)
+
+
+def follow_weights(config: Config, run: Config | None) -> Config:
+    """The config with images as the weights of `model.init_from` need them, where that is open.
+
+    `run`: the config of a run that goes on. It has noted this and needs the weights no longer.
+    """
+    net = config.model
+    if not net.init_from:
+        return config
+    if run is not None and run.model.init_from == net.init_from:
+        known = image_format(run)
+    else:
+        known = pretrained.read(Path(net.init_from), net.name).image_format
+    chosen = image_format(config, known)
+    log.info(
+        f"images as {net.init_from} needs them: {chosen.channel_order}, mean {chosen.mean}, std"
+        f" {chosen.std}"
+    )
+    settings = {
+        "image_mean": chosen.mean,
+        "image_std": chosen.std,
+        "channel_order": chosen.channel_order,
+    }
+    return replaced(config, {f"model.{key}": value for key, value in settings.items()})
+
+
+def init_state(
+    config: Config, model: Segmenter, tx: optax.GradientTransformation, variables: Variables
+) -> TrainState:
+    """The state at step 0: what the network starts from, and an empty bank."""
     bank = None
     if uses_memory(config):
         bank = memory.init_memory(
@@ -182,9 +229,19 @@ def init_state(config: Config, model: Segmenter, tx: optax.GradientTransformatio
         )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=tx.init(params),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=tx.init(variables["params"]),
         ema=jax.tree.map(jnp.copy, variables) if config.optim.ema_decay else None,
         memory=bank,
+    )
+
+
+def abstract_state(
+    config: Config, model: Segmenter, tx: optax.GradientTransformation
+) -> TrainState:
+    """Shapes and types of `init_state`, whatever the network starts from."""
+    return jax.eval_shape(
+        lambda variables: init_state(config, model, tx, variables),
+        segmenter.variable_shapes(model),
     )

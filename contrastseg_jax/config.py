@@ -70,10 +70,17 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
                 known[path] = _typed(_parsed(value, known[path]), known[path])
             except TypeError as error:
                 problems.append(f"{path} = {value}: {error}")
-    config = _replaced(config, known)
+    config = replaced(config, known)
     if problems:
         raise listed("the config", problems + broken_rules(config, choices={}, num_devices=1))
     return config
+
+
+def replaced(config: Config, settings: dict[str, Any]) -> Config:
+    """A copy of the config with other values at some dotted paths."""
+    config = ConfigDict(config.to_dict())
+    config.update_from_flattened_dict(settings)
+    return config.lock()
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,7 +116,7 @@ def from_json(text: str, default: Config, source: str) -> Config:
             problems.append(f"{path} = {stored[path]!r}: {error}")
     if problems:
         raise listed(source, problems)
-    return _replaced(default, known)
+    return replaced(default, known)
 
 
 def stored(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Config:
@@ -124,19 +131,27 @@ def stored(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Con
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Make the workdir that of this config, unless it holds the run of another one.
+    """Make the workdir that of this config, unless it holds the run of another one."""
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir}: is a file, not a folder")
+    run = run_in(workdir, config)
+    if run is not None:
+        refuse_differences(config, run, workdir)
+    write_atomically(workdir / "config.json", to_json(config))
+
+
+def run_in(workdir: Path, default: Config) -> Config | None:
+    """The config of the run that a workdir holds; `default` is the schema.
 
     What counts as a run is a finished checkpoint: one that stopped before may be begun again with
     other settings.
     """
     path = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir}: is a file, not a folder")
-    if any(name.name.isdecimal() for name in (workdir / "checkpoints").glob("*")):
-        if not path.exists():
-            raise InputError(f"--workdir={workdir}: has checkpoints but no config.json")
-        refuse_differences(config, from_json(path.read_text(), config, str(path)), workdir)
-    write_atomically(path, to_json(config))
+    if not any(name.name.isdecimal() for name in (workdir / "checkpoints").glob("*")):
+        return None
+    if not path.exists():
+        raise InputError(f"--workdir={workdir}: has checkpoints but no config.json")
+    return from_json(path.read_text(), default, str(path))
 
 
 def refuse_differences(config: Config, run: Config, workdir: Path) -> None:
@@ -279,10 +294,19 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         "model.image_mean model.image_std",
-        lambda v, c: len(v) == 3,
-        "must be three numbers (red, green, blue)",
+        lambda v, c: not v or len(v) == 3 and all(isinstance(i, (int, float)) for i in v),
+        "must be three numbers (red, green, blue), or none",
     ),
-    ("model.image_std", lambda v, c: all(i > 0 for i in v), "must be > 0"),
+    (
+        "model.image_std",
+        lambda v, c: all(isinstance(i, (int, float)) and i > 0 for i in v),
+        "must be > 0",
+    ),
+    (
+        "model.channel_order",
+        lambda v, c: v in ("", "RGB", "BGR"),
+        "must be 'RGB' or 'BGR', or empty",
+    ),
     (
         "loss.class_weights",
         lambda v, c: all(isinstance(i, (int, float)) and i >= 0 for i in v) and (not v or any(v)),
@@ -305,12 +329,6 @@ RULES: tuple[Rule, ...] = (
         "must not be 0 together with memory.segment_size when the bank is used",
     ),
 )
-
-
-def _replaced(config: Config, settings: dict[str, Any]) -> Config:
-    config = ConfigDict(config.to_dict())
-    config.update_from_flattened_dict(settings)
-    return config.lock()
 
 
 def _nearest(path: str, known: Sequence[str] | dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from contrastseg_jax import checkpoint, distributed, report
 from contrastseg_jax.build import (
+    abstract_state,
     build_model,
     build_optimizer,
     dataset_spec,
-    init_state,
+    image_format,
+    initial_variables,
     pad_color,
     splits_memory,
 )
@@ -27,21 +29,20 @@ from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.logging import log
 from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
-from contrastseg_jax.models.segmenter import Segmenter
+from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.resize import resize_bilinear
-from contrastseg_jax.structs import Batch, SegmentationOutput, TrainState
+from contrastseg_jax.structs import Batch, ImageFormat, SegmentationOutput, TrainState
 
-Variables = dict[str, Any]  # what a network's `apply` takes: params and batch_stats
 PredictStep = Callable[[Variables, Any], Array]
 EvalStep = Callable[[Variables, Batch], tuple[Array, Array]]
 
 
-def normalize(
-    image: UInt8[Array, "b h w 3"], *, image_mean: Sequence[float], image_std: Sequence[float]
-) -> Float[Array, "b h w 3"]:
-    """Images as networks take them; mean and std are in grey levels, red green blue."""
-    mean, std = jnp.asarray(image_mean, jnp.float32), jnp.asarray(image_std, jnp.float32)
-    return (image.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+def normalize(image: UInt8[Array, "b h w 3"], image_format: ImageFormat) -> Float[Array, "b h w 3"]:
+    """Images as a network takes them."""
+    mean = jnp.asarray(image_format.mean, jnp.float32)
+    std = jnp.asarray(image_format.std, jnp.float32)
+    normalized = (image.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+    return normalized[..., ::-1] if image_format.channel_order == "BGR" else normalized
 
 
 def inference_variables(state: TrainState) -> Variables:
@@ -56,12 +57,11 @@ def predict_step(
     image: UInt8[Array, "b h w 3"],
     *,
     model: Segmenter,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
+    image_format: ImageFormat,
 ) -> Float[Array, "b h w k"]:
     """Logits of every pixel."""
-    pixels = normalize(image, image_mean=image_mean, image_std=image_std)
-    output = cast(SegmentationOutput, model.apply(variables, pixels, train=False))
+    normalized = normalize(image, image_format)
+    output = cast(SegmentationOutput, model.apply(variables, normalized, train=False))
     return resize_bilinear(output.logits, (image.shape[1], image.shape[2]))
 
 
@@ -70,13 +70,10 @@ def eval_step(
     batch: Batch,
     *,
     model: Segmenter,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
+    image_format: ImageFormat,
 ) -> tuple[UInt8[Array, "b h w"], Int[Array, "k k"]]:
     """Predictions, and their confusion matrix; rows that only fill up carry no labels."""
-    logits = predict_step(
-        variables, batch.image, model=model, image_mean=image_mean, image_std=image_std
-    )
+    logits = predict_step(variables, batch.image, model=model, image_format=image_format)
     prediction = jnp.argmax(logits, axis=-1)
     counts = confusion_matrix(batch.label, prediction, num_classes=model.num_classes)
     return prediction.astype(jnp.uint8), counts
@@ -84,12 +81,7 @@ def eval_step(
 
 def compile_eval_step(config: Config, model: Segmenter, mesh: Mesh) -> EvalStep:
     """`eval_step` for a mesh; compiles once per size of image."""
-    step = functools.partial(
-        eval_step,
-        model=model,
-        image_mean=config.model.image_mean,
-        image_std=config.model.image_std,
-    )
+    step = functools.partial(eval_step, model=model, image_format=image_format(config))
     everywhere, split = distributed.replicated(mesh), distributed.split(mesh)
     return jax.jit(step, in_shardings=(everywhere, split), out_shardings=(split, everywhere))
 
@@ -156,11 +148,17 @@ def evaluate(
 
 
 def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Variables, int, Mesh]:
-    """The network of a run with the parameters of a checkpoint: "latest", "best" or a step."""
+    """The network of a run with the parameters of a checkpoint: "latest", "best" or a step.
+
+    "init": those that training starts from; of a run there may be nothing yet.
+    """
     mesh = distributed.make_mesh()
     model = build_model(config, len(label_map(dataset_spec(config)).names))
+    if which == "init":
+        variables = jax.device_put(initial_variables(config, model), distributed.replicated(mesh))
+        return model, variables, 0, mesh
     tx, _ = build_optimizer(config)
-    state = jax.eval_shape(lambda: init_state(config, model, tx))
+    state = abstract_state(config, model, tx)
     # The bank as in training, where the devices at hand allow it: whole it may not fit.
     uneven = (config.memory.pixel_size % mesh.size, config.memory.segment_size % mesh.size)
     split_memory = splits_memory(config) and not any(uneven)

@@ -15,12 +15,10 @@ from jaxtyping import Float
 
 from contrastseg_jax.models import segmenter, weights
 from contrastseg_jax.models.hrnet import HRNetSpec
+from contrastseg_jax.models.segmenter import Variables
 
 # Ours, and timm's where it is another one.
 HRNETS_OF_TIMM = {"hrnet_w18_small": "hrnet_w18_small_v2"}
-
-# The layer of each head that gives the logits; conv3 is of the one that has a conv2 as well.
-LAST_LAYERS = ("classifier", "refine_2", "conv3", "conv2")
 
 
 def peer_output(
@@ -64,19 +62,18 @@ def peer_output(
 
 
 def own_output(
-    network: str, variables: Any, image: Float[np.ndarray, "b h w 3"]
+    network: str, num_classes: int, variables: Variables, image: Float[np.ndarray, "b h w 3"]
 ) -> Float[np.ndarray, "b hs ws c"]:
-    """The same of our network: logits, or the features where `variables` are of a backbone alone.
+    """The same of our network: logits, or with 0 classes the features of the backbone alone.
 
     On the CPU, which keeps float32: accelerators round the factors of a product.
     """
-    parts = variables["params"]
-    last = [layer for layer in LAST_LAYERS if layer in parts.get("cls_head", {})]
-    num_classes = parts["cls_head"][last[0]]["kernel"].shape[-1] if last else 1
-    model: Any = segmenter.build(network, num_classes=num_classes, proj_dim=0, dropout_rate=0.0)
+    model: Any = segmenter.build(
+        network, num_classes=max(num_classes, 1), proj_dim=0, dropout_rate=0.0
+    )
 
-    def evaluate(variables: Any, image: jax.Array) -> jax.Array:
-        if last:
+    def evaluate(variables: Variables, image: jax.Array) -> jax.Array:
+        if num_classes:
             return model.apply(variables, image, train=False).logits
         backbone = {collection: parts["backbone"] for collection, parts in variables.items()}
         return model.backbone.apply(backbone, image, train=False)["last"]

@@ -11,16 +11,17 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax import report
-from contrastseg_jax.build import dataset_spec, pad_color
+from contrastseg_jax.build import dataset_spec, image_format, pad_color
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.augment import resize_image, resized_size
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, encode_jpeg, encode_png
 from contrastseg_jax.data.labels import to_mask_values
 from contrastseg_jax.errors import InputError, listed
-from contrastseg_jax.evaluate import PredictStep, Variables, load_run, predict_step
+from contrastseg_jax.evaluate import PredictStep, load_run, predict_step
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.logging import log
+from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.resize import resize_bilinear
 
 
@@ -35,14 +36,8 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
     output.mkdir(parents=True, exist_ok=True)
     model, variables, _, _ = load_run(config, workdir, which)
     classes = label_map(dataset_spec(config))
-    step_fn = jax.jit(
-        functools.partial(
-            predict_step,
-            model=model,
-            image_mean=config.model.image_mean,
-            image_std=config.model.image_std,
-        )
-    )
+    step = functools.partial(predict_step, model=model, image_format=image_format(config))
+    step_fn = jax.jit(step)
     report.save_legend(output / "legend.png", classes)
     problems = []
     with logging_redirect_tqdm([log]):

@@ -5,12 +5,22 @@ Dimension names, here and in every annotation of the package: `b` image, `h w` l
 `s` anchors per image, `c` candidates, `m` memory slots per class.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 IGNORE_LABEL = 255  # the label of a pixel that belongs to no class
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How a network takes images: what its weights were trained with."""
+
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # red green blue, in grey levels
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)  # likewise; all ImageNet's
+    channel_order: str = "RGB"  # in which the normalised channels are given, or "BGR"
 
 
 @struct.dataclass

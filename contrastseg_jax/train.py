@@ -20,14 +20,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax import checkpoint, distributed, memory, report
 from contrastseg_jax.build import (
+    abstract_state,
     build_model,
     build_optimizer,
     dataset_spec,
+    follow_weights,
+    image_format,
     init_state,
+    initial_variables,
     pad_color,
     splits_memory,
 )
-from contrastseg_jax.config import Config, claim
+from contrastseg_jax.config import Config, claim, run_in
 from contrastseg_jax.contrast import (
     batch_candidates,
     label_at_stride,
@@ -145,9 +149,7 @@ def train_step(
     dropout_rng, anchor_rng, key_rng, selection_rng = jax.random.split(step_rng, 4)
     per_image = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     anchor_rng, key_rng = (per_image(rng, batch.example_id) for rng in (anchor_rng, key_rng))
-    image = normalize(
-        batch.image, image_mean=config.model.image_mean, image_std=config.model.image_std
-    )
+    image = normalize(batch.image, image_format(config))
     bank = state.memory
 
     def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, SegmentationOutput, Metrics]]:
@@ -234,6 +236,7 @@ def train(config: Config, workdir: Path) -> None:
         f" {num_classes} classes"
     )
     with lock(workdir / ".lock"):
+        config = follow_weights(config, run_in(workdir, config))
         claim(workdir, config)
         _train_on(config, workdir, source, val_source, num_classes)
 
@@ -254,10 +257,11 @@ def _train_on(
         return
     if start_step:
         log.info(f"going on after step {start_step} of {num_steps}")
-        state = jax.eval_shape(lambda: init_state(config, model, tx))
+        state = abstract_state(config, model, tx)
         state = checkpoint.restore(manager, start_step, state, of_state)
     else:
-        state = jax.device_put(init_state(config, model, tx), of_state)
+        variables = initial_variables(config, model)
+        state = jax.device_put(init_state(config, model, tx, variables), of_state)
     num_params = parameter_overview.count_parameters(state.params)
     log.info(
         f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {mesh.size}"

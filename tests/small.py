@@ -65,7 +65,8 @@ def start(config, num_devices=2, num_classes=3):
     model = build.build_model(config, num_classes)
     tx, _ = build.build_optimizer(config)
     of_state = distributed.state_sharding(mesh, split_memory=build.splits_memory(config))
-    state = jax.device_put(build.init_state(config, model, tx), of_state)
+    variables = build.initial_variables(config, model)
+    state = jax.device_put(build.init_state(config, model, tx, variables), of_state)
     return compile_step(config, model, tx, mesh), state, mesh
 
 

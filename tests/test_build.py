@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import pytest
 from small import ROOT, make_config
 
@@ -19,7 +18,7 @@ def test_state_holds_what_the_variant_needs():
     ):
         config = make_config(variant=variant)
         model, (tx, _) = build.build_model(config, 3), build.build_optimizer(config)
-        state = jax.eval_shape(lambda c=config, m=model, t=tx: build.init_state(c, m, t))
+        state = build.abstract_state(config, model, tx)
         assert ("proj_head" in state.params) == has_head
         assert (state.memory is not None) == has_bank
         assert state.ema is None
@@ -28,7 +27,7 @@ def test_state_holds_what_the_variant_needs():
 def test_bank_has_the_sizes_of_the_config():
     config = make_config("memory.dtype=bfloat16", "memory.segment_size=0")
     model, (tx, _) = build.build_model(config, 3), build.build_optimizer(config)
-    bank = build.init_state(config, model, tx).memory
+    bank = build.abstract_state(config, model, tx).memory
     assert bank.pixel.shape == (3, 16, 16) and bank.pixel.dtype == "bfloat16"
     assert bank.segment.shape == (3, 0, 16)
 

@@ -20,7 +20,7 @@ def run():
 
 def abstract(config, num_classes=3):
     model, (tx, _) = build.build_model(config, num_classes), build.build_optimizer(config)
-    return jax.eval_shape(lambda: build.init_state(config, model, tx))
+    return build.abstract_state(config, model, tx)
 
 
 def save_all(workdir, state, scores, keep_checkpoints=2):

@@ -46,7 +46,7 @@ def test_every_config_is_valid(path, variant):
 
 def test_every_setting_is_read():
     """As config.GROUP.KEY, by a local name of its group, or with its whole group unpacked."""
-    local = {"contrast": "settings"}
+    local = {"contrast": "settings", "model": "net"}
     paths = (ROOT / "contrastseg_jax").rglob("*.py")
     source = "\n".join(path.read_text() for path in paths if path.name != "config.py")
     for path, _ in config_lib.leaves(load()):
@@ -133,6 +133,8 @@ def test_all_broken_rules_are_listed():
         ["augment.scale_range=(1.0,)"],
         ["model.image_mean=(1.0, 2.0)"],
         ["model.image_std=(1.0, 0.0, 1.0)"],
+        ["model.image_std=('a', 'b', 'c')"],
+        ["model.channel_order=rgb"],
         ["model.proj_dim=0"],
         ["contrast.warmup_steps=40000"],
         ["memory.pixel_size=0", "memory.segment_size=0"],

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import save_file
 from small import ROOT, SETTINGS
+from state_dicts import tiny
 
 from contrastseg_jax.data.images import encode_png
 
@@ -112,13 +114,46 @@ def test_modes_read_the_config_from_the_workdir(trained, tmp_path):
     assert (output / "masks" / "good.png").exists() and (output / "legend.png").exists()
 
 
+def test_converted_weights_are_evaluated_trained_and_gone_on_without(prepared_dir, tmp_path):
+    save_file(tiny(num_classes=3, proj_dim=16), tmp_path / "released.safetensors")
+    weights = tmp_path / "weights"
+    convert = [sys.executable, str(ROOT / "main.py"), "--mode=convert", f"--output={weights}"]
+    result = run([*convert, f"--input={tmp_path / 'released.safetensors'}"])
+    assert result.returncode == 0, result.stderr
+    assert "released.safetensors: hrnet_tiny with 3 classes" in result.stdout
+
+    settings = (*SETTINGS, "train.num_steps=3", f"model.init_from={weights}")
+    training = command(prepared_dir, tmp_path / "run", *TRAIN, settings=settings)
+    result = run([*training, "--mode=eval", "--checkpoint=init"])  # before there is a run
+    assert result.returncode == 0, result.stderr
+    assert "mean IoU" in result.stderr and "BGR" in result.stderr
+
+    result = run(training)
+    assert result.returncode == 0, result.stderr
+    assert "released.safetensors gives backbone, cls_head, proj_head" in result.stderr
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["model"]["channel_order"] == "BGR"
+
+    weights.rename(tmp_path / "moved")
+    assert "is trained to its end" in run(training).stderr
+    result = run([*training[:2], f"--workdir={tmp_path / 'run'}", "--mode=eval"])
+    assert result.returncode == 0, result.stderr
+    result = run(command(prepared_dir, tmp_path / "other", *TRAIN, settings=settings))
+    assert result.returncode == 1 and "must be a folder that --mode=convert" in result.stderr
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
         ([], ["--config: is needed to train"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py: no such file"]),
         (["--mode=eval"], ["has no config.json"]),
-        (["--mode=predict"], ["has no config.json"]),
+        (["--mode=predict"], ["--input: is needed, --mode=predict has no default for it"]),
+        (["--mode=predict", "--input=x", "--output=y"], ["has no config.json"]),
+        (["--mode=convert", "--input=x"], ["--output: is needed"]),
+        (["--mode=convert", "--input=x", "--output=y"], ["takes --input and --output, no config"]),
+        ([*TRAIN, "--mode=eval", "--checkpoint=init"], ["needs --config.model.init_from=FOLDER"]),
         ([*TRAIN, "stray"], ["stray: not understood"]),
         (
             [*TRAIN, "--config.trian.num_steps=2", "--config.seed=x"],

@@ -8,7 +8,7 @@ import pytest
 
 from contrastseg_jax import config as config_lib
 from contrastseg_jax import distributed
-from contrastseg_jax.build import dataset_spec
+from contrastseg_jax.build import dataset_spec, image_format
 from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import decode_image, decode_mask
 from contrastseg_jax.data.labels import to_train_ids
@@ -21,7 +21,7 @@ from contrastseg_jax.evaluate import (
     load_run,
     predict_step,
 )
-from contrastseg_jax.structs import TrainState
+from contrastseg_jax.structs import ImageFormat, TrainState
 
 
 def test_confusion_is_that_of_each_image_alone(trained, tmp_path):
@@ -36,13 +36,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path):
     )
     expected = np.zeros((3, 3), int)
     predict = jax.jit(
-        lambda image: predict_step(
-            variables,
-            image,
-            model=model,
-            image_mean=config.model.image_mean,
-            image_std=config.model.image_std,
-        )
+        lambda image: predict_step(variables, image, model=model, image_format=image_format(config))
     )
     for record in open_split(spec, "val"):
         padded = np.zeros((1, 64, 64, 3), np.uint8) + np.uint8([124, 116, 104])
@@ -64,7 +58,7 @@ def test_the_projection_head_is_not_computed(trained):
     image = np.zeros((2, 64, 64, 3), np.uint8)
     text = jax.jit(
         lambda variables, image: predict_step(
-            variables, image, model=model, image_mean=(0.0,) * 3, image_std=(1.0,) * 3
+            variables, image, model=model, image_format=ImageFormat((0.0,) * 3, (1.0,) * 3)
         )
     ).lower(variables, image)
     assert "proj_head" not in text.as_text(debug_info=True)

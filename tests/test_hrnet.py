@@ -83,7 +83,8 @@ def test_stride_2_reads_the_even_pixels(size):
 def test_odd_sizes_run_and_differentiate():
     image = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 49, 3)), jnp.float32)
     model = HRNet(SMALL)
-    params, batch_stats = init_variables(model, 0)
+    variables = init_variables(model, 0)
+    params, batch_stats = variables["params"], variables["batch_stats"]
 
     @jax.jit
     @jax.grad

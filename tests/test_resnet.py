@@ -159,7 +159,8 @@ def test_max_pool_on_its_own():
 def test_recomputing_changes_neither_names_nor_gradients():
     spec = dataclasses.replace(RESNET_SPECS["r18"], num_blocks=(1, 1, 1, 1), output_stride=8)
     image = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 24, 3)), jnp.float32)
-    params, batch_stats = init_variables(ResNet(spec), 0)
+    variables = init_variables(ResNet(spec), 0)
+    params, batch_stats = variables["params"], variables["batch_stats"]
 
     def gradient(model):
         def probe(params):

@@ -20,8 +20,7 @@ TINY = segmenter.build("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.
 
 @pytest.fixture(scope="module")
 def tiny_variables():
-    params, batch_stats = segmenter.init_variables(TINY, 0)
-    return {"params": params, "batch_stats": batch_stats}
+    return segmenter.init_variables(TINY, 0)
 
 
 def num_params(params):
@@ -99,8 +98,7 @@ def test_any_image_size_fits(name, size, expected):
 @pytest.mark.parametrize("name", ["deeplabv3_r18", "deeplabv3plus_r18", "hrnet_tiny_ocr"])
 def test_a_single_pixel_trains_to_finite_values(name):
     model = segmenter.build(name, num_classes=3, proj_dim=4, dropout_rate=0.1)
-    params, batch_stats = segmenter.init_variables(model, 0)
-    variables = {"params": params, "batch_stats": batch_stats}
+    variables = segmenter.init_variables(model, 0)
 
     @quick_jit
     def train(image):
@@ -153,15 +151,15 @@ def test_init_is_he_normal_and_a_function_of_the_seed(tiny_variables):
     np.testing.assert_array_equal(batch_stats["backbone"]["bn1"]["mean"], 0)
     np.testing.assert_array_equal(batch_stats["backbone"]["bn1"]["var"], 1)
 
-    again, _ = segmenter.init_variables(TINY, 0)
+    again = segmenter.init_variables(TINY, 0)["params"]
     jax.tree.map(np.testing.assert_array_equal, params, again)
-    other, _ = segmenter.init_variables(TINY, 1)
+    other = segmenter.init_variables(TINY, 1)["params"]
     assert np.any(other["cls_head"]["conv1"]["kernel"] != kernel)
 
 
 def test_networks_that_differ_in_a_head_start_alike(tiny_variables):
     plain = segmenter.build("hrnet_tiny", num_classes=4, proj_dim=0, dropout_rate=0.5)
-    params, _ = segmenter.init_variables(plain, 0)
+    params = segmenter.init_variables(plain, 0)["params"]
     assert "proj_head" not in params
     for part in ("backbone", "cls_head"):
         jax.tree.map(np.testing.assert_array_equal, params[part], tiny_variables["params"][part])
@@ -225,7 +223,8 @@ def test_bfloat16_is_of_the_layers_alone(name):
     full = segmenter.build(name, **settings)
     half = segmenter.build(name, **settings, dtype="bfloat16")
     assert shapes(segmenter.variable_shapes(half)) == shapes(segmenter.variable_shapes(full))
-    params, batch_stats = segmenter.init_variables(half, 0)
+    variables = segmenter.init_variables(half, 0)
+    params, batch_stats = variables["params"], variables["batch_stats"]
     image = jnp.asarray(random_image(2, 64, 64))
 
     def probe(params, model):

@@ -4,7 +4,8 @@ import golden
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+import state_dicts
+from state_dicts import bare_name, spelt_out
 
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.models import segmenter, weights
@@ -27,25 +28,11 @@ def expected_of(name, has_head=False):
 
 
 def empty(shape):
-    """An array of any size that takes no memory."""
-    return np.broadcast_to(np.float32(0), shape)
+    return state_dicts.empty((), shape)
 
 
 def stored_tensors(name):
     return {key: empty(tuple(shape)) for key, (_, shape) in golden.keys(name).items()}
-
-
-def spelt_out(name, rename, has_head=False):
-    """A state dict of the names that `rename` gives to the leaves of a network here."""
-    tensors = {}
-    for path, leaf in flatten_dict(expected_of(name, has_head)).items():
-        shape = leaf.shape
-        if path[-1] == "kernel":
-            shape = (shape[3], shape[2], shape[0], shape[1])
-        tensor = {"kernel": "weight", "scale": "weight", "mean": "running_mean"}
-        tensor = tensor.get(path[-1], path[-1].replace("var", "running_var"))
-        tensors[f"{rename('/'.join(path[1:-1]))}.{tensor}"] = empty(shape)
-    return tensors
 
 
 @pytest.mark.parametrize(("original", "name", "has_head"), NETWORKS, ids=lambda v: str(v))
@@ -133,11 +120,7 @@ BACKBONES = [
 @pytest.mark.parametrize(("name", "renamed"), BACKBONES)
 def test_a_bare_backbone_fills_the_backbone(name, renamed):
     def rename(path):
-        bare = path.removeprefix("backbone/").replace("/", ".")
-        for layer in ("layer", "transition", "stage", "branches", "fuse", "downsample"):
-            if layer in bare:
-                bare = bare.replace("_", ".").replace("fuse.layers", "fuse_layers")
-        return renamed(bare)
+        return renamed(bare_name(path))
 
     tensors = spelt_out(name, rename)
     tensors = {key: array for key, array in tensors.items() if "_head" not in key}

@@ -27,6 +27,8 @@ from contrastseg_jax.models.ocr import OCRHead
 from contrastseg_jax.models.resnet import RESNET_SPECS, ResNet, ResNetSpec
 from contrastseg_jax.structs import SegmentationOutput
 
+Variables = dict[str, Any]  # what a network's `apply` takes: params and batch_stats
+
 
 @dataclass(frozen=True)
 class NetworkSpec:
@@ -133,6 +135,18 @@ def model_names() -> tuple[str, ...]:
     return tuple(NETWORKS)
 
 
+def sharing_backbone(name: str) -> tuple[str, ...]:
+    """Every network whose backbone has the same weights; strides and dilations have none."""
+
+    def with_weights(spec: HRNetSpec | ResNetSpec) -> HRNetSpec | ResNetSpec:
+        if isinstance(spec, HRNetSpec):
+            return spec
+        return replace(spec, output_stride=32, ceil_mode=False, multi_grid=())
+
+    backbone = with_weights(NETWORKS[name].backbone)
+    return tuple(n for n, spec in NETWORKS.items() if with_weights(spec.backbone) == backbone)
+
+
 def stage_names(name: str) -> tuple[str, ...]:
     """The stages of a network's backbone that `remat` may name."""
     return (HRNet if isinstance(NETWORKS[name].backbone, HRNetSpec) else ResNet).STAGES
@@ -185,8 +199,8 @@ def variable_shapes(model: nn.Module) -> Any:
     return jax.eval_shape(lambda rng, x: model.init(rng, x, train=False), jax.random.key(0), image)
 
 
-def init_variables(model: nn.Module, seed: int) -> tuple[Any, Any]:
-    """Fresh `params` and `batch_stats` as NumPy arrays, for the caller to place on devices.
+def init_variables(model: nn.Module, seed: int) -> Variables:
+    """Fresh variables as NumPy arrays, for the caller to place on devices.
 
     He's normal distribution over the fan-in for kernels, 1 for scales and variances, 0 for biases
     and means. (The original's DeepLab decoder and projection head have it; its HRNet leaves
@@ -204,5 +218,4 @@ def init_variables(model: nn.Module, seed: int) -> tuple[Any, Any]:
         kernel = np.random.default_rng((seed, stream)).standard_normal(leaf.shape, leaf.dtype)
         return kernel * np.float32(math.sqrt(2 / math.prod(leaf.shape[:-1])))
 
-    variables = jax.tree_util.tree_map_with_path(initial, variable_shapes(model))
-    return variables["params"], variables["batch_stats"]
+    return jax.tree_util.tree_map_with_path(initial, variable_shapes(model))

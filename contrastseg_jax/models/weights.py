@@ -5,7 +5,7 @@ Backbones carry the names of their state dicts, indices joined by `_`: `backbone
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,22 @@ def flax_paths(shapes: Mapping[str, Sequence[int]]) -> dict[str, Path]:
     return paths
 
 
+def flax_shapes(tensors: Mapping[str, np.ndarray]) -> dict[Path, tuple[int, ...]]:
+    """The shapes of `flax_variables` by path."""
+    paths = flax_paths({key: array.shape for key, array in tensors.items()})
+    return {path: _flax_layout(tensors[key]).shape for key, path in paths.items()}
+
+
+def unused(keys: Iterable[str]) -> dict[str, str]:
+    """The tensors of a state dict that are UNUSED, each with the name of its kind."""
+    names = {key: WRAPPERS.sub("", key, count=1) for key in keys}
+    return {
+        key: "num_batches_tracked" if name.endswith("num_batches_tracked") else name.split(".")[0]
+        for key, name in names.items()
+        if UNUSED.fullmatch(name)
+    }
+
+
 def flax_variables(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The variables that a state dict's tensors are; OIHW kernels become HWIO."""
     paths = flax_paths({key: array.shape for key, array in tensors.items()})
@@ -109,11 +125,22 @@ def flax_variables(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def fill(tensors: Mapping[str, np.ndarray], expected: Any, *, source: str) -> dict[str, Any]:
     """`flax_variables`, if they are exactly the leaves of `expected` in name and shape.
 
-    Otherwise one InputError with every leaf that is not filled, every tensor that has no place, and
-    every shape that is another one. `expected`: arrays or shapes, as `segmenter.variable_shapes`
-    gives them. `source`: the file that the error names.
+    Raises:
+        InputError: there are `misfits`; it lists them all. `source` is the file it names.
     """
-    filled, problems = {}, []
+    problems = misfits(tensors, expected)
+    if problems:
+        raise listed(source, problems, limit=len(problems))
+    return flax_variables(tensors)
+
+
+def misfits(tensors: Mapping[str, np.ndarray], expected: Any) -> list[str]:
+    """Every leaf that is not filled, every tensor without a place, every shape that is another one.
+
+    `expected`: arrays or shapes, as `segmenter.variable_shapes` gives them.
+    """
+    filled: set[Path] = set()
+    problems = []
     wanted: dict[Path, Any] = dict(flatten_dict(expected))
     paths = flax_paths({key: array.shape for key, array in tensors.items()})
     for key, path in paths.items():
@@ -124,15 +151,49 @@ def fill(tensors: Mapping[str, np.ndarray], expected: Any, *, source: str) -> di
             problems.append(f"- {key}: {'/'.join(path)} is filled by another tensor already")
         elif array.shape != wanted[path].shape:
             problems.append(f"! {key}: gives {array.shape}, must be {wanted[path].shape}")
-        filled[path] = array
-    problems += [
+        filled.add(path)
+    return problems + [
         f"+ {'/'.join(path)} {tuple(leaf.shape)}: no tensor fills it"
         for path, leaf in wanted.items()
         if path not in filled
     ]
+
+
+def merge(
+    given: Any, fresh: Any, *, parts: Sequence[str] | None, source: str
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """`fresh` variables with the values `given`, and lists of what was taken and what stayed fresh.
+
+    `parts`: the parts of a network (backbone, cls_head, …) to take; None: all that both have. A
+    last layer of another width stays fresh: another number of classes, or length of embeddings.
+
+    Raises:
+        InputError: any other difference; it lists them all. `source` is the folder it names.
+    """
+    known: dict[Path, Any] = {
+        path: array
+        for path, array in flatten_dict(given).items()
+        if parts is None or path[1] in parts
+    }
+    taken, resized, problems = {path[1] for path in known}, set(), []
+    merged: dict[Path, Any] = dict(flatten_dict(fresh))
+    for path, leaf in merged.items():
+        name, is_head = "/".join(path), path[1] != "backbone"
+        if path not in known:
+            if path[1] in taken or not is_head:
+                problems.append(f"{name}: is missing")
+        elif known[path].shape == leaf.shape:
+            merged[path] = known[path]
+        elif is_head and known[path].shape[:-1] == leaf.shape[:-1]:
+            layer = "/".join(path[1:-1])
+            resized.add(f"{layer} ({leaf.shape[-1]} wide, there {known[path].shape[-1]})")
+        else:
+            problems.append(f"{name}: is {known[path].shape}, must be {leaf.shape}")
     if problems:
-        raise listed(source, problems, limit=len(problems))
-    return unflatten_dict(filled)
+        raise listed(source, problems)
+    present = {path[1] for path in merged}
+    left = sorted(present - taken) + sorted(resized)
+    return unflatten_dict(merged), sorted(present & taken), left
 
 
 def _module_name(module: str, table: Table) -> str:

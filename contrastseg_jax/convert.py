@@ -1,0 +1,108 @@
+"""PyTorch weights to a folder that training, evaluation and prediction start from."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from contrastseg_jax import peers, pretrained
+from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.models.recognize import Recognized, recognize
+from contrastseg_jax.models.resnet import ResNetSpec
+from contrastseg_jax.models.segmenter import NETWORKS, Variables
+from contrastseg_jax.models.weights import flax_variables, unused
+from contrastseg_jax.pretrained import Weights
+from contrastseg_jax.structs import ImageFormat
+from contrastseg_jax.weight_files import Tensors, read_tensors
+
+IMAGENET = ImageFormat()
+# The original reads images as BGR, and normalises HRNet's with statistics in the order of RGB.
+ORIGINAL_HRNET = ImageFormat(IMAGENET.mean[::-1], IMAGENET.std[::-1], "BGR")
+ORIGINAL_RESNET = ImageFormat((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), "BGR")
+
+
+def convert(source: Path, output: Path) -> None:
+    """Write the weights of a PyTorch or safetensors file into a folder, as `pretrained` says.
+
+    Prints every array with its statistics, then what the weights are.
+
+    Raises:
+        InputError: the file cannot be read, fits no network or holds numbers that are not finite;
+            the output is not a new or empty folder. Nothing is left behind then.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output={output}: must be a new folder, or an empty one")
+    tensors = read_tensors(source)
+    recognized = recognize(tensors, source=str(source))
+    variables = flax_variables(tensors)
+    _require_sound(variables, source)
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = Weights(
+        networks=recognized.networks,
+        num_classes=recognized.num_classes,
+        proj_dim=recognized.proj_dim,
+        image_format=_image_format(recognized),
+        source=source.name,
+        sha256=digest,
+    )
+    report = "\n".join(
+        [
+            parameter_overview.get_parameter_overview(variables, include_stats=True),
+            *_summary(weights, tensors, variables),
+        ]
+    )
+    pretrained.save(output, weights, variables, report + "\n")
+    print(report)
+    print(f"written: {output}; start from it with --config.model.init_from={output}")
+
+
+def _image_format(recognized: Recognized) -> ImageFormat:
+    """How the weights were trained to take images: the original's read BGR, all others RGB.
+
+    The original's are those with its heads, and those of its stem.
+    """
+    backbone = NETWORKS[recognized.networks[0]].backbone
+    if isinstance(backbone, ResNetSpec):
+        return ORIGINAL_RESNET if backbone.stem == "deep" else IMAGENET
+    return ORIGINAL_HRNET if recognized.num_classes else IMAGENET
+
+
+def _require_sound(variables: Variables, source: Path) -> None:
+    """Raise an error for numbers that no training leaves behind."""
+    problems = []
+    for path, array in jax.tree.leaves_with_path(variables):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not np.isfinite(array).all():
+            problems.append(f"{name}: holds numbers that are not finite")
+        elif name.endswith("/var") and (array < 0).any():
+            problems.append(f"{name}: holds a negative variance")
+    if problems:
+        raise listed(str(source), problems)
+
+
+def _summary(weights: Weights, tensors: Tensors, variables: Variables) -> list[str]:
+    """What the weights are, what of the file was left out, and how near the peer's output is."""
+    if weights.num_classes:
+        head = f" and a projection head of {weights.proj_dim}" if weights.proj_dim else ""
+        what = f"{weights.networks[0]} with {weights.num_classes} classes{head}"
+    else:
+        what = f"the backbone of {', '.join(weights.networks)}"
+    left_out = Counter(unused(tensors).values())
+    image = weights.image_format
+    lines = [
+        f"{weights.source}: {what}",
+        f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(variables['params'])):,}",
+        "left out: " + (", ".join(f"{n} {name}" for name, n in left_out.items()) or "nothing"),
+        f"images: {image.channel_order}; red, green, blue have mean {image.mean}, std {image.std}",
+    ]
+    pixels = np.random.default_rng(0).standard_normal((1, 64, 96, 3)).astype(np.float32)
+    expected = peers.peer_output(weights.networks, tensors, pixels)
+    if expected is None:
+        return [*lines, "compared: no, neither torchvision nor timm is here with this network"]
+    result = peers.own_output(weights.networks[0], weights.num_classes, variables, pixels)
+    difference, largest = np.abs(result - expected).max(), np.abs(expected).max()
+    return [*lines, f"compared with PyTorch's output: off by {difference:.1e} of {largest:.1e}"]

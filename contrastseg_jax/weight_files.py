@@ -1,0 +1,111 @@
+"""Reading the tensors of a PyTorch or safetensors file, without running what is in it."""
+
+import importlib
+import importlib.util
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+
+from contrastseg_jax.errors import InputError
+
+Tensors = dict[str, Shaped[np.ndarray, "..."]]
+
+CONTAINERS = ("state_dict", "model")  # keys under which a checkpoint may hold its state dict
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a `.safetensors` file, or of any other file as `torch.save` writes it.
+
+    Floating-point ones are float32, whatever they were. A checkpoint's state dict may be the whole
+    file or one of its CONTAINERS.
+
+    Raises:
+        InputError: the file is missing, cut short, no such file, holds no tensors, or holds
+            objects that only running its code could make.
+    """
+    if not path.is_file():
+        raise InputError(f"--input={path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    if path.suffix == ".safetensors":
+        tensors = _read_safetensors(path)
+    else:
+        tensors = _state_dict(_read_torch(path), path)
+    if not tensors:
+        raise InputError(f"{path}: holds no tensor")
+    return {key: _as_float32(array) for key, array in tensors.items()}
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def _read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, with PyTorch's tensors still in it."""
+    if not importlib.util.find_spec("torch"):
+        raise InputError(
+            f"{path}: reading it needs PyTorch (pip install torch); .safetensors files do not"
+        )
+    torch = importlib.import_module("torch")
+    multiarray = importlib.import_module("numpy._core.multiarray")
+    # The original's checkpoints hold their score, a NumPy scalar: a number, no code.
+    scalars = [
+        *(
+            (multiarray.scalar, f"{module}.multiarray.scalar")
+            for module in ("numpy.core", "numpy._core")
+        ),
+        *(np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType),
+    ]
+    try:
+        with torch.serialization.safe_globals(scalars), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, before the error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a damaged file
+        # PyTorch's own message advises to unpickle whatever the file holds.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise InputError(
+                f"{path}: holds {code[1]}, which is no tensor; nothing but tensors and numbers is"
+                " ever unpickled, because doing so may run code"
+            ) from error
+        raise InputError(
+            f"{path}: cannot be read as a PyTorch file; it is damaged, cut short or of another kind"
+        ) from error
+
+
+def _state_dict(content: Any, path: Path) -> Tensors:
+    """The tensors by name, out of the container in which they may be."""
+    torch = importlib.import_module("torch")
+    for key in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds a {type(content).__name__}, must be a state dict")
+    others = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise InputError(
+            f"{path}: must hold a state dict, alone or as {' or '.join(map(repr, CONTAINERS))};"
+            f" {', '.join(others[:5])} {'is' if len(others) == 1 else 'are'} no tensor"
+        )
+    return {str(key): _to_numpy(tensor) for key, tensor in content.items()}
+
+
+def _to_numpy(tensor: Any) -> Shaped[np.ndarray, "..."]:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _as_float32(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    is_integer = array.dtype.kind in "iub"
+    return array if is_integer else array.astype(np.float32, copy=False)

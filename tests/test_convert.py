@@ -1,0 +1,103 @@
+"""Conversion: what is written, what is said of it, and nothing at all where something is wrong."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import save_file
+from state_dicts import backbone_of, tiny
+
+from contrastseg_jax.convert import convert
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.models.weights import flax_variables
+
+
+def source_of(folder, tensors):
+    save_file(tensors, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+def test_variables_record_and_report(tmp_path, capsys):
+    tensors = tiny(num_classes=7, proj_dim=12)
+    queues = {"segment_queue": np.zeros((7, 4, 12), np.float32), "segment_queue_ptr": np.zeros(7)}
+    counter = {"backbone.bn1.num_batches_tracked": np.array(3)}
+    (tmp_path / "out").mkdir()  # an empty folder is as good as none
+    convert(source_of(tmp_path, tensors | queues | counter), tmp_path / "out")
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.restore(tmp_path / "out" / "variables")
+    expected = flax_variables(tensors)
+    assert jax.tree.structure(stored) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, stored, expected)
+
+    record = json.loads((tmp_path / "out" / "weights.json").read_text())
+    assert record["networks"] == ["hrnet_tiny"] and record["source"] == "x.safetensors"
+    assert (record["num_classes"], record["proj_dim"]) == (7, 12)
+    assert len(record["sha256"]) == 64
+
+    said = capsys.readouterr().out
+    size = sum(leaf.size for leaf in jax.tree.leaves(expected["params"]))
+    assert "x.safetensors: hrnet_tiny with 7 classes and a projection head of 12" in said
+    assert f"parameters: {size:,}" in said
+    assert "1 segment_queue, 1 segment_queue_ptr" in said and "1 num_batches_tracked" in said
+    kernel = expected["params"]["cls_head"]["conv1"]["kernel"]
+    row = next(line for line in said.splitlines() if "params/cls_head/conv1/kernel" in line)
+    mean, std = (float(cell) for cell in row.split("|")[-3:-1])
+    np.testing.assert_allclose([mean, std], [kernel.mean(), kernel.std()], rtol=1e-2)
+    assert (tmp_path / "out" / "report.txt").read_text() in said
+
+
+@pytest.mark.parametrize(
+    ("tensors", "channel_order", "mean"),
+    [
+        (tiny(), "BGR", [103.53, 116.28, 123.675]),
+        (backbone_of("hrnet_tiny"), "RGB", [123.675, 116.28, 103.53]),
+        (backbone_of("fcn_r18"), "RGB", [123.675, 116.28, 103.53]),
+        (backbone_of("deeplabv3_r18"), "BGR", [122.7717, 115.9465, 102.9801]),
+    ],
+    ids=["original", "hrnet", "resnet", "deep stem"],
+)
+def test_conventions_of_images_go_with_the_weights(tmp_path, tensors, channel_order, mean):
+    convert(source_of(tmp_path, tensors), tmp_path / "out")
+    image_format = json.loads((tmp_path / "out" / "weights.json").read_text())["image_format"]
+    assert (image_format["channel_order"], image_format["mean"]) == (channel_order, mean)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("backbone.conv1.weight", np.nan, "params/backbone/conv1/kernel: .* not finite"),
+        ("backbone.bn1.running_var", -1.0, "batch_stats/backbone/bn1/var: .* negative variance"),
+        ("extra.weight", 0.0, "extra.weight .*no place for it"),
+    ],
+)
+def test_weights_that_cannot_be_used_leave_nothing_behind(tmp_path, key, value, message):
+    tensors = tiny()
+    tensors[key] = np.full(tensors.get(key, np.zeros(3)).shape, value, np.float32)
+    with pytest.raises(InputError, match=message):
+        convert(source_of(tmp_path, tensors), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_is_in_the_output_is_not_overwritten(tmp_path):
+    source = source_of(tmp_path, tiny())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    for output in (tmp_path / "out", source):
+        with pytest.raises(InputError, match="must be a new folder, or an empty one"):
+            convert(source, output)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
+    source = source_of(tmp_path, tiny())
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
+    with pytest.raises(OSError, match="no space left"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

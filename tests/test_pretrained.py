@@ -1,0 +1,156 @@
+"""Weights to start from: what is taken of them, what stays fresh, what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from small import make_config
+from state_dicts import backbone_of, tiny
+
+from contrastseg_jax import build, pretrained
+from contrastseg_jax import config as config_lib
+from contrastseg_jax.convert import convert
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.models import segmenter
+from contrastseg_jax.models.weights import flax_variables
+
+
+def converted(folder, tensors):
+    save_file(tensors, folder / "x.safetensors")
+    convert(folder / "x.safetensors", folder / "weights")
+    return folder / "weights"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Converted weights of `hrnet_tiny` with 3 classes and embeddings of 16."""
+    return converted(tmp_path_factory.mktemp("whole"), tiny(num_classes=3, proj_dim=16))
+
+
+def start(folder, *overrides, num_classes=3, variant="memory"):
+    config = make_config(f"model.init_from={folder}", *overrides, variant=variant)
+    model = build.build_model(config, num_classes)
+    fresh = segmenter.init_variables(model, config.seed)
+    return build.initial_variables(config, model), fresh
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_whole_network_is_taken_as_it_is(whole):
+    variables, _ = start(whole)
+    assert_same(variables, flax_variables(tiny(num_classes=3, proj_dim=16)))
+
+
+def test_other_classes_and_embeddings_leave_the_last_layers_fresh(whole, caplog):
+    caplog.set_level("INFO", pretrained.log.name)
+    variables, fresh = start(whole, "model.proj_dim=8", num_classes=5)
+    given = flax_variables(tiny(num_classes=3, proj_dim=16))
+    for collection, parts in given.items():
+        assert_same(variables[collection]["backbone"], parts["backbone"])
+        for part in ("cls_head", "proj_head"):
+            for layer in parts[part]:
+                source = fresh if layer == "conv2" else given
+                assert_same(variables[collection][part][layer], source[collection][part][layer])
+    assert "x.safetensors gives backbone, cls_head, proj_head" in caplog.text
+    assert "cls_head/conv2 (5 wide, there 3), proj_head/conv2 (8 wide, there 16)" in caplog.text
+
+
+def test_without_contrast_the_projection_head_is_left_out(whole):
+    variables, _ = start(whole, variant="ce")
+    given = flax_variables(tiny(num_classes=3))
+    assert_same(variables, given)
+
+
+@pytest.mark.parametrize("kind", ["whole", "backbone"])
+def test_on_another_head_only_the_backbone_is_taken(kind, whole, tmp_path, caplog):
+    caplog.set_level("INFO", pretrained.log.name)
+    folder = whole if kind == "whole" else converted(tmp_path, backbone_of("hrnet_tiny"))
+    config = make_config(f"model.init_from={folder}")
+    config = config_lib.override(config, ["model.name=hrnet_tiny_ocr"])
+    model = build.build_model(config, 3)
+    fresh = segmenter.init_variables(model, config.seed)
+    variables = build.initial_variables(config, model)
+    given = flax_variables(tiny(num_classes=3))["params"]["backbone"]
+    assert_same(variables["params"]["backbone"], given)
+    for part in ("aux_head", "cls_head", "proj_head"):
+        assert_same(variables["params"][part], fresh["params"][part])
+    assert "starting anew: aux_head, cls_head, proj_head" in caplog.text
+
+
+def test_the_state_and_its_averages_start_from_the_weights(whole):
+    config = make_config(f"model.init_from={whole}", "optim.ema_decay=0.9")
+    model, (tx, _) = build.build_model(config, 3), build.build_optimizer(config)
+    state = build.init_state(config, model, tx, build.initial_variables(config, model))
+    given = flax_variables(tiny(num_classes=3, proj_dim=16))
+    assert_same(state.params, given["params"])
+    assert_same(jax.device_get(state.ema), given)
+
+
+def test_images_are_as_the_weights_need_them(whole, tmp_path):
+    """The original's HRNet reads BGR, with statistics in the order of RGB."""
+    config = build.follow_weights(make_config(f"model.init_from={whole}"), None)
+    image_format = build.image_format(config)
+    assert image_format.channel_order == "BGR"
+    assert image_format.mean == (103.53, 116.28, 123.675)
+    assert image_format.std == (57.375, 57.12, 58.395)
+    assert build.pad_color(config) == (104, 116, 124)
+
+    said = make_config(f"model.init_from={whole}", "model.image_std=(1.0, 2.0, 3.0)")
+    image_format = build.image_format(build.follow_weights(said, None))
+    assert image_format.std == (1.0, 2.0, 3.0) and image_format.channel_order == "BGR"
+
+    of_imagenet = converted(tmp_path, backbone_of("hrnet_tiny"))
+    config = build.follow_weights(make_config(f"model.init_from={of_imagenet}"), None)
+    assert build.image_format(config) == build.image_format(make_config())
+
+
+def test_a_run_that_goes_on_needs_the_weights_no_longer(tmp_path):
+    config = make_config("model.init_from=/gone")
+    run = config_lib.override(
+        config, ["model.channel_order=BGR", "model.image_std=(1.0, 1.0, 1.0)"]
+    )
+    followed = build.follow_weights(config, run)
+    assert build.image_format(followed) == build.image_format(run)
+    with pytest.raises(InputError, match="model.init_from = '/gone': must be a folder"):
+        build.follow_weights(config, None)
+
+
+def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
+    config = make_config(f"model.init_from={whole}")
+    config = config_lib.override(config, ["model.name=hrnet_w18_small"])
+    with pytest.raises(InputError, match="x.safetensors is of hrnet_tiny") as error:
+        build.follow_weights(config, None)
+    assert "model.name = 'hrnet_w18_small' does not have" in str(error.value)
+    assert str(error.value).endswith("these have it: hrnet_tiny, hrnet_tiny_ocr")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"networks": [], "image_format": {}}', '{"image_format": 3}']
+)
+def test_a_damaged_record_is_refused(whole, tmp_path, text):
+    (tmp_path / "weights.json").write_text(text)
+    with pytest.raises(InputError, match=r"weights.json: is damaged .* convert the weights again"):
+        pretrained.read(tmp_path, "hrnet_tiny")
+
+
+def test_missing_and_damaged_arrays_are_refused(whole, tmp_path):
+    (tmp_path / "weights.json").write_text((whole / "weights.json").read_text())
+    with pytest.raises(InputError, match=r"variables: cannot be read .* convert"):
+        start(tmp_path)
+
+
+def test_arrays_that_do_not_fit_their_record_are_refused(tmp_path):
+    folder = converted(tmp_path, backbone_of("hrnet_tiny"))
+    record = json.loads((folder / "weights.json").read_text())
+    record["networks"] = ["hrnet_w18_small", "hrnet_w18_small_ocr"]
+    (folder / "weights.json").write_text(json.dumps(record))
+    config = config_lib.override(
+        make_config(f"model.init_from={folder}"), ["model.name=hrnet_w18_small"]
+    )
+    with pytest.raises(InputError, match=r"problems in .*weights:\n  .*: is .*, must be "):
+        build.initial_variables(config, build.build_model(config, 3))
