@@ -55,7 +55,8 @@ def main(argv: list[str], settings: list[str]) -> None:
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint"
+        print("interrupted" + goes_on * (FLAGS.mode == "train"), file=sys.stderr)
         os._exit(130)  # at once: tearing down a compilation that goes on ends in a crash
 
 

@@ -42,9 +42,7 @@ def convert(source: Path, output: Path) -> None:
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     weights = Weights(
-        networks=recognized.networks,
-        num_classes=recognized.num_classes,
-        proj_dim=recognized.proj_dim,
+        **vars(recognized),
         image_format=_image_format(recognized),
         source=source.name,
         sha256=digest,

@@ -26,9 +26,7 @@ from contrastseg_jax.structs import ImageFormat
 class Weights:
     """What is known of the variables in a folder."""
 
-    networks: tuple[
-        str, ...
-    ]  # that they are of: one, or all on the backbone if they are of it alone
+    networks: tuple[str, ...]  # one, or of a backbone alone all that stand on it
     num_classes: int  # 0: no head
     proj_dim: int  # 0: no projection head
     image_format: ImageFormat
