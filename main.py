@@ -55,8 +55,7 @@ def main(argv: list[str], settings: list[str]) -> None:
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint"
-        print("interrupted" + goes_on * (FLAGS.mode == "train"), file=sys.stderr)
+        print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
         os._exit(130)  # at once: tearing down a compilation that goes on ends in a crash
 
 
@@ -66,6 +65,8 @@ def require_flags(settings: list[str]) -> None:
     for name in needed.get(FLAGS.mode, ("workdir",)):
         if not FLAGS[name].value:
             raise InputError(f"--{name}: is needed, --mode={FLAGS.mode} has no default for it")
+    if FLAGS.mode == "train" and FLAGS.checkpoint != "latest":
+        raise InputError(f"--checkpoint={FLAGS.checkpoint}: training goes on from the latest")
     if FLAGS.mode == "convert" and (FLAGS.config or FLAGS.workdir or settings):
         raise InputError("--mode=convert: takes --input and --output, no config and no workdir")
 
@@ -78,11 +79,10 @@ def load_config(settings: list[str]) -> Config:
             raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
         return config_lib.stored(workdir, schema, settings)
     config = config_lib.load(FLAGS.config, settings)
-    if FLAGS.checkpoint == "init":
-        if not config.model.init_from:
-            raise InputError("--checkpoint=init: needs --config.model.init_from=FOLDER")
-    elif FLAGS.mode != "train":
-        config_lib.refuse_differences(config, config_lib.stored(workdir, schema), workdir)
+    if FLAGS.mode != "train" and FLAGS.checkpoint != "init":
+        run = config_lib.stored(workdir, schema)
+        config = config_lib.filled_in(config, run)
+        config_lib.refuse_differences(config, run, workdir)
     return config
 
 
@@ -93,8 +93,13 @@ def run(config: Config, workdir: Path) -> None:
     from contrastseg_jax.logging import start_logging
 
     start_logging()
-    build.check(config, mode=FLAGS.mode)
+    begun = config_lib.run_in(workdir, config) if FLAGS.mode == "train" else config
     if FLAGS.checkpoint == "init":
+        begun = None
+    build.check(config, mode=FLAGS.mode, run=begun)
+    if FLAGS.checkpoint == "init":
+        if not config.model.init_from:
+            raise InputError("--checkpoint=init: needs --config.model.init_from=FOLDER")
         config = build.follow_weights(config, None)
     if FLAGS.mode == "train":
         from contrastseg_jax.train import train

@@ -8,8 +8,6 @@ from ml_collections import ConfigDict
 
 from contrastseg_jax.config import Config
 
-# Of a name's part that says which head; the others have 0.1 (original; torchvision for its own).
-DROPOUT_RATES = {"ocr": 0.05, "torchvision": 0.5, "deeplabv3_": 0.0}
 CANDIDATES = {"ce": "none", "contrast": "batch", "memory": "both"}  # of each variant
 
 
@@ -48,8 +46,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.model = net = ConfigDict()
     net.name = model  # see `contrastseg_jax/models/segmenter.py`
     net.proj_dim = 256  # length of an embedding (paper: 256)
-    rates = [rate for part, rate in DROPOUT_RATES.items() if part in model]
-    net.dropout_rate = (*rates, 0.1)[0]  # in front of the logits (as the model's original has it)
+    net.dropout_rate = -1.0  # in front of the logits; -1: as the network's original has it
     net.init_from = ""  # folder of --mode=convert, whose weights training starts from; empty: none
     net.dtype = "float32"  # in which layers compute, or bfloat16; parameters stay float32
     net.remat = ()  # stages computed again for the gradient, to save memory, e.g. ("stage4",)

@@ -7,23 +7,33 @@ import jax.numpy as jnp
 import optax
 
 from contrastseg_jax import distributed, memory, pretrained
-from contrastseg_jax.config import Config, broken_rules, replaced, uses_contrast, uses_memory
+from contrastseg_jax.config import (
+    LEFT_OPEN,
+    Config,
+    broken_rules,
+    filled_in,
+    replaced,
+    uses_contrast,
+    uses_memory,
+)
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import dataset_names, label_map
-from contrastseg_jax.errors import listed
+from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.logging import log
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.segmenter import Segmenter, Variables, model_names, stage_names
 from contrastseg_jax.optim import Schedule, poly_schedule, sgd
 from contrastseg_jax.selection import POOLED, RANK_BITS
-from contrastseg_jax.structs import ImageFormat, TrainState
+from contrastseg_jax.structs import IMAGENET, ImageFormat, TrainState
 
-IMAGENET = ImageFormat()
 BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
 
 
-def check(config: Config, *, mode: str) -> None:
-    """Raise one error for all settings that do not fit each other, this package or the machine."""
+def check(config: Config, *, mode: str, run: Config | None = None) -> None:
+    """Raise one error for all settings that do not fit each other, this package or the machine.
+
+    `run`: the config of the run that goes on or is read, if there is one.
+    """
     num_devices = jax.device_count() if mode == "train" else 1
     problems = broken_rules(
         config,
@@ -31,6 +41,7 @@ def check(config: Config, *, mode: str) -> None:
         num_devices=num_devices,
     )
     if config.model.name in model_names():
+        problems += weights_problems(config, run)
         stages = stage_names(config.model.name)
         problems += [
             f"model.remat names {stage!r}: must be stages of {config.model.name}: "
@@ -55,6 +66,18 @@ def check(config: Config, *, mode: str) -> None:
             )
     if problems:
         raise listed("the config", problems)
+
+
+def weights_problems(config: Config, run: Config | None) -> list[str]:
+    """What keeps training from starting with `model.init_from`; a run that goes on has started."""
+    net = config.model
+    if not net.init_from or (run is not None and run.model.init_from == net.init_from):
+        return []
+    try:
+        pretrained.read(Path(net.init_from), net.name)
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def contrast_problems(
@@ -154,11 +177,14 @@ def pad_color(config: Config) -> tuple[int, int, int]:
 
 def build_model(config: Config, num_classes: int) -> Segmenter:
     """The network; without pixel contrast it has no projection head."""
+    rate = config.model.dropout_rate
+    if rate < 0:
+        rate = segmenter.NETWORKS[config.model.name].dropout_rate
     return segmenter.build(
         config.model.name,
         num_classes=num_classes,
         proj_dim=config.model.proj_dim if uses_contrast(config) else 0,
-        dropout_rate=config.model.dropout_rate,
+        dropout_rate=rate,
         dtype=config.model.dtype,
         remat=tuple(config.model.remat),
     )
@@ -181,12 +207,15 @@ def splits_memory(config: Config) -> bool:
     return uses_memory(config) and config.memory.sharding == "slots"
 
 
-def initial_variables(config: Config, model: Segmenter) -> Variables:
-    """What the network starts from: fresh ones, or those of `model.init_from`."""
-    fresh = segmenter.init_variables(model, config.seed)
-    if not config.model.init_from:
+def initial_variables(config: Config, model: Segmenter, *, whole: bool = False) -> Variables:
+    """What the network starts from: fresh ones, or those of `model.init_from`.
+
+    `whole`: raise an InputError where these leave out what the logits depend on.
+    """
+    net, fresh = config.model, segmenter.init_variables(model, config.seed)
+    if not net.init_from:
         return fresh
-    return pretrained.start_from(Path(config.model.init_from), config.model.name, fresh)
+    return pretrained.start_from(Path(net.init_from), net.name, fresh, whole=whole)
 
 
 def follow_weights(config: Config, run: Config | None) -> Config:
@@ -198,20 +227,11 @@ def follow_weights(config: Config, run: Config | None) -> Config:
     if not net.init_from:
         return config
     if run is not None and run.model.init_from == net.init_from:
-        known = image_format(run)
-    else:
-        known = pretrained.read(Path(net.init_from), net.name).image_format
-    chosen = image_format(config, known)
-    log.info(
-        f"images as {net.init_from} needs them: {chosen.channel_order}, mean {chosen.mean}, std"
-        f" {chosen.std}"
-    )
-    settings = {
-        "image_mean": chosen.mean,
-        "image_std": chosen.std,
-        "channel_order": chosen.channel_order,
-    }
-    return replaced(config, {f"model.{key}": value for key, value in settings.items()})
+        return filled_in(config, run)
+    chosen = image_format(config, pretrained.read(Path(net.init_from), net.name).image_format)
+    log.info(f"images as {net.init_from} needs them: {chosen}")
+    values = chosen.mean, chosen.std, chosen.channel_order
+    return replaced(config, dict(zip(LEFT_OPEN, values, strict=True)))
 
 
 def init_state(

@@ -33,6 +33,10 @@ OPERATIONAL = (
 )
 
 
+# Settings that are those of the weights a run starts from, where a config does not say.
+LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
+
+
 def load(path_and_spec: str, overrides: Sequence[str] = ()) -> Config:
     """The config of "FILE.py[:SPEC]", changed by overrides of the form "train.batch_size=4"."""
     path, _, spec = path_and_spec.partition(":")
@@ -81,6 +85,12 @@ def replaced(config: Config, settings: dict[str, Any]) -> Config:
     config = ConfigDict(config.to_dict())
     config.update_from_flattened_dict(settings)
     return config.lock()
+
+
+def filled_in(config: Config, run: Config) -> Config:
+    """The config of a run, with what it leaves open as it was found when the run began."""
+    settings, found = dict(leaves(config)), dict(leaves(run))
+    return replaced(config, {path: settings[path] or found[path] for path in LEFT_OPEN})
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -226,6 +236,10 @@ def _pair(value: Sequence[Any], smallest: float) -> bool:
     return len(value) == 2 and all(isinstance(v, int) and v >= smallest for v in value)
 
 
+def _is_in(value: Any, smallest: float, largest: float) -> bool:
+    return isinstance(value, (int, float)) and smallest <= value <= largest
+
+
 def _range(value: Sequence[float]) -> bool:
     return len(value) == 2 and 0 < value[0] <= value[1]
 
@@ -256,9 +270,14 @@ RULES: tuple[Rule, ...] = (
     ("seed", lambda v, c: 0 <= v < 2**31, "must be in 0..2147483647"),
     ("augment.flip_rate", lambda v, c: 0 <= v <= 1, "must be in 0..1"),
     (
-        "model.dropout_rate optim.momentum optim.ema_decay",
+        "optim.momentum optim.ema_decay",
         lambda v, c: 0 <= v < 1,
         "must be at least 0 and below 1",
+    ),
+    (
+        "model.dropout_rate",
+        lambda v, c: 0 <= v < 1 or v == -1,
+        "must be at least 0 and below 1, or -1 for that of the network's original",
     ),
     (
         "augment.crop_size data.synthetic.image_size",
@@ -294,13 +313,13 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         "model.image_mean model.image_std",
-        lambda v, c: not v or len(v) == 3 and all(isinstance(i, (int, float)) for i in v),
-        "must be three numbers (red, green, blue), or none",
+        lambda v, c: not v or len(v) == 3 and all(_is_in(i, 0, 255) for i in v),
+        "must be three numbers (red, green, blue) in grey levels, 0..255, or none",
     ),
     (
         "model.image_std",
-        lambda v, c: all(isinstance(i, (int, float)) and i > 0 for i in v),
-        "must be > 0",
+        lambda v, c: all(_is_in(i, 1, 255) for i in v),
+        "must be at least 1: grey levels, no fractions of 255",
     ),
     (
         "model.channel_order",

@@ -15,10 +15,9 @@ from contrastseg_jax.models.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import NETWORKS, Variables
 from contrastseg_jax.models.weights import flax_variables, unused
 from contrastseg_jax.pretrained import Weights
-from contrastseg_jax.structs import ImageFormat
+from contrastseg_jax.structs import IMAGENET, ImageFormat
 from contrastseg_jax.weight_files import Tensors, read_tensors
 
-IMAGENET = ImageFormat()
 # The original reads images as BGR, and normalises HRNet's with statistics in the order of RGB.
 ORIGINAL_HRNET = ImageFormat(IMAGENET.mean[::-1], IMAGENET.std[::-1], "BGR")
 ORIGINAL_RESNET = ImageFormat((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), "BGR")
@@ -43,7 +42,7 @@ def convert(source: Path, output: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     weights = Weights(
         **vars(recognized),
-        image_format=_image_format(recognized),
+        image_format=_image_format(recognized, tensors),
         source=source.name,
         sha256=digest,
     )
@@ -58,15 +57,16 @@ def convert(source: Path, output: Path) -> None:
     print(f"written: {output}; start from it with --config.model.init_from={output}")
 
 
-def _image_format(recognized: Recognized) -> ImageFormat:
+def _image_format(recognized: Recognized, tensors: Tensors) -> ImageFormat:
     """How the weights were trained to take images: the original's read BGR, all others RGB.
 
-    The original's are those with its heads, and those of its stem.
+    The original's are those of its stem, and HRNets that are part of a whole network.
     """
     backbone = NETWORKS[recognized.networks[0]].backbone
     if isinstance(backbone, ResNetSpec):
         return ORIGINAL_RESNET if backbone.stem == "deep" else IMAGENET
-    return ORIGINAL_HRNET if recognized.num_classes else IMAGENET
+    is_part = any("backbone." in key for key in tensors)
+    return ORIGINAL_HRNET if is_part else IMAGENET
 
 
 def _require_sound(variables: Variables, source: Path) -> None:
@@ -100,7 +100,10 @@ def _summary(weights: Weights, tensors: Tensors, variables: Variables) -> list[s
     pixels = np.random.default_rng(0).standard_normal((1, 64, 96, 3)).astype(np.float32)
     expected = peers.peer_output(weights.networks, tensors, pixels)
     if expected is None:
-        return [*lines, "compared: no, neither torchvision nor timm is here with this network"]
+        return [*lines, "compared: no, no torchvision or timm is at hand that has this network"]
     result = peers.own_output(weights.networks[0], weights.num_classes, variables, pixels)
     difference, largest = np.abs(result - expected).max(), np.abs(expected).max()
-    return [*lines, f"compared with PyTorch's output: off by {difference:.1e} of {largest:.1e}"]
+    return [
+        *lines,
+        f"compared with torchvision's or timm's output: off by {difference:.0e} of {largest:.0e}",
+    ]

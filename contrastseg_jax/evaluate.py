@@ -155,7 +155,9 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
     mesh = distributed.make_mesh()
     model = build_model(config, len(label_map(dataset_spec(config)).names))
     if which == "init":
-        variables = jax.device_put(initial_variables(config, model), distributed.replicated(mesh))
+        variables = jax.device_put(
+            initial_variables(config, model, whole=True), distributed.replicated(mesh)
+        )
         return model, variables, 0, mesh
     tx, _ = build_optimizer(config)
     state = abstract_state(config, model, tx)

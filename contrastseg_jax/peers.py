@@ -4,7 +4,6 @@ What a conversion is held against: one state dict and one image, computed there 
 """
 
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -86,9 +85,9 @@ def own_output(
 
 def _timm_backbone(network: str) -> Any:
     """The backbone in timm, which gives a list of maps; torchvision's ResNet-18 has no dilation."""
-    if importlib.util.find_spec("timm") is None:
+    timm = _imported("timm")
+    if timm is None:
         return None
-    timm: Any = importlib.import_module("timm")
     spec = segmenter.NETWORKS[network].backbone
     if isinstance(spec, HRNetSpec):
         name = network.removesuffix("_ocr")
@@ -123,9 +122,9 @@ def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:
 
 def _torchvision_network(network: str, state: Mapping[str, np.ndarray]) -> Any:
     """The whole network in torchvision, which has FCN and DeepLabV3 on ResNet-50 and 101."""
-    if importlib.util.find_spec("torchvision") is None or "classifier.4.weight" not in state:
+    segmentation = _imported("torchvision.models.segmentation")
+    if segmentation is None or "classifier.4.weight" not in state:
         return None
-    segmentation: Any = importlib.import_module("torchvision.models.segmentation")
     head, _, depth = network.removesuffix("_torchvision").rpartition("_r")
     make = getattr(segmentation, f"{head}_resnet{depth}", None)
     if make is None:
@@ -136,3 +135,11 @@ def _torchvision_network(network: str, state: Mapping[str, np.ndarray]) -> Any:
         num_classes=len(state["classifier.4.weight"]),
         aux_loss=any(name.startswith("aux_classifier.") for name in state),
     )
+
+
+def _imported(library: str) -> Any:
+    """A library that need not be there; None too for one that does not fit its PyTorch."""
+    try:
+        return importlib.import_module(library)
+    except Exception:  # torchvision beside another PyTorch raises a RuntimeError
+        return None

@@ -33,8 +33,8 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
     """
     output = output.resolve()
     files = find_images(input_path.resolve(), output)
-    output.mkdir(parents=True, exist_ok=True)
     model, variables, _, _ = load_run(config, workdir, which)
+    output.mkdir(parents=True, exist_ok=True)
     classes = label_map(dataset_spec(config))
     step = functools.partial(predict_step, model=model, image_format=image_format(config))
     step_fn = jax.jit(step)

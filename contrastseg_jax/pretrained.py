@@ -7,6 +7,7 @@ report.txt     every array with its shape, mean and standard deviation
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import orbax.checkpoint as ocp
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.logging import log
 from contrastseg_jax.models import weights as weights_lib
-from contrastseg_jax.models.segmenter import Variables, sharing_backbone
-from contrastseg_jax.structs import ImageFormat
+from contrastseg_jax.models.segmenter import NETWORKS, Variables, sharing_backbone
+from contrastseg_jax.structs import CHANNEL_ORDERS, ImageFormat
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def read(folder: Path, network: str) -> Weights:
             **values,
         )
         fitting = sharing_backbone(weights.networks[0])
+        _require_format(weights.image_format)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(f"{path}: is damaged ({error!r}); convert the weights again") from error
     if network not in fitting:
@@ -84,13 +86,14 @@ def read(folder: Path, network: str) -> Weights:
     return weights
 
 
-def start_from(folder: Path, network: str, fresh: Variables) -> Variables:
-    """`fresh` with all that the weights of a folder have for it; the log says what that was.
+def start_from(folder: Path, network: str, fresh: Variables, *, whole: bool) -> Variables:
+    """`fresh` with all that the weights of a folder have for it; the log says what they have not.
 
     Of another network on the same backbone only the backbone is taken.
 
     Raises:
-        InputError: the folder cannot be read, or its weights are of another backbone.
+        InputError: the folder cannot be read, or its weights are of another backbone; with `whole`,
+            something that the logits depend on would stay fresh.
     """
     weights = read(folder, network)
     try:
@@ -103,8 +106,27 @@ def start_from(folder: Path, network: str, fresh: Variables) -> Variables:
             " the weights again"
         ) from error
     parts = None if network in weights.networks else ("backbone",)
-    variables, taken, left = weights_lib.merge(given, fresh, parts=parts, source=str(folder))
-    log.info(f"{folder}: {weights.source} gives {', '.join(taken)}")
-    if left:
-        log.info(f"starting anew: {', '.join(left)}")
+    variables, kept = weights_lib.merge(given, fresh, parts=parts, source=str(folder))
+    missing = [f"{name} ({reason})" for name, reason in kept.items()]
+    for_training = ("proj_head",) if NETWORKS[network].aux_guides else ("proj_head", "aux_head")
+    if whole and any(name.split("/")[0] not in for_training for name in kept):
+        raise InputError(
+            f"--checkpoint=init: model.init_from = '{folder}' does not hold all of {network} as it"
+            f" is configured, but not {', '.join(missing)}"
+        )
+    log.info(f"starting from {weights.source} ({folder})")
+    if missing:
+        log.info(f"starting anew: {', '.join(missing)}")
+    unread = sorted(given["params"].keys() - variables["params"].keys())
+    if unread:
+        log.info(f"left out: {', '.join(unread)}")
     return variables
+
+
+def _require_format(image_format: ImageFormat) -> None:
+    numbers = (*image_format.mean, *image_format.std)
+    is_sound = len(image_format.mean) == len(image_format.std) == 3 and min(image_format.std) > 0
+    if not is_sound or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"no format of images: {image_format}")
+    if image_format.channel_order not in CHANNEL_ORDERS:
+        raise ValueError(f"channel_order = {image_format.channel_order!r}")

@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 IGNORE_LABEL = 255  # the label of a pixel that belongs to no class
 
 
+CHANNEL_ORDERS = ("RGB", "BGR")
+
+
 @dataclass(frozen=True)
 class ImageFormat:
     """How a network takes images: what its weights were trained with."""
@@ -21,6 +24,9 @@ class ImageFormat:
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # red green blue, in grey levels
     std: tuple[float, ...] = (58.395, 57.12, 57.375)  # likewise; all ImageNet's
     channel_order: str = "RGB"  # in which the normalised channels are given, or "BGR"
+
+
+IMAGENET = ImageFormat()
 
 
 @struct.dataclass

@@ -45,7 +45,7 @@ from contrastseg_jax.evaluate import compile_eval_step, evaluate, inference_vari
 from contrastseg_jax.files import lock
 from contrastseg_jax.logging import log, open_board, write_metrics
 from contrastseg_jax.losses import segmentation_loss
-from contrastseg_jax.models.segmenter import Segmenter
+from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.optim import update_ema
 from contrastseg_jax.structs import (
     IGNORE_LABEL,
@@ -236,17 +236,25 @@ def train(config: Config, workdir: Path) -> None:
         f" {num_classes} classes"
     )
     with lock(workdir / ".lock"):
-        config = follow_weights(config, run_in(workdir, config))
+        run = run_in(workdir, config)
+        config = follow_weights(config, run)
+        model = build_model(config, num_classes)
+        variables = None if run else initial_variables(config, model)
         claim(workdir, config)
-        _train_on(config, workdir, source, val_source, num_classes)
+        _train_on(config, workdir, model, variables, source, val_source)
 
 
 def _train_on(
-    config: Config, workdir: Path, source: Source, val_source: Source, num_classes: int
+    config: Config,
+    workdir: Path,
+    model: Segmenter,
+    variables: Variables | None,
+    source: Source,
+    val_source: Source,
 ) -> None:
+    """Train from `variables`, or where there are none from the newest checkpoint."""
     # State.
     mesh = distributed.make_mesh()
-    model = build_model(config, num_classes)
     tx, schedule = build_optimizer(config)
     num_steps = config.train.num_steps
     of_state = distributed.state_sharding(mesh, split_memory=splits_memory(config))
@@ -255,12 +263,11 @@ def _train_on(
     if start_step >= num_steps:
         log.info(f"{workdir}: is trained to its end, step {start_step}")
         return
-    if start_step:
+    if variables is None:
         log.info(f"going on after step {start_step} of {num_steps}")
         state = abstract_state(config, model, tx)
         state = checkpoint.restore(manager, start_step, state, of_state)
     else:
-        variables = initial_variables(config, model)
         state = jax.device_put(init_state(config, model, tx, variables), of_state)
     num_params = parameter_overview.count_parameters(state.params)
     log.info(

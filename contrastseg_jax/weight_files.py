@@ -17,6 +17,20 @@ from contrastseg_jax.errors import InputError
 Tensors = dict[str, Shaped[np.ndarray, "..."]]
 
 CONTAINERS = ("state_dict", "model")  # keys under which a checkpoint may hold its state dict
+# Of these the original's checkpoints have a few besides their tensors, such as their score.
+NUMPY_OBJECTS = (
+    *("numpy.dtype", "numpy.ndarray"),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+)
+
+
+class _Ignored:
+    """In place of NumPy's own objects, which a file can make crash: does nothing that it says."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -37,7 +51,7 @@ def read_tensors(path: Path) -> Tensors:
         tensors = _state_dict(_read_torch(path), path)
     if not tensors:
         raise InputError(f"{path}: holds no tensor")
-    return {key: _as_float32(array) for key, array in tensors.items()}
+    return {key: _as_float32(array, f"{path}: {key}") for key, array in tensors.items()}
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -55,17 +69,9 @@ def _read_torch(path: Path) -> Any:
             f"{path}: reading it needs PyTorch (pip install torch); .safetensors files do not"
         )
     torch = importlib.import_module("torch")
-    multiarray = importlib.import_module("numpy._core.multiarray")
-    # The original's checkpoints hold their score, a NumPy scalar: a number, no code.
-    scalars = [
-        *(
-            (multiarray.scalar, f"{module}.multiarray.scalar")
-            for module in ("numpy.core", "numpy._core")
-        ),
-        *(np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType),
-    ]
+    stand_ins = [(_Ignored, name) for name in NUMPY_OBJECTS]
     try:
-        with torch.serialization.safe_globals(scalars), warnings.catch_warnings():
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, before the error
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -98,14 +104,21 @@ def _state_dict(content: Any, path: Path) -> Tensors:
             f"{path}: must hold a state dict, alone or as {' or '.join(map(repr, CONTAINERS))};"
             f" {', '.join(others[:5])} {'is' if len(others) == 1 else 'are'} no tensor"
         )
-    return {str(key): _to_numpy(tensor) for key, tensor in content.items()}
+    return {str(key): _to_numpy(tensor, f"{path}: {key}") for key, tensor in content.items()}
 
 
-def _to_numpy(tensor: Any) -> Shaped[np.ndarray, "..."]:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+def _to_numpy(tensor: Any, name: str) -> Shaped[np.ndarray, "..."]:
+    try:
+        tensor = tensor.detach()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        kind = str(tensor.layout).removeprefix("torch.")
+        raise InputError(
+            f"{name}: must be a plain array of numbers, is {kind} {tensor.dtype} on {tensor.device}"
+        ) from error
 
 
-def _as_float32(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-    is_integer = array.dtype.kind in "iub"
-    return array if is_integer else array.astype(np.float32, copy=False)
+def _as_float32(array: Shaped[np.ndarray, "..."], name: str) -> Shaped[np.ndarray, "..."]:
+    if array.dtype.kind == "c":
+        raise InputError(f"{name}: must hold real numbers, holds {array.dtype}")
+    return array if array.dtype.kind in "iub" else array.astype(np.float32, copy=False)

@@ -62,8 +62,25 @@ def test_stages_that_the_network_does_not_have_are_listed():
     ],
 )
 def test_dropout_is_that_of_the_original(model, rate):
-    path = ROOT / "configs" / "default.py"
-    assert config_lib.load(f"{path}:{model}").model.dropout_rate == rate
+    config = config_lib.load(f"{ROOT / 'configs' / 'default.py'}:{model}")
+    assert build.build_model(config, 3).cls_head.dropout_rate == rate
+    config = config_lib.override(config, ["model.dropout_rate=0.3"])
+    assert build.build_model(config, 3).cls_head.dropout_rate == 0.3
+
+
+@pytest.mark.parametrize(
+    ("model", "rate"),
+    [
+        ("fcn_r50", 0.1),
+        ("hrnet_w48_ocr", 0.0),
+        ("ocr_r101", 0.05),
+        ("deeplabv3_r101", 0.0),
+        ("deeplabv3_r101_torchvision", 0.1),
+    ],
+)
+def test_dropout_of_auxiliary_heads_is_that_of_the_original(model, rate):
+    config = config_lib.load(f"{ROOT / 'configs' / 'default.py'}:{model}")
+    assert build.build_model(config, 3).aux_head.dropout_rate == pytest.approx(rate)
 
 
 def test_the_batch_size_is_checked_where_it_is_used():

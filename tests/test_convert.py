@@ -19,6 +19,10 @@ def source_of(folder, tensors):
     return folder / "x.safetensors"
 
 
+def part_of_original():
+    return {key: array for key, array in tiny().items() if key.startswith("backbone.")}
+
+
 def test_variables_record_and_report(tmp_path, capsys):
     tensors = tiny(num_classes=7, proj_dim=12)
     queues = {"segment_queue": np.zeros((7, 4, 12), np.float32), "segment_queue_ptr": np.zeros(7)}
@@ -50,19 +54,20 @@ def test_variables_record_and_report(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "channel_order", "mean"),
+    ("tensors", "channel_order", "mean", "std"),
     [
-        (tiny(), "BGR", [103.53, 116.28, 123.675]),
-        (backbone_of("hrnet_tiny"), "RGB", [123.675, 116.28, 103.53]),
-        (backbone_of("fcn_r18"), "RGB", [123.675, 116.28, 103.53]),
-        (backbone_of("deeplabv3_r18"), "BGR", [122.7717, 115.9465, 102.9801]),
+        (tiny(), "BGR", [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]),
+        (part_of_original(), "BGR", [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]),
+        (backbone_of("hrnet_tiny"), "RGB", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
+        (backbone_of("fcn_r18"), "RGB", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
+        (backbone_of("deeplabv3_r18"), "BGR", [122.7717, 115.9465, 102.9801], [1.0, 1.0, 1.0]),
     ],
-    ids=["original", "hrnet", "resnet", "deep stem"],
+    ids=["original", "its backbone", "hrnet", "resnet", "deep stem"],
 )
-def test_conventions_of_images_go_with_the_weights(tmp_path, tensors, channel_order, mean):
+def test_conventions_of_images_go_with_the_weights(tmp_path, tensors, channel_order, mean, std):
     convert(source_of(tmp_path, tensors), tmp_path / "out")
     image_format = json.loads((tmp_path / "out" / "weights.json").read_text())["image_format"]
-    assert (image_format["channel_order"], image_format["mean"]) == (channel_order, mean)
+    assert image_format == {"channel_order": channel_order, "mean": mean, "std": std}
 
 
 @pytest.mark.parametrize(

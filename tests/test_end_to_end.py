@@ -124,23 +124,29 @@ def test_converted_weights_are_evaluated_trained_and_gone_on_without(prepared_di
 
     settings = (*SETTINGS, "train.num_steps=3", f"model.init_from={weights}")
     training = command(prepared_dir, tmp_path / "run", *TRAIN, settings=settings)
+    other = [*training, "--mode=eval", "--checkpoint=init", "--config.data.synthetic.num_classes=4"]
+    result = run(other)
+    assert result.returncode == 1
+    assert "cls_head/conv2 (4 wide, there 3)" in result.stderr
     result = run([*training, "--mode=eval", "--checkpoint=init"])  # before there is a run
     assert result.returncode == 0, result.stderr
     assert "mean IoU" in result.stderr and "BGR" in result.stderr
 
     result = run(training)
     assert result.returncode == 0, result.stderr
-    assert "released.safetensors gives backbone, cls_head, proj_head" in result.stderr
+    assert "starting from released.safetensors" in result.stderr
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["model"]["channel_order"] == "BGR"
 
     weights.rename(tmp_path / "moved")
     assert "is trained to its end" in run(training).stderr
-    result = run([*training[:2], f"--workdir={tmp_path / 'run'}", "--mode=eval"])
+    result = run([*training, "--mode=eval"])  # with the config that it was trained with
     assert result.returncode == 0, result.stderr
+    settings += ("contrast.temperature=0",)
     result = run(command(prepared_dir, tmp_path / "other", *TRAIN, settings=settings))
     assert result.returncode == 1 and "must be a folder that --mode=convert" in result.stderr
-    assert not (tmp_path / "other" / "config.json").exists()
+    assert "contrast.temperature = 0.0: must be > 0" in result.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +160,7 @@ def test_converted_weights_are_evaluated_trained_and_gone_on_without(prepared_di
         (["--mode=convert", "--input=x"], ["--output: is needed"]),
         (["--mode=convert", "--input=x", "--output=y"], ["takes --input and --output, no config"]),
         ([*TRAIN, "--mode=eval", "--checkpoint=init"], ["needs --config.model.init_from=FOLDER"]),
+        ([*TRAIN, "--checkpoint=init"], ["--checkpoint=init: training goes on from the latest"]),
         ([*TRAIN, "stray"], ["stray: not understood"]),
         (
             [*TRAIN, "--config.trian.num_steps=2", "--config.seed=x"],

@@ -1,5 +1,7 @@
 """OCR against its formulas written out in NumPy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,9 +97,16 @@ def test_the_whole_head_is_the_written_out_one(rng):
     np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_shares_of_4096_pixels_in_bfloat16_still_sum_to_one(rng):
-    """The softmax over pixels is taken in float32: in bfloat16 its sum would be off."""
-    logits = jnp.asarray(normal(rng, 1, 64, 64, 1), jnp.bfloat16)
-    mean = spatial_gather(jnp.ones((1, 64, 64, 2), jnp.bfloat16), logits)
-    assert mean.dtype == jnp.bfloat16
-    np.testing.assert_allclose(mean.astype(jnp.float32), 1, rtol=5e-3)
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (spatial_gather, [(1, 8, 8, 2), (1, 8, 8, 3)]),
+        (object_attention, [(1, 8, 8, 2), (1, 3, 2), (1, 3, 2)]),
+    ],
+)
+def test_softmaxes_of_bfloat16_are_taken_in_float32(function, shapes):
+    arrays = [jnp.ones(shape, jnp.bfloat16) for shape in shapes]
+    program = jax.make_jaxpr(function)(*arrays)
+    assert program.out_avals[0].dtype == jnp.bfloat16
+    exponentials = [line for line in str(program).splitlines() if re.search(r"= exp2?\b", line)]
+    assert exponentials and all(":f32[" in line for line in exponentials)

@@ -158,6 +158,16 @@ def test_some_networks_have_no_peer(network, tensor):
 
 
 @pytest.mark.parametrize("tensor", ["conv1.weight", "classifier.4.weight"])
+def test_a_library_that_cannot_be_imported_is_no_peer(tensor, monkeypatch):
+    def fail(name):
+        raise RuntimeError(f"operator {name}::nms does not exist")
+
+    monkeypatch.setattr(peers.importlib, "import_module", fail)
+    tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
+    assert peers.peer_output(("fcn_r50",), tensors, recipe.image()) is None
+
+
+@pytest.mark.parametrize("tensor", ["conv1.weight", "classifier.4.weight"])
 def test_without_the_libraries_there_is_no_peer(tensor, monkeypatch):
     for library in ("torch", "torchvision", "timm"):
         monkeypatch.setitem(sys.modules, library, None)

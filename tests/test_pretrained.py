@@ -14,7 +14,7 @@ from contrastseg_jax import config as config_lib
 from contrastseg_jax.convert import convert
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.models.weights import flax_variables
+from contrastseg_jax.models.weights import flax_variables, merge
 
 
 def converted(folder, tensors):
@@ -56,12 +56,14 @@ def test_other_classes_and_embeddings_leave_the_last_layers_fresh(whole, caplog)
             for layer in parts[part]:
                 source = fresh if layer == "conv2" else given
                 assert_same(variables[collection][part][layer], source[collection][part][layer])
-    assert "x.safetensors gives backbone, cls_head, proj_head" in caplog.text
+    assert "starting from x.safetensors" in caplog.text
     assert "cls_head/conv2 (5 wide, there 3), proj_head/conv2 (8 wide, there 16)" in caplog.text
 
 
-def test_without_contrast_the_projection_head_is_left_out(whole):
+def test_without_contrast_the_projection_head_is_left_out(whole, caplog):
+    caplog.set_level("INFO", pretrained.log.name)
     variables, _ = start(whole, variant="ce")
+    assert "left out: proj_head" in caplog.text
     given = flax_variables(tiny(num_classes=3))
     assert_same(variables, given)
 
@@ -79,7 +81,8 @@ def test_on_another_head_only_the_backbone_is_taken(kind, whole, tmp_path, caplo
     assert_same(variables["params"]["backbone"], given)
     for part in ("aux_head", "cls_head", "proj_head"):
         assert_same(variables["params"][part], fresh["params"][part])
-    assert "starting anew: aux_head, cls_head, proj_head" in caplog.text
+    for part in ("aux_head", "cls_head", "proj_head"):
+        assert f"{part} (not there)" in caplog.text
 
 
 def test_the_state_and_its_averages_start_from_the_weights(whole):
@@ -130,10 +133,19 @@ def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"networks": [], "image_format": {}}', '{"image_format": 3}']
+    "change",
+    [
+        lambda text: "{",
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: text.replace('"hrnet_tiny"', '"hrnet_huge"'),
+        lambda text: text.replace("BGR", "GBR"),
+        lambda text: text.replace("123.675", '"high"'),
+        lambda text: text.replace("57.375,", ""),
+    ],
 )
-def test_a_damaged_record_is_refused(whole, tmp_path, text):
-    (tmp_path / "weights.json").write_text(text)
+def test_a_damaged_record_is_refused(whole, tmp_path, change):
+    (tmp_path / "weights.json").write_text(change((whole / "weights.json").read_text()))
     with pytest.raises(InputError, match=r"weights.json: is damaged .* convert the weights again"):
         pretrained.read(tmp_path, "hrnet_tiny")
 
@@ -142,6 +154,14 @@ def test_missing_and_damaged_arrays_are_refused(whole, tmp_path):
     (tmp_path / "weights.json").write_text((whole / "weights.json").read_text())
     with pytest.raises(InputError, match=r"variables: cannot be read .* convert"):
         start(tmp_path)
+
+
+def test_layers_of_another_width_that_are_not_the_last_are_refused(whole):
+    given = flax_variables(tiny(num_classes=3, proj_dim=16))
+    fresh = jax.tree.map(np.zeros_like, given)
+    given["params"]["cls_head"]["bn1"]["bias"] = np.zeros(60, np.float32)
+    with pytest.raises(InputError, match=r"cls_head/bn1/bias: is \(60,\), must be \(120,\)"):
+        merge(given, fresh, parts=None, source="folder")
 
 
 def test_arrays_that_do_not_fit_their_record_are_refused(tmp_path):

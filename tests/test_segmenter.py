@@ -119,6 +119,8 @@ def test_a_single_pixel_trains_to_finite_values(name):
         ("deeplabv3_r101", 0, 89_570_278),
         ("deeplabv3_r101", 256, 94_295_270),
         ("ocr_r101", 0, 57_988_838),
+        ("hrnet_w32", 0, 31_389_696),
+        ("hrnet_w40", 0, 48_774_416),
         # torchvision's have 21 classes: 42,004,074 and 35,322,218
         ("deeplabv3_r50_torchvision", 0, 42_004_074 - 2 * (257 + 257)),
         ("fcn_r50", 0, 35_322_218 - 2 * (513 + 257)),

@@ -67,6 +67,7 @@ def test_fractions_become_float32(tmp_path, dtype):
         lambda state: {"model": state},
         # As the original saves its best checkpoint: its score is a NumPy scalar.
         lambda state: {"state_dict": state, "config_dict": {"max_performance": np.float64(0.8)}},
+        lambda state: {"state_dict": state, "x": [np.int64(3), np.bool_(True), np.ones(3)]},
     ],
 )
 def test_containers_of_pytorch(tmp_path, wrap):
@@ -105,6 +106,38 @@ def test_code_is_refused_and_not_run(tmp_path, by_torch):
         read_tensors(path)
     assert "weights_only" not in str(error.value)
     assert not (tmp_path / "pwned").exists()
+
+
+class BrokenScalar:
+    """A NumPy scalar of a type that was told it holds objects: reading it crashed the process."""
+
+    def __reduce__(self):
+        return np._core.multiarray.scalar, (BrokenType(), b"12345678")
+
+
+class BrokenType:
+    def __reduce__(self):
+        state = (3, "<", None, None, None, -1, -1, 2)
+        return np.dtype, ("f8", False, True), state
+
+
+@needs_torch
+def test_broken_numpy_objects_are_not_built(tmp_path):
+    content = {"state_dict": torch_state(), "config_dict": BrokenScalar()}
+    assert_arrays(read_tensors(save_torch(content, tmp_path / "x.pth")))
+
+
+@needs_torch
+@pytest.mark.parametrize("kind", ["sparse", "meta", "complex"])
+def test_tensors_that_are_no_plain_arrays_are_refused(tmp_path, kind):
+    torch = importlib.import_module("torch")
+    tensor = {
+        "sparse": lambda: torch.ones(2, 3).to_sparse(),
+        "meta": lambda: torch.empty(2, device="meta"),
+        "complex": lambda: torch.ones(2, dtype=torch.complex64),
+    }[kind]()
+    with pytest.raises(InputError, match="x.pth: a.weight: must (be a plain array|hold real)"):
+        read_tensors(save_torch({"a.weight": tensor}, tmp_path / "x.pth"))
 
 
 @needs_torch

@@ -132,6 +132,7 @@ class ProjectionHead(nn.Module):
         x = conv(x, x.shape[-1], 1, use_bias=True, name="conv1")
         x = nn.relu(batch_norm(x, train=train, name="bn1"))
         x = conv(x, self.proj_dim, 1, use_bias=True, name="conv2").astype(jnp.float32)
-        # At least 1e-12 as in F.normalize, so that a vector of zeros has a finite gradient.
+        # A vector of zeros has no direction: it stays, and has no gradient.
         square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-        return x * lax.rsqrt(jnp.maximum(square, 1e-24))
+        has_length = square > 1e-24  # a length of 1e-12, as in PyTorch's F.normalize
+        return jnp.where(has_length, x * lax.rsqrt(jnp.where(has_length, square, 1.0)), 0.0)

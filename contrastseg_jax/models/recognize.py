@@ -12,8 +12,6 @@ from contrastseg_jax.models.hrnet import HRNetSpec
 from contrastseg_jax.models.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import NETWORKS
 
-LAST_LAYERS = ("classifier", "refine_2", "conv2")  # of the classification heads PyTorch files have
-
 Shapes = Mapping[weights.Path, tuple[int, ...]]
 
 
@@ -41,7 +39,7 @@ def recognize(tensors: Mapping[str, np.ndarray], *, source: str) -> Recognized:
             f"{source}: its tensors ({names}, …) are of no backbone that is known here, which are"
             " HRNetV2 and ResNet as the README lists them"
         )
-    last = [shapes.get(("params", "cls_head", layer, "kernel")) for layer in LAST_LAYERS]
+    last = [shapes.get(("params", "cls_head", layer, "kernel")) for layer in weights.LAST_LAYERS]
     num_classes = next((shape[-1] for shape in last if shape), 0)
     proj_dim = shapes.get(("params", "proj_head", "conv2", "kernel"), (0,))[-1]
     if not num_classes:

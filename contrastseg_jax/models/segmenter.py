@@ -39,7 +39,8 @@ class NetworkSpec:
     neck: Callable[[], nn.Module] | None = None  # joins layer1 to what both heads read
     aux_head: Callable[..., nn.Module] | None = None
     aux_input: str = "last"  # the features that the auxiliary head reads
-    aux_dropout: float = 0.0  # the auxiliary head's share of `dropout_rate`
+    dropout_rate: float = 0.1  # in front of the logits, as the network's original has it
+    aux_dropout: float = 0.0  # the auxiliary head's share of it
     aux_guides: bool = False  # cls_head reads the auxiliary logits too
 
 
@@ -47,7 +48,9 @@ def _of_hrnet(name: str, spec: HRNetSpec) -> dict[str, NetworkSpec]:
     ocr_aux = partial(FCNHead, use_bias=(True, True))
     return {
         name: NetworkSpec(spec),
-        f"{name}_ocr": NetworkSpec(spec, OCRHead, aux_head=ocr_aux, aux_guides=True),
+        f"{name}_ocr": NetworkSpec(
+            spec, OCRHead, aux_head=ocr_aux, aux_guides=True, dropout_rate=0.05
+        ),
     }
 
 
@@ -66,9 +69,16 @@ def _of_resnet(name: str, spec: ResNetSpec) -> dict[str, NetworkSpec]:
         f"fcn_{name}": NetworkSpec(
             stride_8, fcn, aux_head=fcn_aux, aux_input="layer3", aux_dropout=1.0
         ),
-        f"deeplabv3_{name}": NetworkSpec(original, DeepLabV3Head, aux_head=dsn, aux_input="layer3"),
+        f"deeplabv3_{name}": NetworkSpec(
+            original, DeepLabV3Head, aux_head=dsn, aux_input="layer3", dropout_rate=0.0
+        ),
         f"deeplabv3_{name}_torchvision": NetworkSpec(
-            stride_8, deeplab, aux_head=fcn_aux, aux_input="layer3", aux_dropout=0.2
+            stride_8,
+            deeplab,
+            aux_head=fcn_aux,
+            aux_input="layer3",
+            dropout_rate=0.5,
+            aux_dropout=0.2,
         ),
         f"deeplabv3plus_{name}": NetworkSpec(
             replace(spec, output_stride=16), DeepLabV3PlusHead, neck=DeepLabV3PlusNeck
@@ -78,6 +88,7 @@ def _of_resnet(name: str, spec: ResNetSpec) -> dict[str, NetworkSpec]:
             OCRHead,
             aux_head=ocr_dsn,
             aux_input="layer3",
+            dropout_rate=0.05,
             aux_dropout=1.0,
             aux_guides=True,
         ),

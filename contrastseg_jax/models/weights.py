@@ -64,6 +64,9 @@ TORCHVISION_DEEPLAB: Table = (
     *TORCHVISION_AUX,
 )
 
+# Of the heads, that give logits or embeddings; in this order, for a head may have more than one.
+LAST_LAYERS = ("classifier", "refine_2", "conv3", "conv2")
+
 # Around a whole model: of DistributedDataParallel, and of the original's model with memory.
 WRAPPERS = re.compile(r"(module\.)?(encoder_q\.)?")
 
@@ -161,11 +164,12 @@ def misfits(tensors: Mapping[str, np.ndarray], expected: Any) -> list[str]:
 
 def merge(
     given: Any, fresh: Any, *, parts: Sequence[str] | None, source: str
-) -> tuple[dict[str, Any], list[str], list[str]]:
-    """`fresh` variables with the values `given`, and lists of what was taken and what stayed fresh.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`fresh` variables with the values `given`, and by name and reason what stayed fresh.
 
     `parts`: the parts of a network (backbone, cls_head, …) to take; None: all that both have. A
-    last layer of another width stays fresh: another number of classes, or length of embeddings.
+    part that is not given stays fresh, and of LAST_LAYERS one of another width: it has another
+    number of classes, or length of embeddings.
 
     Raises:
         InputError: any other difference; it lists them all. `source` is the folder it names.
@@ -175,25 +179,23 @@ def merge(
         for path, array in flatten_dict(given).items()
         if parts is None or path[1] in parts
     }
-    taken, resized, problems = {path[1] for path in known}, set(), []
+    taken, kept, problems = {path[1] for path in known}, {}, []
     merged: dict[Path, Any] = dict(flatten_dict(fresh))
     for path, leaf in merged.items():
-        name, is_head = "/".join(path), path[1] != "backbone"
-        if path not in known:
-            if path[1] in taken or not is_head:
-                problems.append(f"{name}: is missing")
-        elif known[path].shape == leaf.shape:
+        part, name = path[1], "/".join(path)
+        shape = known[path].shape if path in known else None
+        is_last = part != "backbone" and path[2] in LAST_LAYERS
+        if shape == leaf.shape:
             merged[path] = known[path]
-        elif is_head and known[path].shape[:-1] == leaf.shape[:-1]:
-            layer = "/".join(path[1:-1])
-            resized.add(f"{layer} ({leaf.shape[-1]} wide, there {known[path].shape[-1]})")
+        elif shape is None and part not in taken and part != "backbone":
+            kept[part] = "not there"
+        elif shape is not None and is_last and shape[:-1] == leaf.shape[:-1]:
+            kept["/".join(path[1:-1])] = f"{leaf.shape[-1]} wide, there {shape[-1]}"
         else:
-            problems.append(f"{name}: is {known[path].shape}, must be {leaf.shape}")
+            problems.append(f"{name}: is {shape or 'missing'}, must be {leaf.shape}")
     if problems:
         raise listed(source, problems)
-    present = {path[1] for path in merged}
-    left = sorted(present - taken) + sorted(resized)
-    return unflatten_dict(merged), sorted(present & taken), left
+    return unflatten_dict(merged), kept
 
 
 def _module_name(module: str, table: Table) -> str:
