@@ -21,15 +21,24 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.seed = 0  # of initialisation, sampling, shuffling and augmentation
 
     config.data = data = ConfigDict()
-    data.name = "folder"  # a data set: landcover, camvid, folder or synthetic
-    data.root = ""  # folder that holds the raw data set (camvid, folder)
+    # cityscapes, pascal_context, coco_stuff10k, coco_stuff164k, camvid, ade20k, landcover, folder,
+    # tfds (any data set of TFDS) or synthetic
+    data.name = "folder"
+    data.root = ""  # folder that holds the raw data set; tfds: its own, or ~/tensorflow_datasets
     data.prepared_dir = "~/.cache/contrastseg_jax"  # where prepared data sets are kept
-    data.class_names = ()  # folder: the classes, in the order of their mask values
-    data.ignore_values = (255,)  # folder: mask values that are no class
+    data.class_names = ()  # folder, tfds: the classes, in the order of their mask values
+    data.ignore_values = (255,)  # folder, tfds: mask values that are no class
     data.short_side = 0  # resize images and labels to this short side first; 0: keep the size
     data.cache_size = 0  # decoded images kept in memory, for data sets that fit
     data.num_threads = 4  # that read and augment
     data.prefetch = 8  # batches made ahead of the step that needs them
+
+    data.tfds = ConfigDict()  # the data set of TFDS that data.name = "tfds" uses
+    data.tfds.dataset = ""  # its name there, e.g. oxford_iiit_pet
+    data.tfds.image_feature = "image"  # the image's name in its examples
+    data.tfds.label_feature = "label"  # the mask's name in its examples
+    data.tfds.train_split = "train"  # what to train on, e.g. train[:90%]
+    data.tfds.val_split = "validation"  # what to validate on, e.g. train[90%:]
 
     data.synthetic = ConfigDict()  # the generated data set, for tests and benchmarks
     data.synthetic.image_size = (64, 96)  # height, width

@@ -155,6 +155,7 @@ def dataset_spec(config: Config) -> DatasetSpec:
         root=data.root,
         class_names=data.class_names,
         ignore_values=data.ignore_values,
+        **data.tfds,
         **data.synthetic,
     )
 

@@ -298,8 +298,8 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         "data.class_names",
-        lambda v, c: c.data.name != "folder" or 2 <= len(v) <= 254,
-        "data.name = 'folder' needs the names of its 2 to 254 classes",
+        lambda v, c: c.data.name not in ("folder", "tfds") or 2 <= len(v) <= 254,
+        "must name the 2 to 254 classes of data.name = 'folder' or 'tfds'",
     ),
     (
         "data.ignore_values",
@@ -308,8 +308,13 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         "data.root",
-        lambda v, c: bool(v) or c.data.name not in ("folder", "camvid"),
+        lambda v, c: bool(v) or c.data.name in ("landcover", "tfds", "synthetic"),
         "must name the folder that holds the data set",
+    ),
+    (
+        "data.tfds.dataset",
+        lambda v, c: bool(v) or c.data.name != "tfds",
+        "must name the data set, e.g. oxford_iiit_pet",
     ),
     (
         "model.image_mean model.image_std",

@@ -73,7 +73,10 @@ def problems(spec):
 
 
 def test_dataset_names():
-    assert dataset_names() == ("landcover", "camvid", "folder", "synthetic")
+    assert dataset_names() == (
+        *("landcover", "cityscapes", "pascal_context", "coco_stuff10k", "coco_stuff164k"),
+        *("camvid", "ade20k", "folder", "tfds", "synthetic"),
+    )
 
 
 def test_records_hold_the_files_as_they_are(folder):

@@ -6,10 +6,12 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from contrastseg_jax.data.images import (
     decode_image,
     decode_mask,
+    decode_mat,
     encode_jpeg,
     encode_png,
     image_size,
@@ -107,6 +109,42 @@ def test_mask_values_above_255_are_refused():
         ValueError, match=r"m\.png: mask values must lie in 0\.\.255, found 0\.\.300"
     ):
         decode_mask(data, "m.png")
+
+
+def saved_mat(array):
+    file = io.BytesIO()
+    savemat(file, {"S": array}, do_compression=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float64])
+def test_masks_of_matlab_files(dtype):
+    values = np.array([[0, 7, 182], [1, 2, 3]], dtype)
+    np.testing.assert_array_equal(decode_mat(saved_mat(values), "a.mat", "S", 182), values)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([[0, 183]]), r"must lie in 0\.\.182, found 0\.\.183"),
+        (np.array([[-1, 2]]), r"must lie in 0\.\.182, found -1\.\.2"),
+        (np.array([[0.5, 2]]), "S must be a picture of whole numbers"),
+        (np.zeros((2, 2, 3)), "S must be a picture of whole numbers"),
+        (np.zeros((0, 0)), "S must be a picture of whole numbers"),
+        (np.array([["a"]]), "S must be a picture of whole numbers"),
+        (np.array([[np.nan]]), "S must be a picture of whole numbers"),
+    ],
+)
+def test_what_is_no_mask_in_a_matlab_file_is_refused(array, message):
+    with pytest.raises(InputError, match=rf"^a\.mat: .*{message}"):
+        decode_mat(saved_mat(array), "a.mat", "S", 182)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.95])
+def test_truncated_matlab_file_is_refused(share):
+    data = saved_mat(np.random.default_rng(0).integers(0, 183, (40, 50), dtype=np.uint8))
+    with pytest.raises(InputError, match=r"^a\.mat: unreadable MATLAB file \("):
+        decode_mat(data[: int(len(data) * share)], "a.mat", "S", 182)
 
 
 @pytest.mark.parametrize("progressive", [False, True])

@@ -7,6 +7,8 @@ from contrastseg_jax.data.labels import (
     LabelMap,
     colorize,
     default_palette,
+    label_table,
+    split_names,
     to_mask_values,
     to_train_ids,
 )
@@ -49,6 +51,31 @@ def test_mask_values_are_the_way_back():
 def test_of_several_mask_values_the_lowest_comes_back():
     label_map = LabelMap(("a",), default_palette(1), {8: 0, 3: 0, 5: 0})
     assert to_mask_values(np.zeros((1, 1), np.uint8), label_map) == 3
+
+
+def test_table_shows_values_classes_and_what_is_ignored():
+    label_map = LabelMap(
+        ("sky", "road"), LABEL_MAP.palette, {**LABEL_MAP.train_ids, 8: 0, 255: 255}
+    )
+    assert label_table(label_map) == (
+        "mask values -> 2 classes, ignored: 0, 255\n  7..8 -> 0 sky  9 -> 1 road"
+    )
+
+
+def test_table_of_many_classes_is_short_and_ends_with_the_last():
+    names = tuple(f"class {i}" for i in range(150))
+    train_ids = {i + 1: i for i in range(150)}
+    lines = label_table(LabelMap(names, default_palette(150), train_ids)).splitlines()
+    assert len(lines) <= 9 and max(map(len, lines)) <= 100
+    assert lines[0] == "mask values -> 150 classes, ignored: none"
+    assert lines[1].split("  ")[1] == "1 -> 0 class 0"
+    assert lines[-1].endswith("150 -> 149 class 149")
+    shown = sum(line.count("->") for line in lines[1:])
+    assert f"({150 - shown} more)" in lines[-1]
+
+
+def test_names_are_split_at_commas_over_lines():
+    assert split_names("\nbed, pool table,\ncar\n") == ("bed", "pool table", "car")
 
 
 def test_default_palette_starts_like_pascal_voc_and_has_no_color_twice():

@@ -2,26 +2,54 @@
 
 import dataclasses
 import io
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
+import absl.logging
 import tensorflow_datasets as tfds
-from absl import logging
 
-from contrastseg_jax.data.builders import camvid, folder, landcover, synthetic
+from contrastseg_jax.data.builders import (
+    ade20k,
+    camvid,
+    cityscapes,
+    coco_stuff,
+    folder,
+    from_tfds,
+    landcover,
+    pascal_context,
+    synthetic,
+)
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 
 MODULES: dict[str, ModuleType] = {
     "landcover": landcover,
+    "cityscapes": cityscapes,
+    "pascal_context": pascal_context,
+    "coco_stuff10k": coco_stuff,
+    "coco_stuff164k": coco_stuff,
     "camvid": camvid,
+    "ade20k": ade20k,
     "folder": folder,
+    "tfds": from_tfds,
     "synthetic": synthetic,
 }
+# How many examples each split has as published. Another number is worth a warning and no more:
+# subsets are legitimate.
+SPLIT_SIZES = {
+    "cityscapes": {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998},
+    "pascal_context": {"train": 4998, "val": 5105},
+    "coco_stuff10k": {"train": 9000, "val": 1000},
+    "coco_stuff164k": {"train": 118287, "val": 5000},
+    "camvid": {"train": 367, "val": 101, "test": 233},
+    "ade20k": {"train": 20210, "val": 2000},
+}
+log = logging.getLogger("contrastseg_jax")
 
 
 def dataset_names() -> tuple[str, ...]:
@@ -37,7 +65,8 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 def open_split(spec: DatasetSpec, split: str) -> Sequence[dict[str, bytes]]:
     """The records of a split: encoded `image` and `label`, and the `name` of the image.
 
-    Prepares the data set on first use, and again when its raw files have changed.
+    Prepares the data set on first use, and again when its raw files have changed. A split that is
+    not as long as published is worth a warning.
 
     Raises:
         InputError: the raw data are missing or have faults, or have no such split.
@@ -47,7 +76,14 @@ def open_split(spec: DatasetSpec, split: str) -> Sequence[dict[str, bytes]]:
         existing = ", ".join(builder.info.splits)
         raise InputError(f"data set '{spec.name}' has no split '{split}', only {existing}")
     decoders = dict.fromkeys(("image", "label"), tfds.decode.SkipDecoding())
-    return builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
+    source = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
+    published = SPLIT_SIZES.get(spec.name, {}).get(split, len(source))
+    if len(source) != published:
+        log.warning(
+            f"data set '{spec.name}', split '{split}': {len(source)} examples, not the {published}"
+            " of the published one"
+        )
+    return source
 
 
 def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
@@ -73,10 +109,10 @@ def _quiet() -> Iterator[None]:
     """
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        absl.logging.set_verbosity(verbosity)

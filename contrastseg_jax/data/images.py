@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 from PIL import Image, UnidentifiedImageError
+from scipy.io import loadmat
 
 from contrastseg_jax.errors import InputError
 
@@ -55,6 +56,30 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
             f"{name}: mask values must lie in 0..255, found {mask.min()}..{mask.max()}"
         )
     return mask.astype(np.uint8)
+
+
+def decode_mat(data: bytes, name: str, variable: str, largest: int) -> UInt16[np.ndarray, "h w"]:
+    """An index mask that a MATLAB file (of version 7 or older) holds as a variable.
+
+    Raises:
+        InputError: the file cannot be read, has no such variable, or it is no picture of whole
+            numbers in 0..largest.
+    """
+    try:
+        found = loadmat(io.BytesIO(data), variable_names=[variable])
+    except Exception as error:  # of many classes, none of them scipy's own
+        raise InputError(f"{name}: unreadable MATLAB file ({error})") from error
+    if variable not in found:
+        raise InputError(f"{name}: has no variable {variable}")
+    array = found[variable]
+    numbers = array.dtype.kind in "uif" and array.ndim == 2 and array.size > 0
+    if not numbers or np.any(array != np.floor(array)):
+        raise InputError(f"{name}: {variable} must be a picture of whole numbers")
+    if array.min() < 0 or array.max() > largest:
+        raise InputError(
+            f"{name}: mask values must lie in 0..{largest}, found {array.min()}..{array.max()}"
+        )
+    return array.astype(np.uint16)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from jaxtyping import Integer, UInt8
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 
+TABLE_WIDTH, TABLE_ROWS = 90, 8  # of what the log shows
+
 
 @dataclass(frozen=True)
 class LabelMap:
@@ -55,6 +57,32 @@ def to_mask_values(
     for value in sorted(label_map.train_ids, reverse=True):
         table[label_map.train_ids[value]] = value
     return table[label]
+
+
+def label_table(label_map: LabelMap) -> str:
+    """The mask values of each class, for the log: several classes in a line, of many not all."""
+    values = {class_id: [] for class_id in (*range(len(label_map.names)), IGNORE_LABEL)}
+    for value in sorted(label_map.train_ids):
+        values[label_map.train_ids[value]].append(value)
+    ignored = _ranges(values.pop(IGNORE_LABEL)) or "none"
+    cells = [
+        f"{_ranges(found)} -> {class_id} {label_map.names[class_id]}"
+        for class_id, found in values.items()
+    ]
+    width = max(map(len, cells)) + 2
+    columns = max(1, TABLE_WIDTH // width)
+    if len(cells) > columns * TABLE_ROWS:  # the last class is shown: there counts go wrong
+        kept = columns * TABLE_ROWS - 2
+        cells = [*cells[:kept], f"({len(cells) - kept - 1} more)", cells[-1]]
+    rows = (cells[i : i + columns] for i in range(0, len(cells), columns))
+    lines = ["  " + "".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
+    title = f"mask values -> {len(label_map.names)} classes, ignored: {ignored}"
+    return "\n".join([title, *lines])
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names in a text that separates them by commas, over several lines if need be."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:

@@ -1,1 +1,1 @@
-"""One TFDS builder per data set; a module's name is the data set's name in the config."""
+"""TFDS builders; `dataset.py` says which one is which data set in the config."""

@@ -2,25 +2,29 @@
 
 A record holds the files of a data set as they are (`image`, `label`: encoded bytes) and the image's
 `name`, its path below the split's folder without suffix. Masks keep the values of the raw data: the
-label map is applied when they are read.
+label map is applied when they are read. Only masks that are no index pictures (colours, MATLAB
+files) are turned into such.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import UInt8
 from tqdm import tqdm
 
-from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
+from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask, encode_png
 from contrastseg_jax.data.labels import LabelMap, to_train_ids
 from contrastseg_jax.errors import InputError, listed
 
 SPLITS = ("train", "val", "test")
+ReadMask = Callable[[bytes, str], UInt8[np.ndarray, "h w"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +33,14 @@ class DatasetSpec:
 
     name: str
     prepared_dir: str = "~/.cache/contrastseg_jax"
-    root: str = ""  # camvid, folder: where the raw data are
-    class_names: tuple[str, ...] = ()  # folder
-    ignore_values: tuple[int, ...] = (255,)  # folder: mask values without a class
+    root: str = ""  # where the raw data are
+    class_names: tuple[str, ...] = ()  # folder, tfds
+    ignore_values: tuple[int, ...] = (255,)  # folder, tfds: mask values without a class
+    dataset: str = ""  # tfds: its name there
+    image_feature: str = "image"  # tfds
+    label_feature: str = "label"  # tfds
+    train_split: str = "train"  # tfds: what is our train
+    val_split: str = "validation"  # tfds: what is our val
     image_size: tuple[int, int] = (96, 128)  # synthetic: height, width
     num_classes: int = 5  # synthetic
     num_examples: tuple[int, int] = (16, 8)  # synthetic: train, val
@@ -72,6 +81,7 @@ class PairsConfig(tfds.core.BuilderConfig):
 
     pairs: dict[str, list[Pair]]  # by split
     label_map: LabelMap
+    read_mask: ReadMask = decode_mask  # a mask file's content and name to pixel values
 
 
 class PairsBuilder(RecordBuilder, skip_registration=True):
@@ -83,12 +93,20 @@ class PairsBuilder(RecordBuilder, skip_registration=True):
         return {split: self._generate_examples(members) for split, members in config.pairs.items()}
 
     def _generate_examples(self, pairs: list[Pair]) -> Iterator[tuple[int, dict]]:
+        read_mask = cast(PairsConfig, self.builder_config).read_mask
         for index, pair in enumerate(pairs):
             image, mask = pair.image.read_bytes(), pair.mask.read_bytes()
+            if read_mask is not decode_mask:
+                mask = encode_png(read_mask(mask, str(pair.mask)))
             yield index, {"image": image, "label": mask, "name": pair.name}
 
 
-def pairs_config(root: Path, pairs: dict[str, list[Pair]], label_map: LabelMap) -> PairsConfig:
+def pairs_config(
+    root: str | Path,
+    pairs: dict[str, list[Pair]],
+    label_map: LabelMap,
+    read_mask: ReadMask = decode_mask,
+) -> PairsConfig:
     """A config named by a hash of all that preparing depends on, sizes and times of files included.
 
     So a data set whose files or label settings changed is prepared again, in a folder of its own.
@@ -104,35 +122,74 @@ def pairs_config(root: Path, pairs: dict[str, list[Pair]], label_map: LabelMap) 
         description=f"the data of {root}",
         pairs=pairs,
         label_map=label_map,
+        read_mask=read_mask,
     )
 
 
-def missing_data(spec: DatasetSpec, layout: str) -> InputError:
-    """The error of a data set whose raw data are not where they should be."""
-    found = "has none" if Path(spec.root).expanduser().is_dir() else "is no folder"
-    return InputError(
-        f"no images for the data set '{spec.name}': data.root = '{spec.root}' {found}\n"
-        "Give the folder that holds them with --config.data.root=FOLDER; the first start checks and"
-        f" prepares them. Its layout:\n{layout}"
-    )
-
-
-def match_files(images: Path, masks: Path) -> list[Pair]:
-    """Pairs of equal path without suffix below the two folders, sorted by that path.
+def find_splits(
+    spec: DatasetSpec,
+    find_pairs: Callable[[Path, str], list[Pair]],
+    layout: str,
+    splits: tuple[str, ...] = SPLITS,
+) -> dict[str, list[Pair]]:
+    """The splits that are there, each with what `find_pairs(root, split)` finds.
 
     Raises:
-        InputError: two images have the same path without suffix.
+        InputError: none is; `layout` says what is expected.
     """
-    image_of = _by_stem(images, IMAGE_SUFFIXES)
-    mask_of = _by_stem(masks, (".png",))
+    root = Path(spec.root).expanduser()
+    found = {split: find_pairs(root, split) for split in splits} if spec.root else {}
+    pairs = {split: members for split, members in found.items() if members}
+    if not pairs:
+        state = "has none" if root.is_dir() else "is no folder"
+        raise InputError(
+            f"no images for the data set '{spec.name}': data.root = '{spec.root}' {state}\n"
+            "Give the folder that holds them with --config.data.root=FOLDER; the first start checks"
+            f" and prepares them. Its layout:\n{layout}"
+        )
+    return pairs
+
+
+def match_files(
+    images: Path,
+    masks: Path,
+    *,
+    image_endings: tuple[str, ...] = IMAGE_SUFFIXES,
+    mask_ending: str = ".png",
+) -> list[Pair]:
+    """Pairs of equal path without ending below the two folders, sorted by that path.
+
+    Raises:
+        InputError: two images have the same path without ending.
+    """
+    image_of = _by_name(images, image_endings)
+    mask_of = _by_name(masks, (mask_ending,))
+    missing = image_endings[0] if len(image_endings) == 1 else ".*"
     return [
         Pair(
             name,
-            image_of.get(name, images / f"{name}.*"),
-            mask_of.get(name, masks / f"{name}.png"),
+            image_of.get(name, images / f"{name}{missing}"),
+            mask_of.get(name, masks / f"{name}{mask_ending}"),
         )
         for name in sorted(image_of.keys() | mask_of.keys())
     ]
+
+
+def name_files(
+    names: Iterable[str], images: Path, masks: Path, *, image_ending: str, mask_ending: str
+) -> list[Pair]:
+    """The pairs of a list of names, in its order."""
+    return [
+        Pair(name, images / f"{name}{image_ending}", masks / f"{name}{mask_ending}")
+        for name in names
+    ]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list of files, without blank ones; none if there is no such list."""
+    if not path.exists():
+        return []
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
 def check_pairs(config: PairsConfig) -> None:
@@ -143,14 +200,14 @@ def check_pairs(config: PairsConfig) -> None:
     """
     pairs = [pair for members in config.pairs.values() for pair in members]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(partial(_problems, label_map=config.label_map), pairs)
+        found = pool.map(partial(_problems, config=config), pairs)
         bar = tqdm(found, "Checking images and masks", len(pairs), leave=False, disable=None)
         problems = [problem for problems in bar for problem in problems]
     if problems:
         raise listed(str(config.description), problems)
 
 
-def _problems(pair: Pair, label_map: LabelMap) -> list[str]:
+def _problems(pair: Pair, config: PairsConfig) -> list[str]:
     if not pair.mask.exists() and not pair.image.exists():
         return [f"{pair.image}: neither it nor its mask {pair.mask} exists"]
     if not pair.mask.exists():
@@ -164,8 +221,8 @@ def _problems(pair: Pair, label_map: LabelMap) -> list[str]:
     except (OSError, InputError) as error:
         problems.append(str(error))
     try:
-        mask = decode_mask(pair.mask.read_bytes(), str(pair.mask))
-        to_train_ids(mask, label_map, str(pair.mask))
+        mask = config.read_mask(pair.mask.read_bytes(), str(pair.mask))
+        to_train_ids(mask, config.label_map, str(pair.mask))
     except (OSError, InputError) as error:
         problems.append(str(error))
     if image is not None and mask is not None and image.shape[:2] != mask.shape:
@@ -177,13 +234,15 @@ def _problems(pair: Pair, label_map: LabelMap) -> list[str]:
     return problems
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _by_name(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
+    """The files below a folder whose names end so, by their path without it."""
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in below.parts)
-        if path.suffix.lower() in suffixes and not hidden:
-            name = below.with_suffix("").as_posix()
+        ending = next((e for e in endings if path.name.lower().endswith(e.lower())), "")
+        if ending and not hidden:
+            name = below.as_posix().removesuffix(path.name[-len(ending) :])
             if name in files:
                 raise InputError(f"{path}: same name without suffix as {files[name]}")
             files[name] = path

@@ -1,22 +1,32 @@
-"""CamVid street scenes, in the layout of the SegNet tutorial."""
+"""CamVid street scenes: SegNet's index masks, or the original's colour masks in its classes."""
 
+import re
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
 
 from contrastseg_jax.data.builders.base import (
     SPLITS,
     DatasetSpec,
     Pair,
     PairsBuilder,
+    find_splits,
     match_files,
-    missing_data,
+    name_files,
     pairs_config,
+    read_lines,
 )
+from contrastseg_jax.data.images import decode_image, decode_mask
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 
 LAYOUT = """train.txt, val.txt, test.txt with lines "image mask", or without such lists the folders
-train/ trainannot/ val/ valannot/ test/ testannot/ with files of equal names (test may be absent)"""
+train/ trainannot/ val/ valannot/ test/ testannot/ with files of equal names (test may be absent);
+or, of the original, 701_StillsRaw_full/NAME.png and LabeledApproved_full/NAME_L.png, with or
+without train.txt, val.txt, test.txt that hold a name per line"""
+ORIGINAL_IMAGES, ORIGINAL_MASKS = "701_StillsRaw_full", "LabeledApproved_full"
 HISTORICAL_PREFIX = "/SegNet/CamVid/"  # the original lists' absolute paths
 VOID = 11
 CLASSES = {
@@ -32,6 +42,53 @@ CLASSES = {
     "Pedestrian": (64, 64, 0),
     "Bicyclist": (0, 128, 192),
 }
+# The original's 32 classes: the colour of each in its masks (label_colors.txt), by what it becomes.
+# SegNet published masks, not the rule; this is that of MATLAB's example, which follows SegNet.
+COLORS = {
+    "Sky": {"Sky": (128, 128, 128)},
+    "Building": {
+        "Building": (128, 0, 0),
+        "Archway": (192, 0, 128),
+        "Bridge": (0, 128, 64),
+        "Tunnel": (64, 0, 64),
+        "Wall": (64, 192, 0),
+    },
+    "Pole": {"Column_Pole": (192, 192, 128), "TrafficCone": (0, 0, 64)},
+    "Road": {
+        "Road": (128, 64, 128),
+        "LaneMkgsDriv": (128, 0, 192),
+        "LaneMkgsNonDriv": (192, 0, 64),
+    },
+    "Pavement": {
+        "Sidewalk": (0, 0, 192),
+        "ParkingBlock": (64, 192, 128),
+        "RoadShoulder": (128, 128, 192),
+    },
+    "Tree": {"Tree": (128, 128, 0), "VegetationMisc": (192, 192, 0)},
+    "SignSymbol": {
+        "SignSymbol": (192, 128, 128),
+        "Misc_Text": (128, 128, 64),
+        "TrafficLight": (0, 64, 64),
+    },
+    "Fence": {"Fence": (64, 64, 128)},
+    "Car": {
+        "Car": (64, 0, 128),
+        "OtherMoving": (128, 64, 64),
+        "SUVPickupTruck": (64, 128, 192),
+        "Train": (192, 64, 128),
+        "Truck_Bus": (192, 128, 192),
+    },
+    "Pedestrian": {
+        "Pedestrian": (64, 64, 0),
+        "Animal": (64, 128, 64),
+        "CartLuggagePram": (64, 0, 192),
+        "Child": (192, 128, 64),
+    },
+    "Bicyclist": {"Bicyclist": (0, 128, 192), "MotorcycleScooter": (192, 0, 192)},
+    "Void": {"Void": (0, 0, 0)},
+}
+# Seq05VD_f02610_L.png has 175 pixels of colours that mean nothing: 0.03 %.
+UNKNOWN_SHARE = 0.001
 
 
 class Camvid(PairsBuilder):
@@ -50,15 +107,66 @@ def make_builder(spec: DatasetSpec) -> Camvid:
     Raises:
         InputError: no split is there, or a list has a line that is not a pair.
     """
-    root = Path(spec.root).expanduser()
-    found = {split: _find_pairs(root, split) for split in SPLITS} if spec.root else {}
-    pairs = {split: members for split, members in found.items() if members}
-    if not pairs:
-        raise missing_data(spec, LAYOUT)
-    return Camvid(config=pairs_config(root, pairs, label_map(spec)), data_dir=spec.prepared_dir)
+    if (Path(spec.root).expanduser() / ORIGINAL_MASKS).is_dir():
+        find_pairs, read_mask = _find_original_pairs, read_color_mask
+    else:
+        find_pairs, read_mask = _find_segnet_pairs, decode_mask
+    pairs = find_splits(spec, find_pairs, LAYOUT)
+    config = pairs_config(spec.root, pairs, label_map(spec), read_mask)
+    return Camvid(config=config, data_dir=spec.prepared_dir)
 
 
-def _find_pairs(root: Path, split: str) -> list[Pair]:
+def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
+    """SegNet's mask values for a colour mask of the original; a few unknown colours are void.
+
+    Raises:
+        InputError: it has more than a few.
+    """
+    red, green, blue = np.moveaxis(decode_image(data, name).astype(np.uint32), -1, 0)
+    table = np.full(1 << 24, IGNORE_LABEL, np.uint8)
+    for value, colors in enumerate(COLORS.values()):
+        for r, g, b in colors.values():
+            table[r << 16 | g << 8 | b] = value
+    mask = table[red << 16 | green << 8 | blue]
+    unknown = mask == IGNORE_LABEL
+    if unknown.mean() > UNKNOWN_SHARE:
+        raise InputError(
+            f"{name}: {unknown.sum()} of {mask.size} pixels have a colour of none of CamVid's 32"
+            " classes"
+        )
+    mask[unknown] = VOID
+    return mask
+
+
+def split_of(name: str) -> str:
+    """The split of a frame of the original, as SegNet has it: by sequence and time.
+
+    Raises:
+        InputError: the name is that of none of the four sequences.
+    """
+    found = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", name)
+    if not found:
+        raise InputError(
+            f"{name}: not a frame of CamVid (0001TP_…, 0006R0_…, 0016E5_…, Seq05VD_…), so its split"
+            " is unknown; name the frames of each in train.txt, val.txt, test.txt"
+        )
+    sequence, frame = found[1], int(found[2])
+    if sequence == "Seq05VD" or (sequence == "0001TP" and frame >= 8550):
+        return "test"
+    return "val" if sequence == "0016E5" and 7959 <= frame <= 8159 else "train"
+
+
+def _find_original_pairs(root: Path, split: str) -> list[Pair]:
+    images, masks = root / ORIGINAL_IMAGES, root / ORIGINAL_MASKS
+    if any((root / f"{listed}.txt").exists() for listed in SPLITS):
+        # The first field alone: SegNet's lists "image mask" serve as well.
+        names = [Path(line.split()[0]).stem for line in read_lines(root / f"{split}.txt")]
+        return name_files(names, images, masks, image_ending=".png", mask_ending="_L.png")
+    pairs = match_files(images, masks, mask_ending="_L.png")
+    return [pair for pair in pairs if split_of(pair.name) == split]
+
+
+def _find_segnet_pairs(root: Path, split: str) -> list[Pair]:
     listing = root / f"{split}.txt"
     if not listing.exists():
         return match_files(root / split, root / f"{split}annot")

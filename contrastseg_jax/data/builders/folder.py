@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from contrastseg_jax.data.builders.base import (
-    SPLITS,
     DatasetSpec,
+    Pair,
     PairsBuilder,
+    find_splits,
     match_files,
-    missing_data,
     pairs_config,
 )
 from contrastseg_jax.data.labels import LabelMap, default_palette
@@ -50,10 +50,10 @@ def make_builder(spec: DatasetSpec) -> Folder:
     Raises:
         InputError: no split is there.
     """
-    root = Path(spec.root).expanduser()
-    images, labels = root / "images", root / "labels"
-    found = {s: match_files(images / s, labels / s) for s in SPLITS} if spec.root else {}
-    pairs = {split: members for split, members in found.items() if members}
-    if not pairs:
-        raise missing_data(spec, LAYOUT)
-    return Folder(config=pairs_config(root, pairs, label_map(spec)), data_dir=spec.prepared_dir)
+    pairs = find_splits(spec, _find_pairs, LAYOUT)
+    config = pairs_config(spec.root, pairs, label_map(spec))
+    return Folder(config=config, data_dir=spec.prepared_dir)
+
+
+def _find_pairs(root: Path, split: str) -> list[Pair]:
+    return match_files(root / "images" / split, root / "labels" / split)

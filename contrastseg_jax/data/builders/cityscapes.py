@@ -1,0 +1,83 @@
+"""Cityscapes street scenes: gtFine, and train_extra of gtCoarse where it is.
+
+The published masks of `test` have no class at all (ids 0 to 3), so a score on it is NaN: what the
+benchmark's server takes are the masks that `--mode=predict` writes, which hold label ids.
+"""
+
+from pathlib import Path
+
+from contrastseg_jax.data.builders.base import (
+    SPLITS,
+    DatasetSpec,
+    Pair,
+    PairsBuilder,
+    find_splits,
+    match_files,
+    pairs_config,
+)
+from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.structs import IGNORE_LABEL
+
+LAYOUT = """leftImg8bit/train/CITY/*_leftImg8bit.png with gtFine/train/CITY/*_gtFine_labelIds.png,
+and likewise val; test, and train_extra with gtCoarse/train_extra/CITY/*_gtCoarse_labelIds.png, are
+optional"""
+# Label id and colour of each class (cityscapesScripts, helpers/labels.py), in the order of trainId.
+CLASSES = {
+    "road": (7, (128, 64, 128)),
+    "sidewalk": (8, (244, 35, 232)),
+    "building": (11, (70, 70, 70)),
+    "wall": (12, (102, 102, 156)),
+    "fence": (13, (190, 153, 153)),
+    "pole": (17, (153, 153, 153)),
+    "traffic light": (19, (250, 170, 30)),
+    "traffic sign": (20, (220, 220, 0)),
+    "vegetation": (21, (107, 142, 35)),
+    "terrain": (22, (152, 251, 152)),
+    "sky": (23, (70, 130, 180)),
+    "person": (24, (220, 20, 60)),
+    "rider": (25, (255, 0, 0)),
+    "car": (26, (0, 0, 142)),
+    "truck": (27, (0, 0, 70)),
+    "bus": (28, (0, 60, 100)),
+    "train": (31, (0, 80, 100)),
+    "motorcycle": (32, (0, 0, 230)),
+    "bicycle": (33, (119, 11, 32)),
+}
+# Licence plates have the id -1. The official tools draw none of them; others store 255.
+LABEL_IDS = (*range(34), 255)
+
+
+class Cityscapes(PairsBuilder):
+    """Cityscapes (Cordts et al., 2016), 19 classes."""
+
+
+def label_map(spec: DatasetSpec) -> LabelMap:
+    """The 19 classes of the benchmark; all other label ids are ignored."""
+    label_ids, palette = zip(*CLASSES.values(), strict=True)
+    train_ids = dict.fromkeys(LABEL_IDS, IGNORE_LABEL)
+    train_ids |= {label_id: class_id for class_id, label_id in enumerate(label_ids)}
+    return LabelMap(tuple(CLASSES), palette, train_ids)
+
+
+def make_builder(spec: DatasetSpec) -> Cityscapes:
+    """Builder of the files below `spec.root`.
+
+    Raises:
+        InputError: no split is there.
+    """
+    pairs = find_splits(spec, _find_pairs, LAYOUT, (*SPLITS, "train_extra"))
+    config = pairs_config(spec.root, pairs, label_map(spec))
+    return Cityscapes(config=config, data_dir=spec.prepared_dir)
+
+
+def _find_pairs(root: Path, split: str) -> list[Pair]:
+    annotation = "gtCoarse" if split == "train_extra" else "gtFine"
+    images, masks = root / "leftImg8bit" / split, root / annotation / split
+    if not (images.is_dir() and masks.is_dir()):
+        return []
+    return match_files(
+        images,
+        masks,
+        image_endings=("_leftImg8bit.png",),
+        mask_ending=f"_{annotation}_labelIds.png",
+    )
