@@ -26,6 +26,7 @@ from contrastseg_jax.build import (
 from contrastseg_jax.config import Config
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.logging import log
 from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
@@ -174,7 +175,10 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
 
 def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
     """Evaluate a checkpoint of a workdir, and print the table of its scores."""
-    source = open_split(dataset_spec(config), split)
+    spec = dataset_spec(config)
+    source = open_split(spec, split)
+    log.info(f"{spec.name}: {len(source)} images to evaluate, of {split}")
+    log.info(label_table(label_map(spec)))
     model, variables, step, mesh = load_run(config, workdir, which)
     folder = workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
     step_fn = compile_eval_step(config, model, mesh)

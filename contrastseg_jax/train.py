@@ -40,6 +40,7 @@ from contrastseg_jax.contrast import (
 )
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.evaluate import compile_eval_step, evaluate, inference_variables, normalize
 from contrastseg_jax.files import lock
@@ -230,11 +231,10 @@ def train(config: Config, workdir: Path) -> None:
     # What is wrong with the data shows before anything is compiled or written.
     spec = dataset_spec(config)
     source, val_source = open_split(spec, "train"), open_split(spec, "val")
-    num_classes = len(label_map(spec).names)
-    log.info(
-        f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate,"
-        f" {num_classes} classes"
-    )
+    classes = label_map(spec)
+    num_classes = len(classes.names)
+    log.info(f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate")
+    log.info(label_table(classes))
     with lock(workdir / ".lock"):
         run = run_in(workdir, config)
         config = follow_weights(config, run)
