@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from contrastseg_jax import build
+from contrastseg_jax import build, distributed
 from contrastseg_jax import config as config_lib
 from contrastseg_jax.errors import InputError, listed
 
@@ -15,7 +15,10 @@ FILES = sorted(path for path in (ROOT / "configs").glob("*.py"))
 NEEDED = {  # what a user has to say
     "default.py": ["data.root=/data", "data.class_names=('a', 'b')"],
     "folder.py": ["data.root=/data", "data.class_names=('a', 'b')"],
-    "camvid.py": ["data.root=/data"],
+    **dict.fromkeys(
+        ("camvid.py", "cityscapes.py", "pascal_context.py", "coco_stuff.py", "ade20k.py"),
+        ["data.root=/data"],
+    ),
 }
 
 
@@ -26,7 +29,10 @@ def load(*overrides, spec=""):
 def check_rules(*overrides, num_devices=1):
     problems = config_lib.broken_rules(
         load("data.name=synthetic", *overrides),
-        choices={"model.name": ("hrnet_w18", "hrnet_w48"), "data.name": ("synthetic", "camvid")},
+        choices={
+            "model.name": ("hrnet_w18", "hrnet_w48"),
+            "data.name": ("synthetic", "camvid", "tfds"),
+        },
         num_devices=num_devices,
     )
     if problems:
@@ -35,7 +41,9 @@ def check_rules(*overrides, num_devices=1):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("variant", ["", "ce", "contrast", "memory"])
-def test_every_config_is_valid(path, variant):
+def test_every_config_is_valid(path, variant, monkeypatch):
+    """The bank fits an accelerator of 16 GB."""
+    monkeypatch.setattr(distributed, "device_bytes", lambda: 16 << 30)
     spec = f":hrnet_w18,{variant}" if variant else ""
     config = config_lib.load(str(path) + spec, NEEDED.get(path.name, []))
     if path.name != "default.py":
@@ -146,15 +154,25 @@ def test_all_broken_rules_are_listed():
         ["loss.class_weights=(1.0, -1.0)"],
         ["optim.ema_decay=1.0"],
         ["data.name=camvid"],
+        ["data.name=tfds", "data.class_names=('a', 'b')"],
     ],
     ids=lambda o: o[0],
 )
 def test_each_rule_holds(overrides):
     check_rules()
-    path = overrides[0].partition("=")[0]
-    name = "data.root" if path == "data.name" else path
+    name = overrides[0].partition("=")[0]
+    name = {"data.name=camvid": "data.root", "data.name=tfds": "data.tfds.dataset"}.get(
+        overrides[0], name
+    )
     with pytest.raises(InputError, match=re.escape(name)):
         check_rules(*overrides)
+
+
+def test_recipes_have_the_weights_of_their_classes():
+    config = config_lib.load(str(ROOT / "configs" / "cityscapes.py"), ["data.root=/data"])
+    weights = config.loss.class_weights
+    assert len(weights) == 19
+    assert (weights[0], weights[-1]) == (0.8373, 1.0507)  # road, bicycle
 
 
 def test_class_weights_must_fit_the_classes():
