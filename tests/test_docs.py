@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_fault_of_the_original_has_its_test():
     text = (ROOT / "docs" / "upstream.md").read_text()
     rows = re.findall(r"^\| D(\d+) \|.*\| (.*) \|$", text, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 19))
+    assert [int(number) for number, _ in rows] == [*range(1, 19), *range(34, 38)]
     for number, cell in rows:
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", cell)
         assert named, f"D{number} names no test"
