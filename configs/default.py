@@ -30,7 +30,8 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     data.ignore_values = (255,)  # folder, tfds: mask values that are no class
     data.short_side = 0  # resize images and labels to this short side first; 0: keep the size
     data.cache_size = 0  # decoded images kept in memory, for data sets that fit
-    data.num_threads = 4  # that read and augment
+    data.num_threads = 4  # that read and augment, in each of the processes that do
+    data.num_workers = 0  # processes that make training batches; 0: threads of this one
     data.prefetch = 8  # batches made ahead of the step that needs them
 
     data.tfds = ConfigDict()  # the data set of TFDS that data.name = "tfds" uses
@@ -50,7 +51,10 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     augment.scale_range = (0.5, 2.0)  # of random resizing (original: all data sets)
     augment.aspect_range = (0.9, 1.1)  # of width over height (original: all data sets)
     augment.flip_rate = 0.5  # share of images mirrored left to right
-    augment.brightness = 10  # largest shift of all channels, grey levels
+    augment.brightness = 10  # largest shift of all channels, grey levels (original: 10)
+    augment.color_distortion = 0.0  # brightness, contrast, saturation, hue; 1: as SSD (original: 0)
+    # Share of crops around a pixel of a class drawn uniformly from the image's (original: 0).
+    augment.class_uniform_rate = 0.0
 
     config.model = net = ConfigDict()
     net.name = model  # see `contrastseg_jax/models/segmenter.py`

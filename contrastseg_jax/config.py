@@ -22,6 +22,7 @@ OPERATIONAL = (
     "data.prepared_dir",
     "data.cache_size",
     "data.num_threads",
+    "data.num_workers",
     "data.prefetch",
     "train.log_steps",
     "train.eval_steps",
@@ -256,8 +257,8 @@ RULES: tuple[Rule, ...] = (
         "must be at least 1",
     ),
     (
-        "data.short_side data.cache_size augment.brightness contrast.warmup_steps memory.pixel_size"
-        " memory.segment_size optim.warmup_steps eval.num_pictures loss.aux_weight"
+        "data.short_side data.cache_size data.num_workers augment.brightness contrast.warmup_steps"
+        " memory.pixel_size memory.segment_size optim.warmup_steps eval.num_pictures loss.aux_weight"
         " optim.weight_decay optim.poly_power",
         lambda v, c: v >= 0,
         "must not be negative",
@@ -268,7 +269,11 @@ RULES: tuple[Rule, ...] = (
         "must be > 0",
     ),
     ("seed", lambda v, c: 0 <= v < 2**31, "must be in 0..2147483647"),
-    ("augment.flip_rate", lambda v, c: 0 <= v <= 1, "must be in 0..1"),
+    (
+        "augment.flip_rate augment.color_distortion augment.class_uniform_rate",
+        lambda v, c: 0 <= v <= 1,
+        "must be in 0..1",
+    ),
     (
         "optim.momentum optim.ema_decay",
         lambda v, c: 0 <= v < 1,

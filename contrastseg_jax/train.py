@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +335,7 @@ def batch_shape(config: Config, mesh: Mesh) -> Batch:
     )
 
 
-def make_batches(config: Config, source: Source, start_step: int) -> Iterator[Batch]:
+def make_batches(config: Config, source: Source, start_step: int) -> pipeline.Batches:
     """This process's rows of the training batches after `start_step`."""
     return pipeline.train_batches(
         source,
@@ -349,6 +348,7 @@ def make_batches(config: Config, source: Source, start_step: int) -> Iterator[Ba
         pad_color=pad_color(config),
         cache_size=config.data.cache_size,
         num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
         prefetch=config.data.prefetch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -13,6 +13,8 @@ SETTINGS = dict(
     aspect_range=(0.9, 1.1),
     flip_rate=0.5,
     brightness=10,
+    color_distortion=0.0,
+    class_uniform_rate=0.0,
     pad_color=PAD_COLOR,
 )
 STILL = dict(
@@ -20,6 +22,8 @@ STILL = dict(
     aspect_range=(1.0, 1.0),
     flip_rate=0.0,
     brightness=0,
+    color_distortion=0.0,
+    class_uniform_rate=0.0,
     pad_color=PAD_COLOR,
 )
 

@@ -38,9 +38,12 @@ def train(source, **overrides):
         aspect_range=(0.9, 1.1),
         flip_rate=0.5,
         brightness=10,
+        color_distortion=0.0,
+        class_uniform_rate=0.0,
         pad_color=PAD_COLOR,
         cache_size=0,
         num_threads=2,
+        num_workers=0,
         prefetch=2,
     )
     return train_batches(source, **(settings | overrides))

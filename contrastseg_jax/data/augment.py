@@ -27,9 +27,13 @@ def augment(
     aspect_range: tuple[float, float],
     flip_rate: float,
     brightness: int,
+    color_distortion: float,
+    class_uniform_rate: float,
     pad_color: tuple[int, int, int],
 ) -> tuple[NewImage, NewLabel]:
     """A random view of an image and the same view of its label.
+
+    Options draw from generators of their own, so each leaves what the others draw as it is.
 
     Args:
         image: RGB.
@@ -40,6 +44,9 @@ def augment(
         aspect_range: bounds of a; width is scaled by s*sqrt(a), height by s/sqrt(a).
         flip_rate: how often left and right are swapped.
         brightness: largest shift of all channels, either way, in grey levels.
+        color_distortion: strength of `distort_colors`; 0 leaves it out.
+        class_uniform_rate: how often the crop holds a pixel of a class that is drawn uniformly
+            from those in the label, so that rare classes are seen more often.
         pad_color: RGB where a scaled image is smaller than the crop; IGNORE_LABEL in the label.
     """
     scale = rng.uniform(*scale_range)
@@ -51,6 +58,11 @@ def augment(
     left, first_column, num_columns = _place(scaled_width, crop_size[1], rng)
     flip = rng.random() < flip_rate
     shift = int(rng.integers(-brightness, brightness, endpoint=True))
+    color_rng, class_rng = rng.spawn(2)
+    if class_rng.random() < class_uniform_rate and (place := _any_class(label, class_rng)):
+        row, column = (np.array(place) + 0.5) / label.shape * (scaled_height, scaled_width)
+        first_row = _containing(int(row), scaled_height, num_rows, class_rng)
+        first_column = _containing(int(column), scaled_width, num_columns, class_rng)
 
     # Pixel centres of the view -> pixel centres of the image.
     step_y, step_x = height / scaled_height, width / scaled_width
@@ -62,12 +74,39 @@ def augment(
 
     view = np.s_[top : top + num_rows, left : left + num_columns]
     image_crop = np.full((*crop_size, 3), pad_color, np.uint8)
-    image_crop[view] = _brighten(
-        _warp(image, matrix, (num_rows, num_columns), cv2.INTER_CUBIC), shift
-    )
+    pixels = _brighten(_warp(image, matrix, (num_rows, num_columns), cv2.INTER_CUBIC), shift)
+    if color_distortion > 0:
+        pixels = distort_colors(pixels, color_rng, strength=color_distortion)
+    image_crop[view] = pixels
     label_crop = np.full(crop_size, IGNORE_LABEL, np.uint8)
     label_crop[view] = _warp(label, matrix, (num_rows, num_columns), cv2.INTER_NEAREST)
     return image_crop, label_crop
+
+
+def distort_colors(image: Image, rng: np.random.Generator, *, strength: float) -> Image:
+    """Photometric distortion of SSD (Liu et al., ECCV 2016), as in mmsegmentation.
+
+    Each of four changes is made with probability 1/2, with u uniform in -strength..strength:
+
+        brightness  v <- v + 32 u             contrast    v <- v (1 + u / 2)
+        saturation  S <- S (1 + u / 2)        hue         H <- H + 36 u degrees
+
+    Brightness comes first, and contrast, by the toss of a coin, before or after S and H of HSV.
+    Strength 1 is SSD's; 0 gives the image back.
+    """
+    made, early = rng.random(4) < 0.5, rng.random() < 0.5
+    brightness, contrast, saturation, hue = rng.uniform(-strength, strength, 4) * made
+    levels = np.arange(256)
+    brighter = _to_levels(levels + 32 * brightness)
+    stretch = 1 + contrast / 2
+    image = cv2.LUT(image, _to_levels(brighter * stretch) if early else brighter)
+    if saturation or hue:
+        # OpenCV keeps H in steps of 2 degrees, 0..179.
+        tables = (levels + round(18 * hue)) % 180, levels * (1 + saturation / 2), levels
+        table = _to_levels(np.stack(tables, axis=-1)[None])
+        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table)
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    return image if early else cv2.LUT(image, _to_levels(levels * stretch))
 
 
 def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
@@ -101,10 +140,31 @@ def _place(scaled: int, crop: int, rng: np.random.Generator) -> tuple[int, int, 
     return (offset, 0, scaled) if scaled < crop else (0, offset, crop)
 
 
+def _any_class(label: Label, rng: np.random.Generator) -> tuple[int, int] | None:
+    """(row, column) of a random pixel of a random class of the label; None: it has no class."""
+    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()
+    classes = np.flatnonzero(counts[:IGNORE_LABEL])
+    if not classes.size:
+        return None
+    pixels = np.flatnonzero(label == rng.choice(classes))
+    row, column = divmod(int(rng.choice(pixels)), label.shape[1])
+    return row, column
+
+
+def _containing(place: int, scaled: int, crop: int, rng: np.random.Generator) -> int:
+    """Along one axis: where a crop may start that contains the pixel `place`."""
+    earliest, latest = max(0, place - crop + 1), min(place, scaled - crop)
+    return int(rng.integers(earliest, latest, endpoint=True))
+
+
 def _warp(pixels: np.ndarray, matrix: np.ndarray, size: tuple[int, int], how: int) -> np.ndarray:
     flags = how | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(pixels, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _brighten(image: Image, shift: int) -> Image:
-    return cv2.LUT(image, np.clip(np.arange(256) + shift, 0, 255).astype(np.uint8))
+    return cv2.LUT(image, _to_levels(np.arange(256) + shift))
+
+
+def _to_levels(values: np.ndarray) -> UInt8[np.ndarray, "..."]:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)

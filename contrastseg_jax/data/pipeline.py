@@ -1,18 +1,23 @@
-"""Records to batches with Grain: read, decode, augment and stack in threads.
+"""Records to batches with Grain: read, decode, augment and stack in threads or processes.
 
 A training batch is a pure function of (seed, step), so a run resumes anywhere at no cost. Row r of
 step s is row g = s * batch_size + r of an endless sequence of shuffled epochs; g also seeds the
-example's augmentation, so how rows are spread over processes and threads changes nothing.
+example's augmentation, so how rows are spread over processes, workers and threads changes nothing.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import cv2
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import UInt8
 
 from contrastseg_jax.data.augment import augment, resize_short_side, resized_size
@@ -25,6 +30,7 @@ Source = Sequence[dict[str, bytes]]  # what `open_split` returns
 Image = UInt8[np.ndarray, "h w 3"]
 Label = UInt8[np.ndarray, "h w"]
 Row = tuple[Image, Label, int]  # image, label, example id; -1: no example
+Batches = grain.DatasetIterator[Batch]
 
 cv2.setNumThreads(0)  # Grain's threads are the parallelism
 
@@ -43,16 +49,20 @@ def train_batches(
     aspect_range: tuple[float, float],
     flip_rate: float,
     brightness: int,
+    color_distortion: float,
+    class_uniform_rate: float,
     pad_color: tuple[int, int, int],
     cache_size: int,
     num_threads: int,
+    num_workers: int,
     prefetch: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Batches:
     """Batches of the steps start_step .. num_steps - 1: this process's rows of each.
 
-    Every example comes once per epoch; a batch may span two epochs, so none is dropped.
+    Every example comes once per epoch; a batch may span two epochs, so none is dropped. To be
+    closed after use, which ends the workers.
 
     Args:
         source: the records of a split.
@@ -67,9 +77,12 @@ def train_batches(
         aspect_range: see `augment`.
         flip_rate: see `augment`.
         brightness: see `augment`.
+        color_distortion: see `augment`.
+        class_uniform_rate: see `augment`.
         pad_color: see `augment`.
-        cache_size: decoded examples kept in memory.
-        num_threads: threads that prepare examples.
+        cache_size: decoded examples kept in memory, by each worker.
+        num_threads: threads that prepare examples, in each worker.
+        num_workers: processes in which they do; 0: this one.
         prefetch: batches prepared ahead.
         process_index: number of this process.
         process_count: number of processes.
@@ -82,9 +95,15 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
     num_rows = _rows_per_process(batch_size, process_count)
 
-    @lru_cache(cache_size)
+    kept: dict[int, tuple[Image, Label]] = {}  # never replaced: each comes once per epoch
+
     def decoded(example_id: int) -> tuple[Image, Label]:
-        return _decode(source[example_id], label_map, short_side)
+        if example_id in kept:
+            return kept[example_id]
+        example = _decode(source[example_id], label_map, short_side)
+        if len(kept) < cache_size:
+            kept[example_id] = example
+        return example
 
     def load(step: int, row: int) -> Row:
         index = step * batch_size + row
@@ -99,6 +118,8 @@ def train_batches(
             aspect_range=aspect_range,
             flip_rate=flip_rate,
             brightness=brightness,
+            color_distortion=color_distortion,
+            class_uniform_rate=class_uniform_rate,
             pad_color=pad_color,
         )
         return image, label, example_id
@@ -108,6 +129,7 @@ def train_batches(
         steps=range(start_step, num_steps),
         rows=range(process_index * num_rows, (process_index + 1) * num_rows),
         num_threads=num_threads,
+        num_workers=num_workers,
         prefetch=prefetch,
     )
 
@@ -124,7 +146,7 @@ def eval_batches(
     prefetch: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Batches:
     """Whole images, each exactly once: this process's rows of each batch.
 
     The images of a batch share one size, rounded up to a multiple of `pad_multiple`; they lie in
@@ -170,6 +192,7 @@ def eval_batches(
         steps=range(len(plan)),
         rows=range(process_index * num_rows, (process_index + 1) * num_rows),
         num_threads=num_threads,
+        num_workers=0,  # to start processes for every evaluation takes longer than most of them
         prefetch=prefetch,
     )
 
@@ -180,15 +203,37 @@ def _batches(
     steps: range,
     rows: range,
     num_threads: int,
+    num_workers: int,
     prefetch: int,
-) -> Iterator[Batch]:
-    """Stacks `load(step, row)` over the rows of each step; the rows are loaded in threads."""
+) -> Batches:
+    """Stacks `load(step, row)` over the rows of each step; workers take rows in turns."""
     num_rows = len(rows)
     elements = grain.MapDataset.range(steps.start * num_rows, steps.stop * num_rows).map(
         lambda index: load(index // num_rows, rows[index % num_rows])
     )
-    options = _read_options(num_threads, prefetch * num_rows)
-    return iter(elements.to_iter_dataset(options).batch(num_rows, batch_fn=_stack))
+    num_ahead = prefetch * num_rows
+    if num_workers == 0:
+        loaded = elements.to_iter_dataset(_read_options(num_threads, num_ahead))
+    else:
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags; a caller need not be an absl program
+        # Grain buffers what a worker has made twice, on either side of the pipe.
+        buffers = grain.MultiprocessingOptions(num_workers, -(-num_ahead // (2 * num_workers)))
+        loaded = elements.to_iter_dataset(_read_options(num_threads, 0))
+        loaded = loaded.mp_prefetch(buffers, _start_worker)
+    return iter(loaded.batch(num_rows, batch_fn=_stack))
+
+
+def _start_worker(worker_index: int, worker_count: int) -> None:
+    """Lets the main process alone decide on a worker's end, and no worker outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if main is not None:
+            main.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _stack(rows: Sequence[Row]) -> Batch:
