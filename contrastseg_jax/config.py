@@ -258,8 +258,8 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         "data.short_side data.cache_size data.num_workers augment.brightness contrast.warmup_steps"
-        " memory.pixel_size memory.segment_size optim.warmup_steps eval.num_pictures loss.aux_weight"
-        " optim.weight_decay optim.poly_power",
+        " memory.pixel_size memory.segment_size optim.warmup_steps optim.weight_decay"
+        " optim.poly_power eval.num_pictures loss.aux_weight",
         lambda v, c: v >= 0,
         "must not be negative",
     ),

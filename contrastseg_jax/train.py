@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,8 @@ def compile_step(
 
 # --- The loop ------------------------------------------------------------------------------------
 
+DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
+
 
 def is_due(step: int, period: int, num_steps: int) -> bool:
     """Whether what happens every `period` steps, and at the end, happens after `step` steps."""
@@ -283,12 +286,17 @@ def _train_on(
     batches = make_batches(config, source, start_step)
     board = open_board(workdir, start_step)
     bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
-    with contextlib.closing(manager), contextlib.closing(board), bar, logging_redirect_tqdm([log]):
-        history, waited, since = [], 0.0, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        for resource in (manager, board, batches):
+            stack.enter_context(contextlib.closing(resource))
+        stack.enter_context(bar)
+        stack.enter_context(logging_redirect_tqdm([log]))
+        history, waited, since, advice = [], 0.0, time.monotonic(), ""
         for step in range(start_step + 1, num_steps + 1):
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
+            # Returns at once: the batch is copied while the step before is computed.
             state, metrics = step_fn(state, distributed.to_devices(batch, mesh))
             if history:  # one step in flight while the next is made ready, not a long queue
                 jax.block_until_ready(history[-1])
@@ -305,6 +313,10 @@ def _train_on(
                 }
                 write_metrics(workdir, board, step, {f"train/{k}": v for k, v in values.items()})
                 log.info(_line(step, num_steps, values, len(history) / seconds))
+                if not advice and step > start_step + len(history):  # the first line: data start up
+                    advice = data_advice(values["data_wait"], config)
+                    if advice:
+                        log.warning(advice)
                 history, waited, since = [], 0.0, time.monotonic()
 
             score, paused = None, time.monotonic()
@@ -321,6 +333,18 @@ def _train_on(
                 checkpoint.save(manager, step, state, score)
             since += time.monotonic() - paused
     log.info(f"scores and pictures: {workdir / 'eval' / str(num_steps) / 'index.html'}")
+
+
+def data_advice(data_wait: float, config: Config) -> str:
+    """What to change in a run that spends the share `data_wait` of its time waiting for data."""
+    if data_wait <= DATA_BOUND:
+        return ""
+    data = config.data
+    return (
+        f"the run waits for data {data_wait:.0%} of the time; what may help, on {os.cpu_count()}"
+        f" CPU cores: more data.num_threads (now {data.num_threads}) or data.num_workers (now"
+        f" {data.num_workers}), or, where memory allows, data.cache_size (now {data.cache_size})"
+    )
 
 
 def batch_shape(config: Config, mesh: Mesh) -> Batch:

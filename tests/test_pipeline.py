@@ -1,11 +1,21 @@
 """Batches: a function of (seed, step), each example where it belongs, whatever the processes."""
 
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from itertools import islice
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from contrastseg_jax.data.builders.base import DatasetSpec
+from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.data.labels import LabelMap, default_palette
 from contrastseg_jax.data.pipeline import eval_batches, train_batches
@@ -14,6 +24,7 @@ from contrastseg_jax.structs import IGNORE_LABEL
 
 LABEL_MAP = LabelMap(("a", "b"), default_palette(2), {0: 0, 1: 1, 9: IGNORE_LABEL})
 PAD_COLOR = (1, 2, 3)
+ROOT = Path(__file__).parents[1]
 SIZES = [(20, 30), (31, 24), (32, 32), (8, 64), (20, 32), (17, 30), (40, 40)]
 
 
@@ -79,6 +90,19 @@ def joined(parts):
                 for field in ("image", "label", "example_id", "valid")
             )
         )
+
+
+@pytest.fixture
+def time_limit():
+    """Ends a test whose workers do not answer."""
+
+    def end(*_):
+        raise TimeoutError("no answer of the workers")
+
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +174,82 @@ def test_processes_share_the_rows_of_one_batch(source, process_count):
 @pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 0), (1, 1), (5, 1), (3, 4)])
 def test_threads_change_nothing(source, num_threads, prefetch):
     assert_equal(train(source, num_threads=num_threads, prefetch=prefetch), train(source))
+
+
+@pytest.mark.usefixtures("time_limit")
+@pytest.mark.parametrize(
+    ("num_workers", "start_step", "process"),
+    [(4, 0, (0, 1)), (2, 3, (1, 2)), (1, 1, (0, 1))],
+    ids=["four", "two, resumed, of a second process", "one, resumed"],
+)
+def test_workers_change_nothing(source, num_workers, start_step, process):
+    settings = dict(start_step=start_step, process_index=process[0], process_count=process[1])
+    settings |= dict(color_distortion=1.0, class_uniform_rate=0.5, cache_size=3)
+    with contextlib.closing(train(source, num_workers=num_workers, **settings)) as batches:
+        assert_equal(batches, train(source, **settings))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("time_limit")
+def test_workers_read_a_prepared_data_set(tmp_path):
+    spec = DatasetSpec(
+        name="synthetic",
+        prepared_dir=str(tmp_path),
+        image_size=(32, 48),
+        num_classes=3,
+        num_examples=(5, 1),
+    )
+    settings = dict(label_map=label_map(spec), num_steps=4)
+    source = open_split(spec, "train")
+    with contextlib.closing(train(source, num_workers=2, **settings)) as batches:
+        assert_equal(batches, train(source, **settings))
+
+
+@pytest.mark.usefixtures("time_limit")
+def test_faulty_records_are_named_by_workers(source):
+    broken = source + [record(8) | {"image": source[0]["image"][:100]}]
+    with contextlib.closing(train(broken, num_workers=2)) as batches:
+        with pytest.raises(InputError, match="image scene_8: unreadable image file"):
+            list(batches)
+
+
+WITH_WORKERS = """
+import sys, time
+import test_pipeline
+if __name__ == "__main__":
+    source = [test_pipeline.record(i) for i in range(7)]
+    batches = test_pipeline.train(source, num_workers=2, num_steps=10**6)
+    next(batches)
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_workers_end_with_a_killed_process(tmp_path):
+    """They would wait for ever, since each of them also holds its pipe's other end."""
+    script = tmp_path / "with_workers.py"
+    script.write_text(WITH_WORKERS)
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    group = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        with group.stdout as output:
+            assert output.readline() == "ready\n"
+        group.kill()
+        group.wait(20)
+        with pytest.raises(ProcessLookupError):
+            for _ in range(200):  # none of its process group is left within 20 seconds
+                os.killpg(group.pid, 0)
+                time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group.pid, signal.SIGKILL)
 
 
 def test_kept_examples_change_nothing(source):
@@ -248,6 +348,19 @@ def test_faulty_records_are_named(source, batches):
         ValueError, match=r"label scene_9: unknown mask value\(s\) 77 in 600 of 600"
     ):
         list(batches(source + [record(9) | {"label": unknown}]))
+
+
+def test_a_value_outside_the_map_raises_on_the_first_batch_that_has_it(source):
+    """Batches before it come as if nothing were wrong."""
+    unknown = encode_png(np.full((20, 30), 77, np.uint8))
+    settings = dict(batch_size=2, num_threads=1, prefetch=1)
+    good = list(train(source, **settings))
+    first = next(i for i, batch in enumerate(good) if 6 in batch.example_id)
+    assert first > 0
+    batches = train(source[:6] + [source[6] | {"label": unknown}], **settings)
+    assert_equal(islice(batches, first), good[:first])
+    with pytest.raises(InputError, match=r"label scene_6: unknown mask value\(s\) 77"):
+        next(batches)
 
 
 @pytest.mark.parametrize("batches", [train, evaluate])

@@ -8,6 +8,7 @@ example's augmentation, so how rows are spread over processes, workers and threa
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from contrastseg_jax.structs import IGNORE_LABEL, Batch
 Source = Sequence[dict[str, bytes]]  # what `open_split` returns
 Image = UInt8[np.ndarray, "h w 3"]
 Label = UInt8[np.ndarray, "h w"]
+Example = tuple[Image, Label]
 Row = tuple[Image, Label, int]  # image, label, example id; -1: no example
 Batches = grain.DatasetIterator[Batch]
 
@@ -95,35 +97,26 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
     num_rows = _rows_per_process(batch_size, process_count)
 
-    kept: dict[int, tuple[Image, Label]] = {}  # never replaced: each comes once per epoch
-
-    def decoded(example_id: int) -> tuple[Image, Label]:
-        if example_id in kept:
-            return kept[example_id]
-        example = _decode(source[example_id], label_map, short_side)
-        if len(kept) < cache_size:
-            kept[example_id] = example
-        return example
-
-    def load(step: int, row: int) -> Row:
-        index = step * batch_size + row
-        example_id = cast(int, order[index])
-        image, label = decoded(example_id)
-        image, label = augment(
-            image,
-            label,
-            np.random.default_rng((seed, index)),
-            crop_size=crop_size,
-            scale_range=scale_range,
-            aspect_range=aspect_range,
-            flip_rate=flip_rate,
-            brightness=brightness,
-            color_distortion=color_distortion,
-            class_uniform_rate=class_uniform_rate,
-            pad_color=pad_color,
-        )
-        return image, label, example_id
-
+    decode = partial(_decode, source.__getitem__, label_map=label_map, short_side=short_side)
+    view = partial(
+        augment,
+        crop_size=crop_size,
+        scale_range=scale_range,
+        aspect_range=aspect_range,
+        flip_rate=flip_rate,
+        brightness=brightness,
+        color_distortion=color_distortion,
+        class_uniform_rate=class_uniform_rate,
+        pad_color=pad_color,
+    )
+    load = partial(
+        _load_view,
+        order=order,
+        decode=partial(_recall, decode, cache_size=cache_size, kept={}),
+        view=view,
+        batch_size=batch_size,
+        seed=seed,
+    )
     return _batches(
         load,
         steps=range(start_step, num_steps),
@@ -176,13 +169,15 @@ def eval_batches(
         sizes.to_iter_dataset(_read_options(num_threads, prefetch * num_rows)), batch_size
     )
 
+    decode = partial(_decode, source.__getitem__, label_map=label_map, short_side=short_side)
+
     def load(step: int, row: int) -> Row:
         size, example_ids = plan[step]
         image = np.full((*size, 3), pad_color, np.uint8)
         label = np.full(size, IGNORE_LABEL, np.uint8)
         if row >= len(example_ids):
             return image, label, -1
-        pixels, classes = _decode(source[example_ids[row]], label_map, short_side)
+        pixels, classes = decode(example_ids[row])
         content = np.s_[: classes.shape[0], : classes.shape[1]]
         image[content], label[content] = pixels, classes
         return image, label, example_ids[row]
@@ -209,7 +204,7 @@ def _batches(
     """Stacks `load(step, row)` over the rows of each step; workers take rows in turns."""
     num_rows = len(rows)
     elements = grain.MapDataset.range(steps.start * num_rows, steps.stop * num_rows).map(
-        lambda index: load(index // num_rows, rows[index % num_rows])
+        partial(_load_element, load, rows)
     )
     num_ahead = prefetch * num_rows
     if num_workers == 0:
@@ -218,9 +213,33 @@ def _batches(
         flags.FLAGS.mark_as_parsed()  # Grain reads flags; a caller need not be an absl program
         # Grain buffers what a worker has made twice, on either side of the pipe.
         buffers = grain.MultiprocessingOptions(num_workers, -(-num_ahead // (2 * num_workers)))
+        # Pipes, not shared memory: a full /dev/shm, 64 MB in a container, would kill the workers.
+        pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         loaded = elements.to_iter_dataset(_read_options(num_threads, 0))
+        loaded = grain.experimental.WithOptionsIterDataset(loaded, pipes)
         loaded = loaded.mp_prefetch(buffers, _start_worker)
     return iter(loaded.batch(num_rows, batch_fn=_stack))
+
+
+def _load_element(load: Callable[[int, int], Row], rows: range, index: int) -> Row:
+    return load(index // len(rows), rows[index % len(rows)])
+
+
+def _load_view(
+    step: int,
+    row: int,
+    *,
+    order: grain.MapDataset[int],
+    decode: Callable[[int], Example],
+    view: Callable[..., Example],
+    batch_size: int,
+    seed: int,
+) -> Row:
+    """A row of a training batch. This and what it calls travel to workers, so no closures."""
+    index = step * batch_size + row
+    example_id = cast(int, order[index])
+    image, label = view(*decode(example_id), np.random.default_rng((seed, index)))
+    return image, label, example_id
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
@@ -242,12 +261,35 @@ def _stack(rows: Sequence[Row]) -> Batch:
     return Batch(np.stack(images), np.stack(labels), example_id, example_id >= 0)
 
 
-def _decode(record: dict[str, bytes], label_map: LabelMap, short_side: int) -> tuple[Image, Label]:
+def _decode(
+    read: Callable[[int], dict[str, bytes]],
+    example_id: int,
+    *,
+    label_map: LabelMap,
+    short_side: int,
+) -> Example:
+    record = read(example_id)
     name = record["name"].decode()
     image = decode_image(record["image"], f"image {name}")
     mask = decode_mask(record["label"], f"label {name}")
     label = to_train_ids(mask, label_map, f"label {name}")
     return resize_short_side(image, label, short_side)
+
+
+def _recall(
+    decode: Callable[[int], Example],
+    example_id: int,
+    *,
+    cache_size: int,
+    kept: dict[int, Example],
+) -> Example:
+    """What `decode` gives; its first results are kept for good, as each comes once per epoch."""
+    if example_id in kept:
+        return kept[example_id]
+    example = decode(example_id)
+    if len(kept) < cache_size:
+        kept[example_id] = example
+    return example
 
 
 def content_size(source: Source, short_side: int, index: int) -> tuple[int, int]:
