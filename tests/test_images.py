@@ -5,7 +5,7 @@ import io
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 from contrastseg_jax.data.images import (
@@ -163,6 +163,51 @@ def test_truncated_png_is_refused(share):
     data = encode_png(picture(60, 60)[..., 0])
     with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
         decode_mask(data[: int(len(data) * share)], "a.png")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(suffix="PNG"),
+        dict(suffix="PNG", transparency=(3, 4, 5)),
+        dict(suffix="PNG", pnginfo="gamma"),
+        dict(suffix="JPEG", quality=75),
+        dict(suffix="JPEG", quality=90, progressive=True),
+        dict(suffix="JPEG", quality=95, subsampling=0),
+        dict(suffix="JPEG", restart_marker_rows=2),
+    ],
+    ids=str,
+)
+def test_both_decoders_give_the_same_pixels(settings):
+    """Odd sides, where chroma is subsampled, and chunks that a decoder may be tempted to apply."""
+    rgb = cv2.GaussianBlur(picture(61, 83), (5, 5), 0)
+    if settings.get("pnginfo"):
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add(b"gAMA", (100_000).to_bytes(4, "big"))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        settings = settings | dict(pnginfo=chunks, exif=exif.tobytes())
+    for pixels, decode in ((rgb, decode_image), (rgb[..., 0], decode_mask)):
+        if pixels.ndim == 2 and settings.get("transparency"):
+            settings = settings | dict(transparency=3)
+        data = saved(Image.fromarray(pixels), **settings)
+        np.testing.assert_array_equal(decode(data, "a"), np.array(Image.open(io.BytesIO(data))))
+
+
+def test_a_jpeg_with_a_tail_is_read_and_one_of_cmyk_as_pillow_has_it():
+    data = saved(Image.fromarray(smooth_picture()), "JPEG")
+    np.testing.assert_array_equal(decode_image(data + bytes(7), "a"), decode_image(data, "a"))
+    inks = Image.fromarray(smooth_picture()).convert("CMYK")
+    data = saved(inks, "JPEG")
+    expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data, "a"), expected)
+
+
+def test_a_png_with_a_damaged_byte_is_refused():
+    data = bytearray(encode_png(picture(60, 60)))
+    data[len(data) // 2] ^= 255
+    with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
+        decode_image(bytes(data), "a.png")
 
 
 def test_what_is_no_image_is_refused():
