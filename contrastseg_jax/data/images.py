@@ -19,6 +19,11 @@ from scipy.io import loadmat
 from contrastseg_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+COLORS_NAMED = 6  # of a colour mask, in its error
+
+
+class MaskFormatError(InputError):
+    """A mask that can be read but is no index mask: colours, an alpha channel, values above 255."""
 
 
 def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -47,20 +52,25 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
     """Pixel values of an index mask: one channel, or the indices of a palette PNG.
 
     Raises:
-        InputError: the file cannot be read, has colour channels, or values above 255.
+        InputError: the file cannot be read to its end.
+        MaskFormatError: it has colour channels, or values above 255; says what mends it.
     """
     with _opened(data, name) as image:
         if len(image.getbands()) > 1:
-            raise InputError(
+            image.load()  # a file that is cut short is that before all else
+            raise MaskFormatError(
                 f"{name}: an index mask is expected (one channel, pixel value = class id), "
-                f"found {len(image.getbands())} channels ({image.mode})"
+                f"found {len(image.getbands())} channels ({image.mode}) {_colors(image)}"
             )
         mask = _by_opencv(data, image, "L", cv2.IMREAD_GRAYSCALE)
         if mask is None:
             mask = np.array(image)
     if mask.min() < 0 or mask.max() > 255:
-        raise InputError(
-            f"{name}: mask values must lie in 0..255, found {mask.min()}..{mask.max()}"
+        divisor = int(np.gcd.reduce(np.unique(mask).astype(np.int64)))
+        fits = mask.min() >= 0 and divisor > 1 and mask.max() // divisor <= 255
+        remedy = f"all are multiples of {divisor}, divide by it" if fits else "renumber the classes"
+        raise MaskFormatError(
+            f"{name}: mask values must lie in 0..255, found {mask.min()}..{mask.max()}; {remedy}"
         )
     return mask.astype(np.uint8)
 
@@ -87,6 +97,33 @@ def decode_mat(data: bytes, name: str, variable: str, largest: int) -> UInt16[np
             f"{name}: mask values must lie in 0..{largest}, found {array.min()}..{array.max()}"
         )
     return array.astype(np.uint16)
+
+
+def _colors(image: Image.Image) -> str:
+    """The colours of a mask that should have none, and what makes an index mask of it."""
+    red, green, blue = np.moveaxis(np.array(image.convert("RGB")).astype(np.int64), -1, 0)
+    codes, counts = np.unique(red << 16 | green << 8 | blue, return_counts=True)
+    common = np.argsort(-counts, kind="stable")[:COLORS_NAMED]
+    named = [
+        f"({codes[i] >> 16}, {codes[i] >> 8 & 255}, {codes[i] & 255}) {counts[i] / red.size:.1%}"
+        for i in common
+    ]
+    more = ", ..." if len(codes) > len(named) else ""
+    if np.array_equal(red, green) and np.array_equal(red, blue):
+        remedy = "all colours are grey, so save one channel of them alone"
+    else:
+        remedy = "write the class id of each colour into one channel"
+    return f"in {len(codes)} colours: {', '.join(named)}{more}; {remedy}"
+
+
+def file_format(data: bytes, name: str) -> str:
+    """Format and mode of an image file as Pillow calls them, e.g. "PNG L", from the header alone.
+
+    Raises:
+        InputError: the header cannot be read.
+    """
+    with _opened(data, name) as image:
+        return f"{image.format} {image.mode}"
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Int64, Integer, UInt8
 
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -35,18 +35,31 @@ def to_train_ids(
     Raises:
         InputError: the mask holds a value that the label map does not know.
     """
-    counts = np.bincount(mask.ravel(), minlength=256)
-    unknown = [
-        value for value in np.flatnonzero(counts).tolist() if value not in label_map.train_ids
-    ]
+    unknown = unknown_values(value_counts(mask), label_map)
     if unknown:
         raise InputError(
-            f"{name}: unknown mask value(s) {_ranges(unknown)} in {counts[unknown].sum()} of "
+            f"{name}: unknown mask value(s) {_ranges(list(unknown))} in {sum(unknown.values())} of "
             f"{mask.size} pixels; allowed: {_ranges(sorted(label_map.train_ids))}"
         )
+    return cv2.LUT(mask, train_id_table(label_map))
+
+
+def value_counts(mask: UInt8[np.ndarray, "h w"]) -> Int64[np.ndarray, "256"]:
+    """How many pixels have each value."""
+    return np.bincount(mask.ravel(), minlength=256)
+
+
+def unknown_values(counts: Int64[np.ndarray, "256"], label_map: LabelMap) -> dict[int, int]:
+    """Number of pixels of the values that occur but that the label map does not know, sorted."""
+    present = np.flatnonzero(counts).tolist()
+    return {value: int(counts[value]) for value in present if value not in label_map.train_ids}
+
+
+def train_id_table(label_map: LabelMap) -> UInt8[np.ndarray, "256"]:
+    """Class id of each pixel value; IGNORE_LABEL for unknown ones as well."""
     table = np.full(256, IGNORE_LABEL, np.uint8)
     table[list(label_map.train_ids)] = list(label_map.train_ids.values())
-    return cv2.LUT(mask, table)
+    return table
 
 
 def to_mask_values(

@@ -9,22 +9,17 @@ files) are turned into such.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import UInt8
-from tqdm import tqdm
 
-from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask, encode_png
-from contrastseg_jax.data.labels import LabelMap, to_train_ids
+from contrastseg_jax.data.checks import ReadMask, check_files, in_parallel
+from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_mask, encode_png
+from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
 SPLITS = ("train", "val", "test")
-ReadMask = Callable[[bytes, str], UInt8[np.ndarray, "h w"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,40 +193,16 @@ def check_pairs(config: PairsConfig) -> None:
     Raises:
         InputError: lists all that is wrong.
     """
+
+    def errors_of(pair: Pair) -> list[str]:
+        checked = check_files(pair.name, pair.image, pair.mask, config.label_map, config.read_mask)
+        return [finding.message for finding in checked.findings if finding.is_error]
+
     pairs = [pair for members in config.pairs.values() for pair in members]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(partial(_problems, config=config), pairs)
-        bar = tqdm(found, "Checking images and masks", len(pairs), leave=False, disable=None)
-        problems = [problem for problems in bar for problem in problems]
+    found = in_parallel(errors_of, pairs, "Checking images and masks", total=len(pairs))
+    problems = [problem for problems in found for problem in problems]
     if problems:
         raise listed(str(config.description), problems)
-
-
-def _problems(pair: Pair, config: PairsConfig) -> list[str]:
-    if not pair.mask.exists() and not pair.image.exists():
-        return [f"{pair.image}: neither it nor its mask {pair.mask} exists"]
-    if not pair.mask.exists():
-        return [f"{pair.image}: image without mask ({pair.mask} does not exist)"]
-    if not pair.image.exists():
-        return [f"{pair.mask}: mask without image ({pair.image} does not exist)"]
-    problems = []
-    image = mask = None
-    try:
-        image = decode_image(pair.image.read_bytes(), str(pair.image))
-    except (OSError, InputError) as error:
-        problems.append(str(error))
-    try:
-        mask = config.read_mask(pair.mask.read_bytes(), str(pair.mask))
-        to_train_ids(mask, config.label_map, str(pair.mask))
-    except (OSError, InputError) as error:
-        problems.append(str(error))
-    if image is not None and mask is not None and image.shape[:2] != mask.shape:
-        (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
-        problems.append(
-            f"{pair.mask}: mask of {mask_width}x{mask_height} pixels for an image of "
-            f"{width}x{height} ({pair.image})"
-        )
-    return problems
 
 
 def _by_name(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:

@@ -1,0 +1,203 @@
+"""Is the data right? Every file of a data set read once, and what training will find in it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from itertools import combinations, islice
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Int64, UInt8
+
+from contrastseg_jax.data.checks import Checked, Finding, in_parallel
+from contrastseg_jax.data.labels import LabelMap, train_id_table, unknown_values, value_counts
+from contrastseg_jax.structs import IGNORE_LABEL
+
+Checks = Iterable[Callable[[], Checked]]  # an example each, read when called
+Splits = Mapping[str, Callable[[], Checks]]  # by name; a call starts at the first example again
+
+TILE_SIDE = 480  # pixels, the longer side of an example to show
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What stays of an example when its pixels are counted."""
+
+    name: str
+    image_file: str
+    mask_file: str
+    image_hash: bytes  # of the file; empty: it could not be read
+    mask_format: str
+    size: tuple[int, int] | None  # height, width of the image
+    value_counts: Int64[np.ndarray, "256"] | None  # pixels of each mask value
+    findings: tuple[Finding, ...]
+
+
+@dataclass
+class SplitAudit:
+    """What a split holds. Pixels are those of masks that could be read."""
+
+    num_examples: int = 0
+    value_pixels: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
+    value_images: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
+    # By class id, and at IGNORE_LABEL what has none.
+    class_pixels: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
+    class_images: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
+    # Labelled pixels of the images in which a class occurs.
+    pixels_around: Int64[np.ndarray, "256"] = field(
+        default_factory=partial(np.zeros, 256, np.int64)
+    )
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    mask_formats: Counter[str] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+    unknown: list[tuple[str, int, int]] = field(default_factory=list)  # file, value, pixels
+    first_of: dict[bytes, str] = field(default_factory=dict)  # image's hash -> its first file
+    to_show: list[int] = field(default_factory=list)  # examples whose image and mask fit
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small version of an image with its class ids, to look at."""
+
+    name: str
+    image: UInt8[np.ndarray, "h w 3"]
+    label: UInt8[np.ndarray, "h w"]
+
+
+def audit_split(checks: Checks, label_map: LabelMap, title: str) -> SplitAudit:
+    """Reads every example of a split once, in threads. Memory does not grow with the images."""
+    table, audit = train_id_table(label_map), SplitAudit()
+    for index, example in enumerate(in_parallel(_examine, checks, title)):
+        audit.num_examples += 1
+        audit.findings += example.findings
+        if example.size:
+            audit.sizes[example.size] += 1
+        if example.image_hash:
+            audit.first_of.setdefault(example.image_hash, example.image_file)
+        if example.value_counts is None:
+            continue
+        audit.mask_formats[example.mask_format] += 1
+        unknown = unknown_values(example.value_counts, label_map)
+        audit.unknown += [(example.mask_file, value, unknown[value]) for value in unknown]
+        _count(audit, example.value_counts, table)
+        if example.size and not any(finding.kind == "size" for finding in example.findings):
+            audit.to_show.append(index)
+    return audit
+
+
+def general_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> list[Finding]:
+    """What no single file shows: splits and classes that are empty, images in two splits."""
+    findings = []
+    for split, audit in audits.items():
+        num_classes = len(label_map.names)
+        absent = np.flatnonzero(audit.class_pixels[:num_classes] == 0)
+        if len(absent) == num_classes:
+            message = f"split '{split}': no pixel has a class"
+            findings.append(Finding("unlabelled", split, message))
+        elif len(absent):
+            names = ", ".join(label_map.names[class_id] for class_id in absent)
+            message = f"split '{split}': has no pixel of {names}"
+            findings.append(Finding("absent_class", split, message, is_error=False))
+    for split, other in combinations(audits, 2):
+        first, second = audits[split].first_of, audits[other].first_of
+        findings += [
+            Finding(
+                "duplicate",
+                second[key],
+                f"{second[key]}: in '{other}', is the same file as {file} in '{split}'",
+                is_error=False,
+            )
+            for key, file in first.items()
+            if key in second
+        ]
+    return findings
+
+
+def missing_splits(splits: Iterable[str]) -> list[Finding]:
+    """One finding for each split that training needs and that is not there, or empty."""
+    return [
+        Finding("no_split", split, f"split '{split}': has no examples, training needs some")
+        for split in ("train", "val")
+        if split not in splits
+    ]
+
+
+def median_frequency_weights(audit: SplitAudit, num_classes: int) -> Float[np.ndarray, " k"]:
+    """Class weights median(f) / f_c (Eigen & Fergus, ICCV 2015, section 4.3.2).
+
+    f_c: pixels of class c over all labelled pixels of the images in which c occurs. A class that
+    never occurs has the weight 1.
+    """
+    pixels = audit.class_pixels[:num_classes].astype(np.float64)
+    occurs: Bool[np.ndarray, " k"] = pixels > 0
+    weights = np.ones(num_classes)
+    if occurs.any():
+        frequency = pixels[occurs] / audit.pixels_around[:num_classes][occurs]
+        weights[occurs] = np.median(frequency) / frequency
+    return weights
+
+
+def enet_weights(audit: SplitAudit, num_classes: int) -> Float[np.ndarray, " k"]:
+    """Class weights 1 / ln(1.02 + p_c) (Paszke et al., ENet, 2016), p_c: share of labelled pixels.
+
+    They lie between 1.4 and 50.5.
+    """
+    pixels = audit.class_pixels[:num_classes]
+    return 1 / np.log(1.02 + pixels / max(pixels.sum(), 1))
+
+
+def examples_to_show(
+    splits: Splits, audits: Mapping[str, SplitAudit], label_map: LabelMap, number: int
+) -> list[Example]:
+    """At most `number` examples, as many of each split, spread evenly over its length."""
+    table, shown = train_id_table(label_map), []
+    parts = np.array_split(np.arange(number), max(len(audits), 1))
+    for (split, audit), part in zip(audits.items(), parts, strict=True):
+        places = np.linspace(0, len(audit.to_show) - 1, min(len(part), len(audit.to_show)))
+        chosen = {audit.to_show[place] for place in places.round().astype(int)}
+        checks = islice(splits[split](), max(chosen, default=-1) + 1)
+        for check in (check for index, check in enumerate(checks) if index in chosen):
+            shown.append(_small(check(), table, split))
+    return shown
+
+
+def _examine(check: Callable[[], Checked]) -> Examined:
+    checked = check()
+    return Examined(
+        name=checked.name,
+        image_file=checked.image_file,
+        mask_file=checked.mask_file,
+        image_hash=sha256(checked.image_data).digest() if checked.image_data else b"",
+        mask_format=checked.mask_format,
+        size=None if checked.image is None else (checked.image.shape[0], checked.image.shape[1]),
+        value_counts=None if checked.mask is None else value_counts(checked.mask),
+        findings=checked.findings,
+    )
+
+
+def _count(
+    audit: SplitAudit, counts: Int64[np.ndarray, "256"], table: UInt8[np.ndarray, "256"]
+) -> None:
+    """Add the pixels of one mask."""
+    by_class = np.zeros(256, np.int64)
+    np.add.at(by_class, table, counts)
+    audit.value_pixels += counts
+    audit.value_images += counts > 0
+    audit.class_pixels += by_class
+    audit.class_images += by_class > 0
+    audit.pixels_around[by_class > 0] += by_class[:IGNORE_LABEL].sum()
+
+
+def _small(checked: Checked, table: UInt8[np.ndarray, "256"], split: str) -> Example:
+    if checked.image is None or checked.mask is None:
+        raise OSError(f"{checked.image_file}: could be read before, and cannot now")
+    height, width = checked.mask.shape
+    scale = min(1, TILE_SIDE / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return Example(
+        name=f"{split} {checked.name}",
+        image=cv2.resize(checked.image, size, interpolation=cv2.INTER_AREA),
+        label=cv2.resize(cv2.LUT(checked.mask, table), size, interpolation=cv2.INTER_NEAREST_EXACT),
+    )
