@@ -1,5 +1,6 @@
-"""Trains, evaluates and predicts; converts weights to start from.
+"""Trains, evaluates and predicts; audits data, converts weights to start from.
 
+    python main.py --mode=audit --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=eval --workdir=runs/quickstart --checkpoint=best
     python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
@@ -22,16 +23,20 @@ from contrastseg_jax.errors import InputError
 SETTING = "--config."
 SCHEMA = Path(__file__).parent / "configs" / "default.py"
 
+MODES = ("train", "eval", "predict", "audit", "convert")
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "FILE.py[:MODEL[,VARIANT]]; may be left out after training.")
 flags.DEFINE_string("workdir", None, "Folder of the run; not of convert.")
-flags.DEFINE_enum("mode", "train", ("train", "eval", "predict", "convert"), "What to do.")
+flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
     "eval, predict: latest, best, a step, or init: the weights of model.init_from as they are.",
 )
-flags.DEFINE_string("split", "val", "eval: the split of the data set.")
+flags.DEFINE_string(
+    "split", None, "eval: the split of the data set, val by default; audit: it alone, not all."
+)
 flags.DEFINE_string(
     "input", None, "predict: image or folder of images; convert: .pth, .safetensors."
 )
@@ -79,7 +84,7 @@ def load_config(settings: list[str]) -> Config:
             raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
         return config_lib.stored(workdir, schema, settings)
     config = config_lib.load(FLAGS.config, settings)
-    if FLAGS.mode != "train" and FLAGS.checkpoint != "init":
+    if FLAGS.mode in ("eval", "predict") and FLAGS.checkpoint != "init":
         run = config_lib.stored(workdir, schema)
         config = config_lib.filled_in(config, run)
         config_lib.refuse_differences(config, run, workdir)
@@ -108,11 +113,15 @@ def run(config: Config, workdir: Path) -> None:
     elif FLAGS.mode == "eval":
         from contrastseg_jax.evaluate import evaluate_run
 
-        evaluate_run(config, workdir, FLAGS.checkpoint, FLAGS.split)
+        evaluate_run(config, workdir, FLAGS.checkpoint, FLAGS.split or "val")
     elif FLAGS.mode == "predict":
         from contrastseg_jax.predict import predict_run
 
         predict_run(config, workdir, FLAGS.checkpoint, Path(FLAGS.input), Path(FLAGS.output))
+    elif FLAGS.mode == "audit":
+        from contrastseg_jax.audit import audit_run
+
+        audit_run(config, workdir, FLAGS.split)
 
 
 if __name__ == "__main__":

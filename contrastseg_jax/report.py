@@ -13,10 +13,14 @@ from jaxtyping import Integer, UInt8
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from contrastseg_jax.data.audit import Example
 from contrastseg_jax.data.labels import LabelMap, colorize
 from contrastseg_jax.files import to_json, write_atomically
+from contrastseg_jax.structs import IGNORE_LABEL
 
 matplotlib.use("Agg")
+
+SHEET_LEGEND_COLUMNS = 10
 
 
 def overlay(
@@ -64,6 +68,33 @@ def save_panel(
     _save(path, figure)
 
 
+def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, title: str) -> None:
+    """Many labelled images, their classes in colour over them, and a legend of those that occur."""
+    columns = min(5, len(examples))
+    rows = -(-len(examples) // columns)
+    present = np.unique(np.concatenate([np.unique(example.label) for example in examples]))
+    handles = [_patches(label_map)[i] for i in present if i < len(label_map.names)]
+    handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label="no class"))
+    tallest = max(example.label.shape[0] / example.label.shape[1] for example in examples)
+    legend_rows = -(-len(handles) // SHEET_LEGEND_COLUMNS)
+    side = 4.0  # inches
+    figure = Figure(
+        figsize=(columns * side, rows * (side * min(tallest, 1.5) + 0.3) + 0.6 + 0.3 * legend_rows),
+        layout="constrained",
+    )
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in cells:
+        axes.axis("off")
+    for axes, example in zip(cells, examples, strict=False):
+        axes.imshow(_hatched(overlay(example.image, example.label, label_map), example.label))
+        axes.set_title(example.name[-48:], fontsize=10)
+    figure.suptitle(title)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=SHEET_LEGEND_COLUMNS, fontsize=12
+    )
+    _save(path, figure)
+
+
 def save_curves(path: Path, metrics_file: Path) -> None:
     """Losses and validation mIoU over the steps of a run, from its `metrics.jsonl`."""
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
@@ -101,6 +132,15 @@ def save_evaluation(folder: Path, results: Mapping[str, Any], pictures: Sequence
         "<style>body{font:15px sans-serif;max-width:1100px;margin:2em auto}td{padding:2px 1em}"
         f"</style><h1>{title}</h1><table>{rows}</table>{images}",
     )
+
+
+def _hatched(
+    picture: UInt8[np.ndarray, "h w 3"], label: Integer[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture with diagonal lines where there is no class."""
+    rows, columns = np.indices(label.shape)
+    lines = ((rows + columns) % 8 < 2) & (label == IGNORE_LABEL)
+    return np.where(lines[:, :, None], np.uint8(255), picture)
 
 
 def _save(path: Path, figure: Figure) -> None:

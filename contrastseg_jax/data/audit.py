@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int64, UInt8
 
 from contrastseg_jax.data.checks import Checked, Finding, in_parallel
 from contrastseg_jax.data.labels import LabelMap, train_id_table, unknown_values, value_counts
-from contrastseg_jax.structs import IGNORE_LABEL
 
 Checks = Iterable[Callable[[], Checked]]  # an example each, read when called
 Splits = Mapping[str, Callable[[], Checks]]  # by name; a call starts at the first example again
@@ -45,7 +44,7 @@ class SplitAudit:
     # By class id, and at IGNORE_LABEL what has none.
     class_pixels: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
     class_images: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
-    # Labelled pixels of the images in which a class occurs.
+    # All pixels of the images in which a class occurs.
     pixels_around: Int64[np.ndarray, "256"] = field(
         default_factory=partial(np.zeros, 256, np.int64)
     )
@@ -66,10 +65,10 @@ class Example:
     label: UInt8[np.ndarray, "h w"]
 
 
-def audit_split(checks: Checks, label_map: LabelMap, title: str) -> SplitAudit:
+def audit_split(checks: Checks, label_map: LabelMap, split: str) -> SplitAudit:
     """Reads every example of a split once, in threads. Memory does not grow with the images."""
     table, audit = train_id_table(label_map), SplitAudit()
-    for index, example in enumerate(in_parallel(_examine, checks, title)):
+    for index, example in enumerate(in_parallel(_examine, checks, f"Reading {split}")):
         audit.num_examples += 1
         audit.findings += example.findings
         if example.size:
@@ -127,8 +126,8 @@ def missing_splits(splits: Iterable[str]) -> list[Finding]:
 def median_frequency_weights(audit: SplitAudit, num_classes: int) -> Float[np.ndarray, " k"]:
     """Class weights median(f) / f_c (Eigen & Fergus, ICCV 2015, section 4.3.2).
 
-    f_c: pixels of class c over all labelled pixels of the images in which c occurs. A class that
-    never occurs has the weight 1.
+    f_c: pixels of class c over all pixels of the images in which c occurs. A class that never
+    occurs has the weight 1.
     """
     pixels = audit.class_pixels[:num_classes].astype(np.float64)
     occurs: Bool[np.ndarray, " k"] = pixels > 0
@@ -187,7 +186,7 @@ def _count(
     audit.value_images += counts > 0
     audit.class_pixels += by_class
     audit.class_images += by_class > 0
-    audit.pixels_around[by_class > 0] += by_class[:IGNORE_LABEL].sum()
+    audit.pixels_around[by_class > 0] += counts.sum()
 
 
 def _small(checked: Checked, table: UInt8[np.ndarray, "256"], split: str) -> Example:

@@ -131,17 +131,13 @@ def check_encoded(
 
 
 def in_parallel(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    title: str,
-    *,
-    total: int | None = None,
+    function: Callable[[Item], Result], items: Iterable[Item], title: str
 ) -> Iterator[Result]:
     """The results in order, computed in threads a little ahead, with a progress bar.
 
     Unlike `Executor.map` it does not take all items at once: they may be records, not names.
     """
-    bar = tqdm(items, title, total, leave=False, disable=None)
+    bar = tqdm(items, title, leave=False, disable=None)
     waiting = deque()
     with ThreadPoolExecutor() as pool:
         for item in bar:

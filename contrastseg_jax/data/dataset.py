@@ -6,12 +6,14 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import absl.logging
 import tensorflow_datasets as tfds
 
+from contrastseg_jax.data.audit import Checks, Splits
 from contrastseg_jax.data.builders import (
     ade20k,
     camvid,
@@ -23,7 +25,8 @@ from contrastseg_jax.data.builders import (
     pascal_context,
     synthetic,
 )
-from contrastseg_jax.data.builders.base import DatasetSpec
+from contrastseg_jax.data.builders.base import DatasetSpec, Pair, PairsConfig, RecordBuilder
+from contrastseg_jax.data.checks import check_encoded, check_files
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 
@@ -86,6 +89,40 @@ def open_split(spec: DatasetSpec, split: str) -> Sequence[dict[str, bytes]]:
     return source
 
 
+def raw_splits(spec: DatasetSpec) -> Splits:
+    """The examples of each split, to be checked one by one; prepares nothing.
+
+    Raises:
+        InputError: the raw data are missing, or name their files so that pairs are not clear.
+    """
+    with _quiet():
+        builder = MODULES[spec.name].make_builder(spec)
+    config, classes = builder.builder_config, label_map(spec)
+    if isinstance(config, PairsConfig):
+        return {
+            split: partial(_pair_checks, pairs, config) for split, pairs in config.pairs.items()
+        }
+    return {
+        split: partial(_record_checks, builder, split, classes)
+        for split in builder._split_generators(None)
+    }
+
+
+def _pair_checks(pairs: list[Pair], config: PairsConfig) -> Checks:
+    return [
+        partial(check_files, pair.name, pair.image, pair.mask, config.label_map, config.read_mask)
+        for pair in pairs
+    ]
+
+
+def _record_checks(builder: RecordBuilder, split: str, classes: LabelMap) -> Checks:
+    """The records that preparing would write."""
+    for _, record in builder._split_generators(None)[split]:
+        name = record["name"]
+        files = f"image {name}", f"mask {name}"
+        yield partial(check_encoded, name, record["image"], record["label"], *files, classes)
+
+
 def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
     spec = dataclasses.replace(spec, prepared_dir=str(Path(spec.prepared_dir).expanduser()))
     make_builder = MODULES[spec.name].make_builder
@@ -95,9 +132,12 @@ def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
             return builder
         try:
             builder.download_and_prepare(file_format="array_record")
-        except OSError:
+        except OSError as error:
             if not builder.is_prepared():  # else another process was faster to move it into place
-                raise
+                raise InputError(
+                    f"data.prepared_dir = '{spec.prepared_dir}': must take the data set"
+                    f" '{spec.name}', and cannot: {error}"
+                ) from error
         return make_builder(spec)
 
 

@@ -8,6 +8,7 @@ files) are turned into such.
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
@@ -199,7 +200,7 @@ def check_pairs(config: PairsConfig) -> None:
         return [finding.message for finding in checked.findings if finding.is_error]
 
     pairs = [pair for members in config.pairs.values() for pair in members]
-    found = in_parallel(errors_of, pairs, "Checking images and masks", total=len(pairs))
+    found = in_parallel(errors_of, pairs, "Checking images and masks")
     problems = [problem for problems in found for problem in problems]
     if problems:
         raise listed(str(config.description), problems)
@@ -208,7 +209,9 @@ def check_pairs(config: PairsConfig) -> None:
 def _by_name(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
     """The files below a folder whose names end so, by their path without it."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # rglob passes over it
+            raise InputError(f"{path}: the folder cannot be read (permission denied)")
         below = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in below.parts)
         ending = next((e for e in endings if path.name.lower().endswith(e.lower())), "")
