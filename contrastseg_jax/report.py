@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from contrastseg_jax.structs import IGNORE_LABEL
 matplotlib.use("Agg")
 
 SHEET_LEGEND_COLUMNS = 10
+TITLE_LENGTH = 48  # letters of an example's name that fit over it
 
 
 def overlay(
@@ -87,12 +89,14 @@ def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, tit
         axes.axis("off")
     for axes, example in zip(cells, examples, strict=False):
         axes.imshow(_hatched(overlay(example.image, example.label, label_map), example.label))
-        axes.set_title(example.name[-48:], fontsize=10)
-    figure.suptitle(title)
+        axes.set_title(example.name[-TITLE_LENGTH:], fontsize=10, parse_math=False)
+    figure.suptitle(title, parse_math=False)
     figure.legend(
         handles=handles, loc="outside lower center", ncols=SHEET_LEGEND_COLUMNS, fontsize=12
     )
-    _save(path, figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in names: a box will do
+        _save(path, figure)
 
 
 def save_curves(path: Path, metrics_file: Path) -> None:

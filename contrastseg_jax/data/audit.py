@@ -152,7 +152,7 @@ def examples_to_show(
 ) -> list[Example]:
     """At most `number` examples, as many of each split, spread evenly over its length."""
     table, shown = train_id_table(label_map), []
-    parts = np.array_split(np.arange(number), max(len(audits), 1))
+    parts = np.array_split(np.arange(number), len(audits)) if audits else []
     for (split, audit), part in zip(audits.items(), parts, strict=True):
         places = np.linspace(0, len(audit.to_show) - 1, min(len(part), len(audit.to_show)))
         chosen = {audit.to_show[place] for place in places.round().astype(int)}

@@ -4,11 +4,13 @@ import dataclasses
 import io
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import absl.logging
 import tensorflow_datasets as tfds
@@ -103,8 +105,7 @@ def raw_splits(spec: DatasetSpec) -> Splits:
             split: partial(_pair_checks, pairs, config) for split, pairs in config.pairs.items()
         }
     return {
-        split: partial(_record_checks, builder, split, classes)
-        for split in builder._split_generators(None)
+        split: partial(_record_checks, builder, split, classes) for split in _generators(builder)
     }
 
 
@@ -117,10 +118,16 @@ def _pair_checks(pairs: list[Pair], config: PairsConfig) -> Checks:
 
 def _record_checks(builder: RecordBuilder, split: str, classes: LabelMap) -> Checks:
     """The records that preparing would write."""
-    for _, record in builder._split_generators(None)[split]:
+    for _, record in _generators(builder)[split]:
         name = record["name"]
         files = f"image {name}", f"mask {name}"
         yield partial(check_encoded, name, record["image"], record["label"], *files, classes)
+
+
+def _generators(builder: RecordBuilder) -> dict[str, Any]:
+    """By split, the numbered records; nothing is downloaded for them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return builder._split_generators(tfds.download.DownloadManager(download_dir=folder))
 
 
 def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
@@ -132,11 +139,14 @@ def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
             return builder
         try:
             builder.download_and_prepare(file_format="array_record")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            # ArrayRecord's writer says with a RuntimeError that the disk is full.
+            if not isinstance(error, OSError) and "write() failed" not in str(error):
+                raise
             if not builder.is_prepared():  # else another process was faster to move it into place
                 raise InputError(
-                    f"data.prepared_dir = '{spec.prepared_dir}': must take the data set"
-                    f" '{spec.name}', and cannot: {error}"
+                    f"data.prepared_dir = '{spec.prepared_dir}': preparing data set"
+                    f" '{spec.name}' there failed: {error}"
                 ) from error
         return make_builder(spec)
 
