@@ -149,6 +149,27 @@ def test_converted_weights_are_evaluated_trained_and_gone_on_without(prepared_di
     assert not (tmp_path / "other").exists()
 
 
+def test_the_audit_fails_where_training_would(prepared_dir, tmp_path):
+    for split in ("train", "val"):
+        image = np.random.default_rng(len(split)).integers(256, size=(40, 50, 3)).astype(np.uint8)
+        for kind, data in (("images", image), ("labels", np.full((40, 50), 3, np.uint8))):
+            (tmp_path / kind / split).mkdir(parents=True)
+            (tmp_path / kind / split / "a.png").write_bytes(encode_png(data))
+    settings = ("data.name=folder", f"data.root={tmp_path}", "data.class_names=('a', 'b', 'c')")
+    arguments = command(prepared_dir, tmp_path / "run", *TRAIN, "--mode=audit", settings=settings)
+    failed = run(arguments)
+    assert failed.returncode == 1 and "error: 4 errors in the data" in failed.stderr, failed.stderr
+    assert "unknown mask value(s) 3 in 2000 of 2000 pixels" in failed.stdout
+
+    passed = run([*arguments, "--config.data.class_names=('a', 'b', 'c', 'd')"])
+    assert passed.returncode == 0, passed.stderr
+    assert "errors: none" in passed.stdout and "warnings: 2" in passed.stdout
+    assert {p.name for p in (tmp_path / "run" / "audit").iterdir()} == {
+        "audit.json",
+        "overlays.png",
+    }
+
+
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from contrastseg_jax import report
+from contrastseg_jax.data.audit import Example
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -30,6 +31,20 @@ def test_panel_and_legend_hold_the_colours_of_the_classes(tmp_path):
             pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
         for color in CLASSES.palette:
             assert (pixels == color).all(axis=1).sum() > least, (name, color)
+
+
+def test_sheet_shows_every_example_and_a_legend_of_what_occurs(tmp_path):
+    label = np.zeros((30, 40), np.uint8)
+    label[:, 20:] = IGNORE_LABEL
+    image = np.full((30, 40, 3), 100, np.uint8)
+    examples = [Example(f"train $写真$ {i}", image, label) for i in range(7)]
+    report.save_sheet(tmp_path / "sheet.png", examples, CLASSES, "data $\\x$")
+    with Image.open(tmp_path / "sheet.png") as picture:
+        pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
+    assert (pixels == (177, 50, 50)).all(axis=1).sum() > 7 * 10_000  # red over grey
+    assert (pixels == (100, 100, 100)).all(axis=1).sum() > 7 * 10_000  # between the hatching
+    assert (pixels == (255, 0, 0)).all(axis=1).sum() > 20  # legend
+    assert not (pixels == (0, 255, 0)).all(axis=1).any()
 
 
 def test_curves_of_a_run(tmp_path):
