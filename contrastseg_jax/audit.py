@@ -188,7 +188,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         lines += ["", f"{level}: {len(found) or 'none'}"]
         for kind in dict.fromkeys(finding["kind"] for finding in found):
             messages = [finding["message"] for finding in found if finding["kind"] == kind]
-            lines.append(f"  {KINDS[kind][0]}: {len(messages)}; {results['remedies'][kind]}")
+            lines.append(f"  {KINDS[kind][0]}: {len(messages)}")
+            lines.append(f"  -> {results['remedies'][kind]}")
             lines += [f"    {message}" for message in messages[:NUM_NAMED]]
             if len(messages) > NUM_NAMED:
                 lines.append(f"    and {len(messages) - NUM_NAMED} more in audit.json")

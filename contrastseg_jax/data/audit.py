@@ -11,11 +11,8 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 
-from contrastseg_jax.data.checks import Checked, Finding, in_parallel
+from contrastseg_jax.data.checks import Checked, Checks, Finding, Splits, in_parallel
 from contrastseg_jax.data.labels import LabelMap, train_id_table, unknown_values, value_counts
-
-Checks = Iterable[Callable[[], Checked]]  # an example each, read when called
-Splits = Mapping[str, Callable[[], Checks]]  # by name; a call starts at the first example again
 
 TILE_SIDE = 480  # pixels, the longer side of an example to show
 

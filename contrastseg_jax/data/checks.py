@@ -4,7 +4,7 @@ Preparing a data set and the audit both ask here, so that they cannot disagree.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,10 @@ class Checked:
     image: UInt8[np.ndarray, "h w 3"] | None = None
     mask: UInt8[np.ndarray, "h2 w2"] | None = None  # pixel values as stored
     findings: tuple[Finding, ...] = ()
+
+
+Checks = Iterable[Callable[[], Checked]]  # an example each, read when called
+Splits = Mapping[str, Callable[[], Checks]]  # by name; a call starts at the first example again
 
 
 def check_files(

@@ -15,7 +15,6 @@ from typing import Any
 import absl.logging
 import tensorflow_datasets as tfds
 
-from contrastseg_jax.data.audit import Checks, Splits
 from contrastseg_jax.data.builders import (
     ade20k,
     camvid,
@@ -28,7 +27,7 @@ from contrastseg_jax.data.builders import (
     synthetic,
 )
 from contrastseg_jax.data.builders.base import DatasetSpec, Pair, PairsConfig, RecordBuilder
-from contrastseg_jax.data.checks import check_encoded, check_files
+from contrastseg_jax.data.checks import Checks, Splits, check_encoded, check_files
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 
