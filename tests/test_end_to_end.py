@@ -34,6 +34,7 @@ def command(prepared_dir, workdir, *flags, settings=SETTINGS):
 
 def environment(num_devices=1):
     flags = f"--xla_force_host_platform_device_count={num_devices}"
+    flags += " --xla_backend_optimization_level=0"  # as in conftest.py
     cache = str(ROOT / ".cache" / "jax")
     return os.environ | {"XLA_FLAGS": flags, "NPROC": "32", "JAX_COMPILATION_CACHE_DIR": cache}
 
