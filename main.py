@@ -1,6 +1,7 @@
-"""Trains, evaluates and predicts; audits data, converts weights to start from.
+"""Trains, evaluates and predicts; audits data, plans runs, converts weights to start from.
 
     python main.py --mode=audit --config=configs/quickstart.py --workdir=runs/quickstart
+    python main.py --mode=plan --config=configs/cityscapes.py --topology=v5e:2x4
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=eval --workdir=runs/quickstart --checkpoint=best
     python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
@@ -23,11 +24,11 @@ from contrastseg_jax.errors import InputError
 SETTING = "--config."
 SCHEMA = Path(__file__).parent / "configs" / "default.py"
 
-MODES = ("train", "eval", "predict", "audit", "convert")
+MODES = ("train", "eval", "predict", "audit", "plan", "convert")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "FILE.py[:MODEL[,VARIANT]]; may be left out after training.")
-flags.DEFINE_string("workdir", None, "Folder of the run; not of convert.")
+flags.DEFINE_string("workdir", None, "Folder of the run; not of plan and convert.")
 flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 flags.DEFINE_string(
     "checkpoint",
@@ -40,7 +41,16 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "input", None, "predict: image or folder of images; convert: .pth, .safetensors."
 )
-flags.DEFINE_string("output", None, "predict, convert: the folder for the results.")
+flags.DEFINE_string("output", None, "predict, convert: folder for the results; plan: JSON file.")
+flags.DEFINE_string(
+    "coordinator", None, "train, eval in several processes: HOST:PORT of process 0."
+)
+flags.DEFINE_integer("num_processes", None, "How many there are.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
+flags.DEFINE_integer("start_timeout", 300, "Seconds in which all of them must have started.")
+flags.DEFINE_string("topology", None, "plan: cpu:8, v5e:2x4 and the like; else the own devices.")
+flags.DEFINE_boolean("quick", False, "plan: what is known without compiling.")
+flags.DEFINE_float("time_limit", 1800, "plan: seconds of compiling.", lower_bound=0)
 
 
 def main(argv: list[str], settings: list[str]) -> None:
@@ -55,18 +65,30 @@ def main(argv: list[str], settings: list[str]) -> None:
 
             start_logging()
             convert(Path(FLAGS.input), Path(FLAGS.output))
+        elif FLAGS.mode == "plan":
+            plan(load_config(settings))
         else:
-            run(load_config(settings), Path(FLAGS.workdir))
+            start_and_run(load_config(settings), Path(FLAGS.workdir))
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
-        os._exit(130)  # at once: tearing down a compilation that goes on ends in a crash
+        leave(130)
+
+
+def leave(status: int) -> None:
+    """End the process at once: tearing down a compilation that goes on ends in a crash."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def require_flags(settings: list[str]) -> None:
     """Raise an error for flags that the mode needs, or has no use for."""
-    needed = {"predict": ("workdir", "input", "output"), "convert": ("input", "output")}
+    needed = {
+        "predict": ("workdir", "input", "output"),
+        "convert": ("input", "output"),
+        "plan": ("config",),
+    }
     for name in needed.get(FLAGS.mode, ("workdir",)):
         if not FLAGS[name].value:
             raise InputError(f"--{name}: is needed, --mode={FLAGS.mode} has no default for it")
@@ -78,7 +100,7 @@ def require_flags(settings: list[str]) -> None:
 
 def load_config(settings: list[str]) -> Config:
     """The config of the command line, or that of the run in the workdir."""
-    workdir, schema = Path(FLAGS.workdir), config_lib.load(str(SCHEMA))
+    workdir, schema = Path(FLAGS.workdir or ""), config_lib.load(str(SCHEMA))
     if not FLAGS.config:
         if FLAGS.mode == "train":
             raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
@@ -91,13 +113,27 @@ def load_config(settings: list[str]) -> Config:
     return config
 
 
+def start_and_run(config: Config, workdir: Path) -> None:
+    """Meets the other processes of the run, if there are any, and calls the mode's function."""
+    from contrastseg_jax import processes
+    from contrastseg_jax.logging import start_logging
+
+    start_logging()
+    if FLAGS.mode not in ("train", "eval"):
+        run(config, workdir)
+        return
+    which = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+    processes.start(*which, timeout=FLAGS.start_timeout)
+    with processes.ending_at_once():
+        start_logging(processes.index())
+        run(config, workdir)
+
+
 def run(config: Config, workdir: Path) -> None:
     """Calls the mode's function."""
     # JAX and the networks take seconds to import: not before the config has been read.
     from contrastseg_jax import build
-    from contrastseg_jax.logging import start_logging
 
-    start_logging()
     begun = config_lib.run_in(workdir, config) if FLAGS.mode == "train" else config
     if FLAGS.checkpoint == "init":
         begun = None
@@ -122,6 +158,22 @@ def run(config: Config, workdir: Path) -> None:
         from contrastseg_jax.audit import audit_run
 
         audit_run(config, workdir, FLAGS.split)
+
+
+def plan(config: Config) -> None:
+    """Prints what a run will take, and ends the process."""
+    from contrastseg_jax.logging import start_logging
+    from contrastseg_jax.plan import plan_run
+
+    start_logging()
+    status = plan_run(
+        config,
+        topology=FLAGS.topology,
+        quick=FLAGS.quick,
+        time_limit=FLAGS.time_limit,
+        output=Path(FLAGS.output) if FLAGS.output else None,
+    )
+    leave(status)
 
 
 if __name__ == "__main__":

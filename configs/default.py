@@ -110,6 +110,10 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     train.checkpoint_steps = 1000  # between two checkpoints; the last step always saves
     train.keep_checkpoints = 2  # newest ones kept, besides the best by val mIoU
 
+    config.parallel = parallel = ConfigDict()
+    parallel.fsdp = False  # split parameters, optimiser state and EMA over the devices
+    parallel.compilation_cache = ""  # folder of compiled programs; empty: one in the workdir
+
     config.eval = evaluate = ConfigDict()
     evaluate.batch_size = 8  # images per step, rounded up to a multiple of the devices
     evaluate.pad_multiple = 32  # image sides are padded to a multiple, to compile few shapes

@@ -1,10 +1,12 @@
 """What a config makes: the data set's spec, the network, the optimiser, the state at step 0."""
 
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from contrastseg_jax import distributed, memory, pretrained
 from contrastseg_jax.config import (
@@ -13,6 +15,7 @@ from contrastseg_jax.config import (
     broken_rules,
     filled_in,
     replaced,
+    splits_memory,
     uses_contrast,
     uses_memory,
 )
@@ -29,19 +32,31 @@ from contrastseg_jax.structs import IMAGENET, ImageFormat, TrainState
 BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
 
 
-def check(config: Config, *, mode: str, run: Config | None = None) -> None:
+def check(
+    config: Config,
+    *,
+    mode: str,
+    run: Config | None = None,
+    num_devices: int | None = None,
+    device_bytes: int | None = None,
+) -> None:
     """Raise one error for all settings that do not fit each other, this package or the machine.
 
-    `run`: the config of the run that goes on or is read, if there is one.
+    `run`: the config of the run that goes on or is read, if there is one. `num_devices`,
+    `device_bytes`: those to train on and the memory of one, of a plan; else this machine's.
     """
-    num_devices = jax.device_count() if mode == "train" else 1
+    trains = mode in ("train", "plan")
+    if num_devices is None:
+        num_devices = jax.device_count() if trains else 1
     problems = broken_rules(
         config,
         choices={"model.name": model_names(), "data.name": dataset_names()},
         num_devices=num_devices,
     )
+    if mode == "plan":  # reads neither data nor weights
+        problems = [problem for problem in problems if not problem.startswith("data.root")]
     if config.model.name in model_names():
-        problems += weights_problems(config, run)
+        problems += [] if mode == "plan" else weights_problems(config, run)
         stages = stage_names(config.model.name)
         problems += [
             f"model.remat names {stage!r}: must be stages of {config.model.name}: "
@@ -57,12 +72,12 @@ def check(config: Config, *, mode: str, run: Config | None = None) -> None:
                 f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
                 f" {len(classes)} classes {', '.join(classes)}, or none"
             )
-        if mode == "train":
+        if trains:
             problems += contrast_problems(
                 config,
                 num_classes=len(classes),
                 num_devices=num_devices,
-                device_bytes=distributed.device_bytes(),
+                device_bytes=device_bytes or distributed.device_bytes(),
             )
     if problems:
         raise listed("the config", problems)
@@ -203,11 +218,6 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, Sched
     return sgd(schedule, momentum=optim.momentum, weight_decay=optim.weight_decay), schedule
 
 
-def splits_memory(config: Config) -> bool:
-    """Whether each device holds a part of the bank's slots instead of the whole bank."""
-    return uses_memory(config) and config.memory.sharding == "slots"
-
-
 def initial_variables(config: Config, model: Segmenter, *, whole: bool = False) -> Variables:
     """What the network starts from: fresh ones, or those of `model.init_from`.
 
@@ -256,6 +266,20 @@ def init_state(
         ema=jax.tree.map(jnp.copy, variables) if config.optim.ema_decay else None,
         memory=bank,
     )
+
+
+def state_sharding(config: Config, state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies, as the config asks for; `state` may be its shapes."""
+    return distributed.state_sharding(
+        mesh, state, split_memory=splits_memory(config), fsdp=config.parallel.fsdp
+    )
+
+
+def keep_compiled(config: Config, workdir: Path) -> None:
+    """Keep compiled programs where the environment or the config says, or in the workdir."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = config.parallel.compilation_cache or workdir / "compilation_cache"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def abstract_state(

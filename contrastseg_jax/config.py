@@ -31,6 +31,8 @@ OPERATIONAL = (
     "eval.batch_size",
     "eval.num_pictures",
     "memory.sharding",
+    "parallel.fsdp",
+    "parallel.compilation_cache",
 )
 
 
@@ -141,14 +143,18 @@ def stored(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Con
     return config
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Make the workdir that of this config, unless it holds the run of another one."""
+def claim(workdir: Path, config: Config, *, write: bool = True) -> None:
+    """Make the workdir that of this config, unless it holds the run of another one.
+
+    `write`: as one process of a run does; the others look alone.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir={workdir}: is a file, not a folder")
     run = run_in(workdir, config)
     if run is not None:
         refuse_differences(config, run, workdir)
-    write_atomically(workdir / "config.json", to_json(config))
+    if write:
+        write_atomically(workdir / "config.json", to_json(config))
 
 
 def run_in(workdir: Path, default: Config) -> Config | None:
@@ -218,6 +224,11 @@ def uses_contrast(config: Config) -> bool:
 def uses_memory(config: Config) -> bool:
     """Whether the run carries a memory bank."""
     return config.contrast.candidates in ("memory", "both")
+
+
+def splits_memory(config: Config) -> bool:
+    """Whether each device holds a part of the bank's slots instead of the whole bank."""
+    return uses_memory(config) and config.memory.sharding == "slots"
 
 
 CHOICES = {

@@ -1,15 +1,21 @@
-"""One mesh axis, `data`: batches are split over it, and the memory bank's slots where asked."""
+"""One mesh axis, `data`: batches are split over it; bank and parameters where asked."""
 
+import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from contrastseg_jax.structs import Batch, MemoryBank, TrainState
 
 Tree = TypeVar("Tree")
+
+SMALL = 2**14  # numbers; arrays with fewer are whole on every device, they would gain nothing
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -28,22 +34,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_sharding(mesh: Mesh, *, split_memory: bool) -> Any:
-    """Where a `TrainState` lies: all of it on every device, or each queue's slots split over them.
+def state_sharding(mesh: Mesh, state: TrainState, *, split_memory: bool, fsdp: bool) -> TrainState:
+    """Where each array of a `TrainState` lies: on every device whole, unless it is split.
 
-    A prefix of the state's tree, as `jit`, `device_put` and `checkpoint.restore` take it.
+    Args:
+        mesh: the devices.
+        state: the state, or its shapes.
+        split_memory: each device holds a part of each queue's slots.
+        fsdp: and a part of every large array of parameters, optimiser state and EMA.
     """
-    everywhere: Any = replicated(mesh)
-    if not split_memory:
-        return everywhere
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    if fsdp:
+        parts = functools.partial(jax.tree.map, lambda x: _longest_axis(mesh, x.shape))
+        whole = whole.replace(
+            params=parts(state.params), opt_state=parts(state.opt_state), ema=parts(state.ema)
+        )
+    if split_memory and state.memory is not None:
+        whole = whole.replace(memory=slots_sharding(mesh, state.memory))
+    return whole
+
+
+def slots_sharding(mesh: Mesh, bank: MemoryBank) -> MemoryBank:
+    """Each device holds a part of each queue's slots; counters are everywhere."""
     slots: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
-    counters = {
-        f"{queue}_{counter}": everywhere
-        for queue in ("pixel", "segment")
-        for counter in ("head", "count")
-    }
-    bank = MemoryBank(pixel=slots, segment=slots, **counters)
-    return TrainState(everywhere, everywhere, everywhere, everywhere, everywhere, bank)
+    counters = jax.tree.map(lambda _: replicated(mesh), bank)
+    return counters.replace(pixel=slots, segment=slots)
+
+
+def _longest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """A large array split along its longest axis of those that come out even."""
+    even = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
+    if math.prod(shape) < SMALL or not even:
+        return replicated(mesh)
+    longest = max(even, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
@@ -54,6 +78,25 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Inside `jit`: bring every array of the tree to all devices (an all-gather if split)."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is split over all devices."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def any_process(flag: bool, mesh: Mesh) -> jax.Array:
+    """Whether `flag` holds in any process: the same answer in all, once it is computed."""
+    flags = jax.make_array_from_process_local_data(
+        split(mesh), np.full(len(mesh.local_devices), flag)
+    )
+    return _any(mesh)(flags)
+
+
+@functools.cache
+def _any(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(jnp.any, out_shardings=replicated(mesh))
 
 
 def device_bytes() -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from contrastseg_jax import checkpoint, distributed, report
+from contrastseg_jax import checkpoint, distributed, processes, report
 from contrastseg_jax.build import (
     abstract_state,
     build_model,
@@ -20,10 +20,10 @@ from contrastseg_jax.build import (
     dataset_spec,
     image_format,
     initial_variables,
+    keep_compiled,
     pad_color,
-    splits_memory,
 )
-from contrastseg_jax.config import Config
+from contrastseg_jax.config import Config, splits_memory
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.labels import label_table
@@ -100,8 +100,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores on the records of a split after `step` steps of training.
 
-    They go to `folder/metrics.json`, and to `folder/index.html` together with the first images,
-    drawn beside label and prediction.
+    They go to `folder/metrics.json`, and to `folder/index.html` together with the first images of
+    process 0, drawn beside label and prediction.
     """
     spec = dataset_spec(config)
     classes = label_map(spec)
@@ -118,11 +118,11 @@ def evaluate(
         process_count=jax.process_count(),
     )
     confusion = np.zeros((len(classes.names),) * 2, np.int64)  # more pixels than int32 can count
-    pictures = []
+    pictures, num_pictures = [], config.eval.num_pictures if processes.is_first() else 0
     for batch in batches:
         prediction, counts = step_fn(variables, distributed.to_devices(batch, mesh))
         confusion += np.asarray(counts)
-        for row in np.flatnonzero(batch.valid)[: config.eval.num_pictures - len(pictures)]:
+        for row in np.flatnonzero(batch.valid)[: num_pictures - len(pictures)]:
             example_id = int(batch.example_id[row])
             pictures.append(f"{example_id:06d}.png")
             height, width = pipeline.content_size(source, config.data.short_side, example_id)
@@ -130,7 +130,7 @@ def evaluate(
                 folder / pictures[-1],
                 batch.image[row, :height, :width],
                 batch.label[row, :height, :width],
-                np.asarray(prediction[row])[:height, :width],
+                distributed.local_rows(prediction)[row, :height, :width],
                 classes,
                 source[example_id]["name"].decode(),
             )
@@ -144,7 +144,8 @@ def evaluate(
         "iou": dict(zip(classes.names, iou(confusion).tolist(), strict=True)),
         "confusion": confusion.tolist(),
     }
-    report.save_evaluation(folder, results, pictures)
+    if processes.is_first():
+        report.save_evaluation(folder, results, pictures)
     return results
 
 
@@ -153,6 +154,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
 
     "init": those that training starts from; of a run there may be nothing yet.
     """
+    keep_compiled(config, workdir)
     mesh = distributed.make_mesh()
     model = build_model(config, len(label_map(dataset_spec(config)).names))
     if which == "init":
@@ -165,7 +167,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
     # The bank as in training, where the devices at hand allow it: whole it may not fit.
     uneven = (config.memory.pixel_size % mesh.size, config.memory.segment_size % mesh.size)
     split_memory = splits_memory(config) and not any(uneven)
-    of_state = distributed.state_sharding(mesh, split_memory=split_memory)
+    of_state = distributed.state_sharding(mesh, state, split_memory=split_memory, fsdp=False)
     with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
         step = checkpoint.find_step(manager, which)
         state = checkpoint.restore(manager, step, state, of_state)
@@ -176,7 +178,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
 def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
     """Evaluate a checkpoint of a workdir, and print the table of its scores."""
     spec = dataset_spec(config)
-    source = open_split(spec, split)
+    source = processes.first_then_others(lambda: open_split(spec, split))
     log.info(f"{spec.name}: {len(source)} images to evaluate, of {split}")
     log.info(label_table(label_map(spec)))
     model, variables, step, mesh = load_run(config, workdir, which)

@@ -13,14 +13,15 @@ from contrastseg_jax.files import to_json, write_atomically
 log = logging.getLogger("contrastseg_jax")
 
 
-def start_logging() -> None:
-    """Plain lines on standard error; of the libraries only what is wrong."""
+def start_logging(process: int = 0) -> None:
+    """Plain lines on standard error; of the libraries, and of processes but 0, what is wrong."""
     absl.logging.set_verbosity(absl.logging.ERROR)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    name = f"process {process}: " if process else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S"))
     log.handlers = [handler]
     log.propagate = False
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.WARNING if process else logging.INFO)
 
 
 def open_board(workdir: Path, start_step: int) -> tensorboardX.SummaryWriter:

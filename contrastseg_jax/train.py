@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from contrastseg_jax import checkpoint, distributed, memory, report
+from contrastseg_jax import checkpoint, distributed, memory, processes, report
 from contrastseg_jax.build import (
     abstract_state,
     build_model,
@@ -28,10 +29,11 @@ from contrastseg_jax.build import (
     image_format,
     init_state,
     initial_variables,
+    keep_compiled,
     pad_color,
-    splits_memory,
+    state_sharding,
 )
-from contrastseg_jax.config import Config, claim, run_in
+from contrastseg_jax.config import Config, claim, leaves, run_in, splits_memory
 from contrastseg_jax.contrast import (
     batch_candidates,
     label_at_stride,
@@ -155,7 +157,8 @@ def train_step(
 
     def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, SegmentationOutput, Metrics]]:
         output, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            # Whole, even where each device keeps a part: batches are what devices share out.
+            {"params": distributed.replicate(params, mesh), "batch_stats": state.batch_stats},
             image,
             train=True,
             mutable=["batch_stats"],
@@ -209,7 +212,7 @@ def compile_step(
     config: Config, model: Segmenter, tx: optax.GradientTransformation, mesh: Mesh
 ) -> jax.stages.Wrapped:
     """`train_step` for a mesh; the state it is given is used up."""
-    of_state = distributed.state_sharding(mesh, split_memory=splits_memory(config))
+    of_state = state_sharding(config, abstract_state(config, model, tx), mesh)
     return jax.jit(
         functools.partial(train_step, model=model, tx=tx, mesh=mesh, config=config),
         in_shardings=(of_state, distributed.split(mesh)),
@@ -232,34 +235,51 @@ def train(config: Config, workdir: Path) -> None:
     """Train to `train.num_steps`, from the newest checkpoint of the workdir where it has one."""
     # What is wrong with the data shows before anything is compiled or written.
     spec = dataset_spec(config)
-    source, val_source = open_split(spec, "train"), open_split(spec, "val")
-    classes = label_map(spec)
-    num_classes = len(classes.names)
+    source, val_source = processes.first_then_others(
+        lambda: (open_split(spec, "train"), open_split(spec, "val"))
+    )
+    processes.require_same(
+        dict(leaves(config))
+        | {"images": (len(source), len(val_source)), "devices": jax.local_device_count()}
+        | {"code": processes.code_digest(), "jax": jax.__version__}
+    )
     log.info(f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate")
-    log.info(label_table(classes))
-    with lock(workdir / ".lock"):
-        run = run_in(workdir, config)
-        config = follow_weights(config, run)
-        model = build_model(config, num_classes)
-        variables = None if run else initial_variables(config, model)
-        claim(workdir, config)
-        _train_on(config, workdir, model, variables, source, val_source)
+    log.info(label_table(label_map(spec)))
+    with contextlib.ExitStack() as held:
+        begun = processes.together(lambda: _begin(config, workdir, held))
+        processes.require_shared(workdir)
+        _train_on(*begun, workdir, source, val_source)
+
+
+def _begin(
+    config: Config, workdir: Path, held: contextlib.ExitStack
+) -> tuple[Config, Segmenter, Variables | None]:
+    """Make the workdir the run's: its config, the network, and what that starts from if fresh."""
+    if processes.is_first():
+        held.enter_context(lock(workdir / ".lock"))
+    run = run_in(workdir, config)
+    config = follow_weights(config, run)
+    model = build_model(config, len(label_map(dataset_spec(config)).names))
+    variables = None if run else initial_variables(config, model)
+    claim(workdir, config, write=processes.is_first())
+    return config, model, variables
 
 
 def _train_on(
     config: Config,
-    workdir: Path,
     model: Segmenter,
     variables: Variables | None,
+    workdir: Path,
     source: Source,
     val_source: Source,
 ) -> None:
     """Train from `variables`, or where there are none from the newest checkpoint."""
     # State.
+    keep_compiled(config, workdir)
     mesh = distributed.make_mesh()
     tx, schedule = build_optimizer(config)
     num_steps = config.train.num_steps
-    of_state = distributed.state_sharding(mesh, split_memory=splits_memory(config))
+    of_state = state_sharding(config, abstract_state(config, model, tx), mesh)
     manager = checkpoint.open_manager(workdir, keep_checkpoints=config.train.keep_checkpoints)
     start_step = manager.latest_step() or 0
     if start_step >= num_steps:
@@ -284,14 +304,23 @@ def _train_on(
     log.info(f"compiled in {time.monotonic() - started:.0f} s")
     eval_fn = compile_eval_step(config, model, mesh)
     batches = make_batches(config, source, start_step)
-    board = open_board(workdir, start_step)
-    bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
+    board = open_board(workdir, start_step) if processes.is_first() else None
+    bar = tqdm(
+        total=num_steps,
+        initial=start_step,
+        unit="step",
+        disable=None if processes.is_first() else True,
+        dynamic_ncols=True,
+    )
     with contextlib.ExitStack() as stack:
-        for resource in (manager, board, batches):
+        for resource in (manager, batches, *([board] if board else [])):
             stack.enter_context(contextlib.closing(resource))
         stack.enter_context(bar)
         stack.enter_context(logging_redirect_tqdm([log]))
+        sigterm_came = stack.enter_context(processes.noted_sigterm())
+        stop_asked = distributed.any_process(False, mesh)
         history, waited, since, advice = [], 0.0, time.monotonic(), ""
+        step, stopping = start_step, False
         for step in range(start_step + 1, num_steps + 1):
             asked = time.monotonic()
             batch = next(batches)
@@ -302,8 +331,11 @@ def _train_on(
                 jax.block_until_ready(history[-1])
             history.append(metrics)
             bar.update()
+            # Of the step before, so that nothing waits: all processes stop after the same step.
+            stopping = bool(stop_asked)
+            stop_asked = distributed.any_process(sigterm_came(), mesh)
 
-            if is_due(step, config.train.log_steps, num_steps):
+            if stopping or is_due(step, config.train.log_steps, num_steps):
                 _require_finite(history, step)
                 seconds = time.monotonic() - since
                 values = _means(history) | {
@@ -311,7 +343,9 @@ def _train_on(
                     "images_per_second": len(history) * config.train.batch_size / seconds,
                     "data_wait": waited / seconds,
                 }
-                write_metrics(workdir, board, step, {f"train/{k}": v for k, v in values.items()})
+                if board:
+                    numbers = {f"train/{k}": v for k, v in values.items()}
+                    write_metrics(workdir, board, step, numbers)
                 log.info(_line(step, num_steps, values, len(history) / seconds))
                 if not advice and step > start_step + len(history):  # the first line: data start up
                     advice = data_advice(values["data_wait"], config)
@@ -320,18 +354,25 @@ def _train_on(
                 history, waited, since = [], 0.0, time.monotonic()
 
             score, paused = None, time.monotonic()
-            if is_due(step, config.train.eval_steps, num_steps):
+            if is_due(step, config.train.eval_steps, num_steps) and not stopping:
                 folder = workdir / "eval" / str(step)
-                variables = inference_variables(state)
+                weights = inference_variables(state)
+                weights = jax.device_put(weights, distributed.replicated(mesh))
                 results = evaluate(
-                    config, eval_fn, variables, val_source, "val", step, mesh=mesh, folder=folder
+                    config, eval_fn, weights, val_source, "val", step, mesh=mesh, folder=folder
                 )
                 score = results["mean_iou"]
                 _log_scores(workdir, board, step, results)
-            if score is not None or is_due(step, config.train.checkpoint_steps, num_steps):
+            saving = score is not None or is_due(step, config.train.checkpoint_steps, num_steps)
+            if saving or stopping:
                 _require_finite([metrics], step)  # a lost state must not replace a good one
                 checkpoint.save(manager, step, state, score)
             since += time.monotonic() - paused
+            if stopping:
+                break
+    if stopping:
+        log.warning(f"SIGTERM: stopped after step {step}, which is saved; run again to go on")
+        sys.exit(processes.TERMINATED)
     log.info(f"scores and pictures: {workdir / 'eval' / str(num_steps) / 'index.html'}")
 
 
@@ -380,8 +421,12 @@ def make_batches(config: Config, source: Source, start_step: int) -> pipeline.Ba
     )
 
 
-def _log_scores(workdir: Path, board: SummaryWriter, step: int, results: dict[str, Any]) -> None:
-    """An evaluation's scores, wherever the run's numbers go."""
+def _log_scores(
+    workdir: Path, board: SummaryWriter | None, step: int, results: dict[str, Any]
+) -> None:
+    """An evaluation's scores, wherever the run's numbers go; without a board, nowhere."""
+    if board is None:
+        return
     scores = {key: results[key] for key in ("mean_iou", "pixel_accuracy")}
     scores |= {f"iou_{name}": value for name, value in results["iou"].items()}
     write_metrics(workdir, board, step, {f"val/{key}": value for key, value in scores.items()})

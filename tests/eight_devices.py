@@ -6,7 +6,9 @@ python tests/eight_devices.py FILE.npz
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import functools
 import itertools
@@ -74,11 +76,11 @@ def run_contrast(num_devices, sharding, strategy):
     """Two steps from a bank that is partly filled: the second overwrites slots of the first."""
     mesh = distributed.make_mesh(jax.devices()[:num_devices])
     split_memory = sharding == "slots"
-    of_state = distributed.state_sharding(mesh, split_memory=split_memory)
-    of_bank = of_state.memory if split_memory else of_state
     bank = memory.init_memory(
         num_classes=CLASSES, pixel_size=24, segment_size=16, proj_dim=DIM, dtype="float32"
     )
+    everywhere = distributed.replicated(mesh)
+    of_bank = distributed.slots_sharding(mesh, bank) if split_memory else everywhere
     step = jax.jit(
         functools.partial(contrast, mesh=mesh, split_memory=split_memory, strategy=strategy),
         in_shardings=(distributed.split(mesh), of_bank),

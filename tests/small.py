@@ -64,9 +64,9 @@ def start(config, num_devices=2, num_classes=3):
     mesh = distributed.make_mesh(jax.devices()[:num_devices])
     model = build.build_model(config, num_classes)
     tx, _ = build.build_optimizer(config)
-    of_state = distributed.state_sharding(mesh, split_memory=build.splits_memory(config))
     variables = build.initial_variables(config, model)
-    state = jax.device_put(build.init_state(config, model, tx, variables), of_state)
+    state = build.init_state(config, model, tx, variables)
+    state = jax.device_put(state, build.state_sharding(config, state, mesh))
     return compile_step(config, model, tx, mesh), state, mesh
 
 

@@ -47,7 +47,8 @@ def test_a_bank_may_be_restored_to_another_layout(tmp_path):
     _, state, mesh = start(config)
     assert not state.memory.pixel.is_fully_replicated
     everywhere, split = (
-        distributed.state_sharding(mesh, split_memory=split) for split in (False, True)
+        distributed.state_sharding(mesh, state, split_memory=split, fsdp=False)
+        for split in (False, True)
     )
     with contextlib.closing(checkpoint.open_manager(tmp_path, keep_checkpoints=1)) as manager:
         checkpoint.save(manager, 0, state, None)

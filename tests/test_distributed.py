@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from small import make_batch
+from small import make_batch, make_config, start
 
 from contrastseg_jax import distributed
 
@@ -29,3 +29,35 @@ def test_replicate_gathers_inside_jit():
 
 def test_a_mesh_of_some_devices():
     assert distributed.make_mesh(jax.devices()[:1]).size == 1
+
+
+def test_large_parameters_are_split_along_their_longest_axis():
+    mesh = distributed.make_mesh()
+    config = make_config()
+    _, state, _ = start(config)
+    whole = distributed.state_sharding(mesh, state, split_memory=False, fsdp=False)
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(whole))
+    parts = distributed.state_sharding(mesh, state, split_memory=True, fsdp=True)
+    for x, place in _pairs(state.params, parts.params):
+        shard = place.shard_shape(x.shape)
+        if x.size < distributed.SMALL:
+            assert shard == x.shape
+        else:
+            longest = x.shape.index(max(n for n in x.shape if n % 2 == 0))
+            assert shard[longest] * 2 == x.shape[longest]
+    large = [(x, p) for x, p in _pairs(state.opt_state, parts.opt_state) if x.size > 2**14]
+    assert large and all(2 * np.prod(p.shard_shape(x.shape)) == x.size for x, p in large)
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(parts.batch_stats))
+    assert parts.memory.pixel.shard_shape(state.memory.pixel.shape)[1] == 8
+
+
+def _pairs(tree, other):
+    return zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+
+
+def test_rows_and_flags_of_this_process():
+    mesh = distributed.make_mesh()
+    rows = jax.device_put(jnp.arange(6).reshape(6, 1), distributed.split(mesh))
+    np.testing.assert_array_equal(distributed.local_rows(rows), rows)
+    for flag in (False, True):
+        assert bool(distributed.any_process(flag, mesh)) is flag

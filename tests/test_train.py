@@ -108,8 +108,8 @@ def test_bank_alone_trains_on_what_it_holds():
     assert state.memory.pixel.dtype == jnp.bfloat16
 
 
-def test_a_bank_split_over_the_devices_trains_alike(warming_up):
-    state, history, _ = run_steps(make_config("memory.sharding=slots"))
+def test_bank_and_parameters_split_over_the_devices_train_alike(warming_up):
+    state, history, _ = run_steps(make_config("memory.sharding=slots", "parallel.fsdp=True"))
     for metrics, expected in zip(history, warming_up[1], strict=True):
         for key, value in expected.items():
             np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)

@@ -1,0 +1,160 @@
+"""The figures of a plan, and the plan to read."""
+
+from dataclasses import dataclass
+
+from contrastseg_jax.config import Config, leaves
+from contrastseg_jax.models.segmenter import stage_names
+
+TOO_LARGE = "the compiler finds no room"  # how a note begins that says so
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind in a step, on each device."""
+
+    number: int
+    bytes: int
+    in_loop: int  # of the number: those in loops whose rounds XLA does not know, counted once each
+    largest: int  # bytes of one
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Figures of the compiled step; all bytes are of one device."""
+
+    seconds: float
+    flops: float  # of one device; of every loop one round
+    arguments: int
+    results: int
+    aliased: int  # results that take the place of arguments: the state
+    temporaries: int
+    collectives: dict[str, Traffic]
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a step needs at once."""
+        return self.arguments + self.results - self.aliased + self.temporaries
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All figures of one config on one topology."""
+
+    model: str
+    batch_size: int
+    topology: str
+    device: str
+    num_devices: int
+    device_bytes: int
+    parameters: int
+    flops: float  # of all devices: the program as written, of every loop one round
+    contrast_flops: float  # of all devices: computed, of the loops that the above leaves out
+    bytes_held: dict[str, int]  # of one device, between steps, and the batch
+    bytes_sent: dict[str, int]  # of one device: computed
+    compiled: Compiled | None = None
+    note: str = ""  # why nothing was compiled
+
+    @property
+    def least_bytes(self) -> int:
+        """Memory of one device: the peak, or what is known to be held where that is not known."""
+        return self.compiled.peak if self.compiled else sum(self.bytes_held.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device's memory is enough; None: not known."""
+        if self.note.startswith(TOO_LARGE) or self.least_bytes > self.device_bytes:
+            return False
+        return True if self.compiled else None
+
+
+def report(plan: Plan, config: Config) -> str:
+    """The plan to read."""
+    n, total_flops = plan.num_devices, plan.flops + plan.contrast_flops
+    own = plan.compiled.flops + plan.contrast_flops / n if plan.compiled else total_flops / n
+    lines = [
+        f"{plan.model}, {plan.batch_size} images a step, on {plan.topology}:"
+        f" {n} x {plan.device} with {_size(plan.device_bytes)} each",
+        "",
+        *_rows({"parameters": f"{plan.parameters / 1e6:.2f} M"}),
+        *_rows({"operations of a step": _flops(total_flops), "of each device": _flops(own)}),
+        *_rows({"contrast loss, computed": _flops(plan.contrast_flops)}, indent=2),
+        "",
+        "held by each device",
+        *_rows({name: _size(size) for name, size in plan.bytes_held.items()}, indent=2),
+        "",
+        *(_compiled_lines(plan.compiled, plan) if plan.compiled else _computed_lines(plan)),
+        "",
+    ]
+    return "\n".join([*lines, *verdict(plan, config)])
+
+
+def _compiled_lines(compiled: Compiled, plan: Plan) -> list[str]:
+    of_cpu = " (XLA's for a CPU: other devices need other amounts)" * (plan.device == "cpu")
+    parts = {
+        "arguments": _size(compiled.arguments),
+        "+ results": _size(compiled.results),
+        "- results in place of arguments": _size(compiled.aliased),
+        "+ temporaries": _size(compiled.temporaries),
+    }
+    lines = [f"peak memory of each device: {_size(compiled.peak)}{of_cpu}", *_rows(parts, indent=2)]
+    lines += ["", f"{'sent by each device in a step':34}{'number':>8}{'bytes':>14}{'largest':>14}"]
+    for kind, sent in compiled.collectives.items():
+        sizes = f"{sent.number:8}{_size(sent.bytes):>14}{_size(sent.largest):>14}"
+        loops = f"  {sent.in_loop} of them in a loop: once each" if sent.in_loop else ""
+        lines.append(f"  {kind:32}{sizes}{loops}")
+    return [*lines, "", f"compiled in {compiled.seconds:.0f} s"]
+
+
+def _computed_lines(plan: Plan) -> list[str]:
+    sent = plan.bytes_sent or {"nothing": 0}
+    lines = ["sent by each device in a step, computed"]
+    return [*lines, *_rows({name: _size(size) for name, size in sent.items()}, indent=2)]
+
+
+def verdict(plan: Plan, config: Config) -> list[str]:
+    """Whether it fits, and if it does not which settings to change, in order of use."""
+    share = f"{plan.least_bytes / plan.device_bytes:.0%} of a device's memory"
+    if plan.fits:
+        return [f"fits: {share}"]
+    if plan.fits is None:
+        return [
+            plan.note,
+            f"needs at least {share}, and what the gradient keeps of the activations",
+        ]
+    return [*([plan.note] if plan.note else []), f"does not fit: {share}", *advice(plan, config)]
+
+
+def advice(plan: Plan, config: Config) -> list[str]:
+    """Settings that save memory, the first first."""
+    images, net, bank = plan.batch_size // plan.num_devices, config.model, config.memory
+    size, n = plan.bytes_held["bank"], plan.num_devices
+    names = ", ".join(f"'{stage}'" for stage in stage_names(net.name))
+    steps = {
+        f"train.batch_size={plan.batch_size // 2 // n * n}, or more devices: {images} images on"
+        " each now": images > 1,
+        f"model.remat=({names}): computes activations again": not net.remat,
+        "model.dtype=bfloat16: halves activations": net.dtype == "float32",
+        f"memory.sharding=slots: {_size(size // n)} of bank on each device instead of"
+        f" {_size(size)}": size and bank.sharding == "replicated" and n > 1,
+        f"memory.pixel_size, now {bank.pixel_size}, and memory.segment_size, now"
+        f" {bank.segment_size}: fewer slots": size,
+        "parallel.fsdp=True: parameters and optimiser state in parts": n > 1
+        and dict(leaves(config)).get("parallel.fsdp") is False,
+    }
+    return ["change, in this order:", *(f"  {text}" for text, helps in steps.items() if helps)]
+
+
+def _rows(values: dict[str, str], *, indent: int = 0) -> list[str]:
+    """Names and values in two columns."""
+    return [f"{' ' * indent}{name:{34 - indent}}{value:>14}" for name, value in values.items()]
+
+
+def _size(num_bytes: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def _flops(number: float) -> str:
+    return f"{number / 1e12:.3f} TFLOP" if number >= 1e11 else f"{number / 1e9:.3f} GFLOP"

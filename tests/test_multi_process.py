@@ -1,0 +1,208 @@
+"""Several processes with real collectives, through `main.py`: as one, told to stop, killed."""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from small import SETTINGS, make_config
+from test_end_to_end import TRAIN, command, environment, logged_steps, run
+
+from contrastseg_jax import build, checkpoint, distributed
+
+TIMEOUT = 240  # seconds, of anything that is waited for
+AFTER_A_KILL = 60  # seconds in which the processes that are left must have ended
+RUN = (
+    *SETTINGS,
+    # Rounding is not magnified: by BatchNorm on small maps, anchors chosen by prediction, speed.
+    "augment.crop_size=(64, 64)",
+    "contrast.anchors=random",
+    "optim.learning_rate=0.001",
+    "train.num_steps=6",
+    "train.eval_steps=6",
+    "train.log_steps=1",
+    "train.checkpoint_steps=2",
+    "optim.ema_decay=0.9",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture
+def start():
+    """Starts main.py in several processes; what still runs at a test's end is killed."""
+    started = []
+
+    def start(arguments, num_processes, num_devices=1, of_process=None, timeout=TIMEOUT):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            coordinator = f"localhost:{free.getsockname()[1]}"
+        group = [
+            subprocess.Popen(
+                [*arguments, f"--coordinator={coordinator}", f"--num_processes={num_processes}"]
+                + [f"--process_id={index}", f"--start_timeout={timeout}"]
+                + (of_process or {}).get(index, []),
+                env=environment(num_devices),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(num_processes)
+        ]
+        started.extend(group)
+        return group
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def ended(group, timeout=TIMEOUT):
+    """Exit status and messages of each process."""
+    messages = [process.communicate(timeout=timeout)[1] for process in group]
+    return [process.returncode for process in group], messages
+
+
+def wait_for_step(workdir, step, group):
+    deadline = time.monotonic() + TIMEOUT
+    while max(logged_steps(workdir), default=0) < step:
+        assert all(process.poll() is None for process in group), ended(group)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def losses(workdir):
+    """Loss by step, and the scores."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {(line["step"], key): line[key] for line in lines for key in line if "loss" in key}, {
+        line["step"]: line["val/mean_iou"] for line in lines if "val/mean_iou" in line
+    }
+
+
+def final_bank(workdir):
+    """Read here, on other devices than those that wrote it."""
+    config = make_config(*RUN)
+    state = build.abstract_state(
+        config, build.build_model(config, num_classes=3), build.build_optimizer(config)[0]
+    )
+    everywhere = distributed.replicated(distributed.make_mesh())
+    with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
+        return checkpoint.restore(manager, 6, state, everywhere).memory
+
+
+def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
+    prepared_dir, tmp_path, start
+):
+    """Its losses, scores and final state are those of one process that was never stopped."""
+    whole = tmp_path / "whole"
+    result = run(command(prepared_dir, whole, *TRAIN, settings=RUN), num_devices=4)
+    assert result.returncode == 0, result.stderr
+    workdir = tmp_path / "run"
+    arguments = command(prepared_dir, workdir, *TRAIN, settings=RUN)
+
+    group = start(arguments, num_processes=2, num_devices=2)
+    wait_for_step(workdir, 1, group)
+    group[1].send_signal(signal.SIGTERM)
+    statuses, messages = ended(group)
+    assert statuses == [143, 143], messages
+    stopped = max(logged_steps(workdir))
+    for text in messages:
+        assert f"SIGTERM: stopped after step {stopped}, which is saved" in text
+    assert "process 1: SIGTERM" in messages[1] and "loss" not in messages[1]
+
+    split = [*arguments, "--config.parallel.fsdp=True", "--config.memory.sharding=slots"]
+    group = start(split, num_processes=4)
+    wait_for_step(workdir, stopped + 1, group)
+    group[2].kill()
+    killed = time.monotonic()
+    statuses, messages = ended(group, timeout=AFTER_A_KILL)
+    assert time.monotonic() - killed < AFTER_A_KILL
+    assert statuses[2] == -signal.SIGKILL and all(statuses), messages
+    # Python's message where a collective fails, JAX's own where its coordinator is faster.
+    for index in (0, 1, 3):
+        ends = (f"error: process {index} of 4: ", "Terminating process because the JAX")
+        assert any(text in messages[index] for text in ends), messages
+    assert f"going on after step {stopped} of 6" in messages[0]
+
+    group = start(arguments, num_processes=2, num_devices=2)
+    statuses, messages = ended(group)
+    assert statuses == [0, 0], messages
+    assert logged_steps(workdir) == list(range(1, 7))
+    (expected, scores), (got, got_scores) = losses(whole), losses(workdir)
+    assert got.keys() == expected.keys() and got_scores.keys() == scores.keys()
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-4)
+    np.testing.assert_allclose(list(got_scores.values()), list(scores.values()), atol=5e-3)
+    expected, got = (final_bank(folder) for folder in (whole, workdir))
+    for counter in ("pixel_head", "pixel_count", "segment_head", "segment_count"):
+        np.testing.assert_array_equal(getattr(got, counter), getattr(expected, counter))
+    np.testing.assert_allclose(got.pixel, expected.pixel, atol=1e-3)
+
+    evaluation = workdir / "eval" / "6"
+    before = json.loads((evaluation / "metrics.json").read_text())
+    (evaluation / "metrics.json").unlink()
+    evaluate = [*arguments[:2], f"--workdir={workdir}", "--mode=eval"]
+    statuses, messages = ended(start(evaluate, num_processes=2))
+    assert statuses == [0, 0], messages
+    assert json.loads((evaluation / "metrics.json").read_text())["confusion"] == before["confusion"]
+
+
+@pytest.mark.parametrize(
+    ("of_process", "message"),
+    [
+        (
+            {1: ["--config.optim.learning_rate=0.5"]},
+            "optim.learning_rate = 0.5: process 0 has 0.01, process 1 another",
+        ),
+        ({1: ["--workdir=ELSEWHERE"]}, "process 1 does not see what process 0 writes there"),
+        (
+            {i: ["--config.train.batch_size=3"] for i in (0, 1)},
+            "train.batch_size = 3: must be a multiple of the 2 devices, e.g. 2 or 4",
+        ),
+        (
+            {1: ["--config.data.synthetic.num_examples=(7, 3)"]},
+            "data.synthetic.num_examples = [7, 3]: process 0 has [6, 3]",
+        ),
+    ],
+    ids=["settings", "workdir", "batch size", "data"],
+)
+def test_what_differs_between_processes_is_named_by_all(
+    prepared_dir, tmp_path, start, of_process, message
+):
+    elsewhere = str(tmp_path / "elsewhere")
+    of_process = {
+        index: [text.replace("ELSEWHERE", elsewhere) for text in texts]
+        for index, texts in of_process.items()
+    }
+    arguments = command(prepared_dir, tmp_path / "run", *TRAIN)
+    statuses, messages = ended(start(arguments, 2, of_process=of_process))
+    assert statuses == [1, 1]
+    for index, text in enumerate(messages):
+        assert f"error: process {index} of 2: " in text and message in text
+        assert "Traceback" not in text
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_process_without_the_others_gives_up(prepared_dir, tmp_path, start):
+    arguments = command(prepared_dir, tmp_path / "run", *TRAIN)
+    group = start(arguments, num_processes=2, timeout=4)
+    group[1].kill()
+    statuses, messages = ended(group)
+    assert statuses[0] == 1
+    assert "process 0 of 2: not all processes have met at localhost" in messages[0]
+    assert "within --start_timeout=4 s" in messages[0]
+
+    result = run(
+        [*arguments, "--coordinator=localhost:1", "--num_processes=2", "--process_id=1"]
+        + ["--start_timeout=4"]
+    )
+    assert result.returncode == 1
+    assert "process 1 of 2: not all processes have met at localhost:1 within" in result.stderr
+    assert not (tmp_path / "run").exists()
