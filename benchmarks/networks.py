@@ -40,7 +40,7 @@ from contrastseg_jax.models import heads, hrnet, segmenter
 from contrastseg_jax.models.segmenter import Segmenter
 from contrastseg_jax.resize import resize_bilinear
 from contrastseg_jax.structs import Batch
-from contrastseg_jax.train import compile_step
+from contrastseg_jax.train_step import compile_step
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "default.py"
 CLASSES, PROJ_DIM = 19, 256

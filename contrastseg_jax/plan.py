@@ -22,7 +22,7 @@ from contrastseg_jax.logging import log
 from contrastseg_jax.plan_report import TOO_LARGE, Compiled, Plan, Traffic, report
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.topology import Topology, find_topology
-from contrastseg_jax.train import batch_shape, compile_step
+from contrastseg_jax.train_step import batch_shape, compile_step
 
 PERIOD = 30  # seconds between two lines that say that the compiler is at work
 POOL = {"random": 1, "hardest": None, "semi_hard": 10, "all": None}  # drawn per one selected

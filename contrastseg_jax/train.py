@@ -1,227 +1,48 @@
-"""Training: one pure step over a mesh, and the loop around it."""
+"""The training loop: from a config to its last checkpoint, through stops and starts."""
 
 import contextlib
-import functools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from contrastseg_jax import checkpoint, distributed, memory, processes, report
+from contrastseg_jax import checkpoint, distributed, processes, report
 from contrastseg_jax.build import (
     abstract_state,
     build_model,
     build_optimizer,
     dataset_spec,
     follow_weights,
-    image_format,
     init_state,
     initial_variables,
     keep_compiled,
     pad_color,
     state_sharding,
 )
-from contrastseg_jax.config import Config, claim, leaves, run_in, splits_memory
-from contrastseg_jax.contrast import (
-    batch_candidates,
-    label_at_stride,
-    pixel_contrast_loss,
-    sample_anchors,
-)
+from contrastseg_jax.config import Config, claim, leaves, run_in
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
-from contrastseg_jax.evaluate import compile_eval_step, evaluate, inference_variables, normalize
+from contrastseg_jax.evaluate import compile_eval_step, evaluate, inference_variables
 from contrastseg_jax.files import lock
 from contrastseg_jax.logging import log, open_board, write_metrics
-from contrastseg_jax.losses import segmentation_loss
 from contrastseg_jax.models.segmenter import Segmenter, Variables
-from contrastseg_jax.optim import update_ema
-from contrastseg_jax.structs import (
-    IGNORE_LABEL,
-    Batch,
-    MemoryBank,
-    SegmentationOutput,
-    TrainState,
-)
+from contrastseg_jax.structs import Batch, TrainState
+from contrastseg_jax.train_step import Metrics, batch_shape, compile_step
 
-Metrics = dict[str, Float[Array, ""]]
-
-
-def contrast_loss(
-    logits: Float[Array, "b hs ws k"],
-    embedding: Float[Array, "b hs ws d"],
-    label: Int[Array, "b hs ws"],
-    rng: Key[Array, " b"],
-    selection_rng: Key[Array, ""],
-    *,
-    bank: MemoryBank | None,
-    mesh: Mesh,
-    config: Config,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Eq. 3 between sampled anchors and the candidates that the config names, and diagnostics.
-
-    `rng` draws the anchors, one key per image, `selection_rng` positives and negatives.
-    """
-    settings = config.contrast
-    anchors = sample_anchors(
-        embedding,
-        label,
-        jnp.argmax(logits, axis=-1).astype(jnp.int32),
-        rng,
-        num_classes=logits.shape[-1],
-        anchors_per_image=settings.anchors_per_image,
-        max_views=settings.max_views,
-        strategy=settings.anchors,
-    )
-    sets = ()
-    if settings.candidates in ("batch", "both"):
-        sets += (batch_candidates(anchors),)
-    if bank is not None:
-        sets += memory.memory_candidates(bank)
-    return pixel_contrast_loss(
-        anchors,
-        sets,
-        selection_rng,
-        temperature=settings.temperature,
-        base_temperature=settings.base_temperature,
-        positives=settings.positives,
-        negatives=settings.negatives,
-        num_positives=settings.num_positives,
-        num_negatives=settings.num_negatives,
-        approximate=settings.approximate,
-        mesh=mesh,
-        split_candidates=splits_memory(config),
-    )
-
-
-def enqueue_batch(
-    bank: MemoryBank,
-    embedding: Float[Array, "b hs ws d"],
-    label: Int[Array, "b hs ws"],
-    rng: Key[Array, " b"],
-    *,
-    mesh: Mesh,
-    config: Config,
-) -> MemoryBank:
-    """The bank after this step: pixels and class means of every image of the global batch."""
-    num_classes = bank.pixel.shape[0]
-    pixel = memory.pixel_keys(
-        embedding,
-        label,
-        rng,
-        num_classes=num_classes,
-        pixels_per_class=config.memory.pixels_per_class,
-    )
-    segment = memory.segment_keys(embedding, label, num_classes=num_classes)
-    return memory.enqueue(
-        bank,
-        *distributed.replicate((pixel, segment), mesh),
-        mesh=mesh if splits_memory(config) else None,
-    )
-
-
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    model: Segmenter,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    config: Config,
-) -> tuple[TrainState, Metrics]:
-    """One step of Eq. 4: cross entropy plus weighted pixel contrast, then the bank's update.
-
-    A pure function of its arguments: all randomness comes from the seed, the step and, per image,
-    the example's id, so it does not depend on how images are spread over devices.
-    """
-    step_rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    dropout_rng, anchor_rng, key_rng, selection_rng = jax.random.split(step_rng, 4)
-    per_image = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    anchor_rng, key_rng = (per_image(rng, batch.example_id) for rng in (anchor_rng, key_rng))
-    image = normalize(batch.image, image_format(config))
-    bank = state.memory
-
-    def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, SegmentationOutput, Metrics]]:
-        output, updates = model.apply(
-            # Whole, even where each device keeps a part: batches are what devices share out.
-            {"params": distributed.replicate(params, mesh), "batch_stats": state.batch_stats},
-            image,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_rng},
-        )
-        loss = cross_entropy = segmentation_loss(
-            output,
-            batch.label,
-            class_weights=config.loss.class_weights,
-            aux_weight=config.loss.aux_weight,
-        )
-        ignored = jnp.mean((batch.label == IGNORE_LABEL).astype(jnp.float32))
-        metrics = {"cross_entropy": cross_entropy, "ignored_pixels": ignored}
-        if output.embedding is not None:
-            label = label_at_stride(batch.label, output.embedding.shape[1:3])
-            measure = functools.partial(contrast_loss, bank=bank, mesh=mesh, config=config)
-            arguments = (output.logits, output.embedding, label, anchor_rng, selection_rng)
-            shapes = jax.eval_shape(measure, *arguments)
-            contrast, diagnostics = jax.lax.cond(
-                state.step >= config.contrast.warmup_steps,
-                measure,
-                lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-                *arguments,
-            )
-            loss += config.contrast.loss_weight * contrast
-            metrics |= {"contrast": contrast, **diagnostics}
-        return loss, (updates["batch_stats"], output, metrics | {"loss": loss})
-
-    grads, (batch_stats, output, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        # Statistics belong to the weights they were taken with, so both are averaged.
-        variables = {"params": params, "batch_stats": batch_stats}
-        ema = update_ema(ema, variables, state.step, ema_decay=config.optim.ema_decay)
-    if bank is not None and output.embedding is not None:
-        # After the loss: an image is never contrasted with its own rows of this step.
-        label = label_at_stride(batch.label, output.embedding.shape[1:3])
-        # A lost step must not spoil the bank. Besides, the loss is then known to be computed before
-        # the bank is written, without which XLA keeps a copy of the whole bank for it.
-        label = jnp.where(jnp.isfinite(metrics["loss"]), label, IGNORE_LABEL)
-        bank = enqueue_batch(bank, output.embedding, label, key_rng, mesh=mesh, config=config)
-        fill = memory.fill_ratio(bank)
-        metrics |= {"memory_fill": fill.mean(), "memory_fill_min": fill.min()}
-    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, bank)
-    return state, metrics
-
-
-def compile_step(
-    config: Config, model: Segmenter, tx: optax.GradientTransformation, mesh: Mesh
-) -> jax.stages.Wrapped:
-    """`train_step` for a mesh; the state it is given is used up."""
-    of_state = state_sharding(config, abstract_state(config, model, tx), mesh)
-    return jax.jit(
-        functools.partial(train_step, model=model, tx=tx, mesh=mesh, config=config),
-        in_shardings=(of_state, distributed.split(mesh)),
-        out_shardings=(of_state, distributed.replicated(mesh)),
-        donate_argnums=0,
-    )
-
-
-# --- The loop ------------------------------------------------------------------------------------
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
 
@@ -321,15 +142,11 @@ def _train_on(
         stop_asked = distributed.any_process(False, mesh)
         history, waited, since, advice = [], 0.0, time.monotonic(), ""
         step, stopping = start_step, False
-        for step in range(start_step + 1, num_steps + 1):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
-            # Returns at once: the batch is copied while the step before is computed.
-            state, metrics = step_fn(state, distributed.to_devices(batch, mesh))
-            if history:  # one step in flight while the next is made ready, not a long queue
-                jax.block_until_ready(history[-1])
+        steps = take_steps(step_fn, state, batches, mesh)
+        del state  # each step uses up the one before
+        for step, (state, metrics, seconds) in enumerate(steps, start_step + 1):
             history.append(metrics)
+            waited += seconds
             bar.update()
             # Of the step before, so that nothing waits: all processes stop after the same step.
             stopping = bool(stop_asked)
@@ -376,6 +193,34 @@ def _train_on(
     log.info(f"scores and pictures: {workdir / 'eval' / str(num_steps) / 'index.html'}")
 
 
+def take_steps(
+    step_fn: StepFn, state: TrainState, batches: Iterator[Batch], mesh: Mesh
+) -> Iterator[tuple[TrainState, Metrics, float]]:
+    """A step for each batch: the new state, its metrics, seconds in which the devices had no work.
+
+    One step is in flight while the next batch is made ready, not a long queue of them. Only when
+    that step has ended, waiting for the batch costs time.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(time.monotonic)
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            came = time.monotonic()
+            if batch is None:
+                return
+            # Returns at once: the batch is copied while the step before is computed.
+            state, metrics = step_fn(state, distributed.to_devices(batch, mesh))
+            waited = max(0.0, came - max(asked, ended.result()))
+            ended = pool.submit(_time_of_end, metrics)
+            yield state, metrics, waited
+
+
+def _time_of_end(metrics: Metrics) -> float:
+    jax.block_until_ready(metrics)
+    return time.monotonic()
+
+
 def data_advice(data_wait: float, config: Config) -> str:
     """What to change in a run that spends the share `data_wait` of its time waiting for data."""
     if data_wait <= DATA_BOUND:
@@ -385,18 +230,6 @@ def data_advice(data_wait: float, config: Config) -> str:
         f"the run waits for data {data_wait:.0%} of the time; what may help, on {os.cpu_count()}"
         f" CPU cores: more data.num_threads (now {data.num_threads}) or data.num_workers (now"
         f" {data.num_workers}), or, where memory allows, data.cache_size (now {data.cache_size})"
-    )
-
-
-def batch_shape(config: Config, mesh: Mesh) -> Batch:
-    """Shapes, types and shardings of a global training batch."""
-    size, sharding = config.train.batch_size, distributed.split(mesh)
-    image, row = (size, *config.augment.crop_size), (size,)
-    return Batch(
-        image=jax.ShapeDtypeStruct((*image, 3), jnp.uint8, sharding=sharding),
-        label=jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
-        example_id=jax.ShapeDtypeStruct(row, jnp.int32, sharding=sharding),
-        valid=jax.ShapeDtypeStruct(row, jnp.bool, sharding=sharding),
     )
 
 

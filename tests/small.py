@@ -9,7 +9,7 @@ import numpy as np
 from contrastseg_jax import build, distributed
 from contrastseg_jax import config as config_lib
 from contrastseg_jax.structs import IGNORE_LABEL, Batch
-from contrastseg_jax.train import compile_step
+from contrastseg_jax.train_step import compile_step
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
