@@ -24,12 +24,29 @@ from contrastseg_jax.errors import InputError
 SETTING = "--config."
 SCHEMA = Path(__file__).parent / "configs" / "default.py"
 
-MODES = ("train", "eval", "predict", "audit", "plan", "convert")
+START = ("coordinator", "num_processes", "process_id", "start_timeout")
+# The flags of each mode: those it needs, and others that it reads.
+NEEDED = {
+    "train": ("workdir",),
+    "eval": ("workdir",),
+    "predict": ("workdir", "input", "output"),
+    "audit": ("workdir",),
+    "plan": ("config",),
+    "convert": ("input", "output"),
+}
+OPTIONAL = {
+    "train": ("config", "checkpoint", *START),
+    "eval": ("config", "checkpoint", "split", *START),
+    "predict": ("config", "checkpoint"),
+    "audit": ("config", "split"),
+    "plan": ("output", "topology", "quick", "time_limit"),
+    "convert": (),
+}
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "FILE.py[:MODEL[,VARIANT]]; may be left out after training.")
 flags.DEFINE_string("workdir", None, "Folder of the run; not of plan and convert.")
-flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+flags.DEFINE_enum("mode", "train", list(NEEDED), "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
@@ -84,18 +101,18 @@ def leave(status: int) -> None:
 
 def require_flags(settings: list[str]) -> None:
     """Raise an error for flags that the mode needs, or has no use for."""
-    needed = {
-        "predict": ("workdir", "input", "output"),
-        "convert": ("input", "output"),
-        "plan": ("config",),
-    }
-    for name in needed.get(FLAGS.mode, ("workdir",)):
+    mode = FLAGS.mode
+    for name in NEEDED[mode]:
         if not FLAGS[name].value:
-            raise InputError(f"--{name}: is needed, --mode={FLAGS.mode} has no default for it")
-    if FLAGS.mode == "train" and FLAGS.checkpoint != "latest":
+            raise InputError(f"--{name}: is needed, --mode={mode} has no default for it")
+    known = {name for names in (*NEEDED.values(), *OPTIONAL.values()) for name in names}
+    for name in sorted(known.difference(NEEDED[mode], OPTIONAL[mode])):
+        if FLAGS[name].present:
+            raise InputError(f"--{name}: --mode={mode} has no use for it")
+    if mode == "convert" and settings:
+        raise InputError(f"{SETTING}{settings[0]}: --mode=convert has no use for settings")
+    if mode == "train" and FLAGS.checkpoint != "latest":
         raise InputError(f"--checkpoint={FLAGS.checkpoint}: training goes on from the latest")
-    if FLAGS.mode == "convert" and (FLAGS.config or FLAGS.workdir or settings):
-        raise InputError("--mode=convert: takes --input and --output, no config and no workdir")
 
 
 def load_config(settings: list[str]) -> Config:
@@ -123,8 +140,8 @@ def start_and_run(config: Config, workdir: Path) -> None:
         run(config, workdir)
         return
     which = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
-    processes.start(*which, timeout=FLAGS.start_timeout)
     with processes.ending_at_once():
+        processes.start(*which, timeout=FLAGS.start_timeout)
         start_logging(processes.index())
         run(config, workdir)
 

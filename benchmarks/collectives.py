@@ -54,7 +54,7 @@ def plan_of(num_devices: int, settings: tuple[str, ...]) -> dict[str, Any]:
     """The figures of `--mode=plan` with one image on each device."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
-        subprocess.run(
+        subprocess.run(  # its status is 1 where all these devices do not fit this machine
             [
                 *(sys.executable, str(ROOT / "main.py"), "--mode=plan"),
                 f"--config={ROOT / 'configs' / 'cityscapes.py'}:{FLAGS.model},memory",
@@ -63,7 +63,7 @@ def plan_of(num_devices: int, settings: tuple[str, ...]) -> dict[str, Any]:
                 *(f"--topology=cpu:{num_devices}", f"--output={path}"),
             ],
             env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-            check=True,
+            check=False,
             stdout=subprocess.DEVNULL,
         )
         return json.loads(path.read_text())

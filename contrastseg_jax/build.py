@@ -38,12 +38,11 @@ def check(
     mode: str,
     run: Config | None = None,
     num_devices: int | None = None,
-    device_bytes: int | None = None,
 ) -> None:
     """Raise one error for all settings that do not fit each other, this package or the machine.
 
-    `run`: the config of the run that goes on or is read, if there is one. `num_devices`,
-    `device_bytes`: those to train on and the memory of one, of a plan; else this machine's.
+    `run`: the config of the run that goes on or is read, if there is one. `num_devices`: those to
+    train on, of a plan, which itself says what does not fit them; else this machine's.
     """
     trains = mode in ("train", "plan")
     if num_devices is None:
@@ -77,7 +76,7 @@ def check(
                 config,
                 num_classes=len(classes),
                 num_devices=num_devices,
-                device_bytes=device_bytes or distributed.device_bytes(),
+                device_bytes=distributed.device_bytes() if mode == "train" else None,
             )
     if problems:
         raise listed("the config", problems)
@@ -96,9 +95,12 @@ def weights_problems(config: Config, run: Config | None) -> list[str]:
 
 
 def contrast_problems(
-    config: Config, *, num_classes: int, num_devices: int, device_bytes: int
+    config: Config, *, num_classes: int, num_devices: int, device_bytes: int | None
 ) -> list[str]:
-    """What the bank cannot hold, and what cannot hold the bank; each with its figures."""
+    """What the bank cannot hold, and what cannot hold the bank; each with its figures.
+
+    `device_bytes`: memory of one device; None: does not matter.
+    """
     if not uses_contrast(config):
         return []
     settings, bank, batch_size = config.contrast, config.memory, config.train.batch_size
@@ -108,7 +110,7 @@ def contrast_problems(
         problems += bank_problems(config, num_devices=num_devices)
         parts = num_devices if bank.sharding == "slots" else 1
         size = num_classes * slots * config.model.proj_dim * jnp.dtype(bank.dtype).itemsize
-        if size // parts > BANK_SHARE * device_bytes:
+        if device_bytes is not None and size // parts > BANK_SHARE * device_bytes:
             problems.append(
                 f"memory: {num_classes} classes x {slots} slots x {config.model.proj_dim}"
                 f" {bank.dtype} take {size // parts / 2**30:.1f} GiB of a device's"

@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from contrastseg_jax import processes
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import TrainState
 
@@ -77,6 +78,8 @@ def restore(
     try:
         restored = manager.restore(step, args=ocp.args.StandardRestore(abstract))
     except Exception as error:
+        if processes.is_of_another(error):
+            raise
         reason = str(error).strip().partition("\n")[0][:200]
         raise InputError(
             f"{manager.directory / str(step)}: cannot be read as a checkpoint of this config"

@@ -38,7 +38,7 @@ def plan_run(
     and the compiler may still be at work.
     """
     where = find_topology(topology, count_only=quick)
-    build.check(config, mode="plan", num_devices=where.num_devices, device_bytes=where.device_bytes)
+    build.check(config, mode="plan", num_devices=where.num_devices)
     plan = quick_plan(config, where)
     if quick:
         plan = dataclasses.replace(plan, note="--quick: not compiled")
@@ -70,7 +70,7 @@ def quick_plan(config: Config, where: Topology) -> Plan:
         flops=(lowered.cost_analysis() or {}).get("flops", 0.0),
         contrast_flops=contrast_flops(config, num_classes),
         bytes_held=held_bytes(config, state, mesh) | {"batch": _bytes(batch) // mesh.size},
-        bytes_sent=sent_bytes(config, state, num_classes, mesh.size),
+        bytes_sent=sent_bytes(config, state, num_classes, mesh),
     )
 
 
@@ -115,20 +115,26 @@ def contrast_flops(config: Config, num_classes: int) -> float:
     return 4.0 * anchors * config.model.proj_dim * (sum(met.values()) + in_batch)
 
 
-def sent_bytes(
-    config: Config, state: TrainState, num_classes: int, num_devices: int
-) -> dict[str, int]:
+def sent_bytes(config: Config, state: TrainState, num_classes: int, mesh: Any) -> dict[str, int]:
     """Bytes that must travel in a step, on each device, whatever the number of devices above one.
 
-    gradients: those of all parameters, summed. BatchNorm: sums over the batch of every channel,
+    gradients: those of all parameters, summed. parameters: those of which each device keeps a part,
+    whole. BatchNorm: sums over the batch of every channel,
     two in the forward pass and two in the backward pass: 2 |statistics|. anchors, of b images with
     s each, d long: b s (4 d + 5), embedding, label and mask, where other devices contrast theirs
     with them. anchors' gradient: b s 4 d; with the bank in parts five sums per anchor more. keys:
     b k (v + 1) (4 d + 1), rows and masks of v pixels and one mean per class and image.
     """
-    if num_devices == 1:
+    if mesh.size == 1:
         return {}
-    sent = {"gradients": _bytes(state.params), "BatchNorm": 2 * _bytes(state.batch_stats)}
+    sent = {"gradients": _bytes(state.params)}
+    if config.parallel.fsdp:
+        places = jax.tree.leaves(build.state_sharding(config, state, mesh).params)
+        params = jax.tree.leaves(state.params)
+        sent["parameters"] = _bytes(
+            [x for x, place in zip(params, places, strict=True) if not place.is_fully_replicated]
+        )
+    sent["BatchNorm"] = 2 * _bytes(state.batch_stats)
     settings, dim = config.contrast, config.model.proj_dim
     batch_size, split_bank = config.train.batch_size, build.splits_memory(config)
     if settings.candidates in ("batch", "both") or split_bank:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from contrastseg_jax.config import Config, leaves
+from contrastseg_jax.build import BANK_SHARE
+from contrastseg_jax.config import Config
 from contrastseg_jax.models.segmenter import stage_names
 
 TOO_LARGE = "the compiler finds no room"  # how a note begins that says so
@@ -64,6 +65,8 @@ class Plan:
         """Whether a device's memory is enough; None: not known."""
         if self.note.startswith(TOO_LARGE) or self.least_bytes > self.device_bytes:
             return False
+        if self.bytes_held["bank"] > BANK_SHARE * self.device_bytes:  # training would refuse it
+            return False
         return True if self.compiled else None
 
 
@@ -121,7 +124,13 @@ def verdict(plan: Plan, config: Config) -> list[str]:
             plan.note,
             f"needs at least {share}, and what the gradient keeps of the activations",
         ]
-    return [*([plan.note] if plan.note else []), f"does not fit: {share}", *advice(plan, config)]
+    bank = plan.bytes_held["bank"] / plan.device_bytes
+    return [
+        *([plan.note] if plan.note else []),
+        f"does not fit: {share}",
+        *([f"of which the bank may take {BANK_SHARE:.0%}: {bank:.0%}"] * (bank > BANK_SHARE)),
+        *advice(plan, config),
+    ]
 
 
 def advice(plan: Plan, config: Config) -> list[str]:
@@ -138,8 +147,9 @@ def advice(plan: Plan, config: Config) -> list[str]:
         f" {_size(size)}": size and bank.sharding == "replicated" and n > 1,
         f"memory.pixel_size, now {bank.pixel_size}, and memory.segment_size, now"
         f" {bank.segment_size}: fewer slots": size,
-        "parallel.fsdp=True: parameters and optimiser state in parts": n > 1
-        and dict(leaves(config)).get("parallel.fsdp") is False,
+        "parallel.fsdp=True: parameters and optimiser state in parts, where they come out even": (
+            n > 1 and not config.parallel.fsdp
+        ),
     }
     return ["change, in this order:", *(f"  {text}" for text, helps in steps.items() if helps)]
 

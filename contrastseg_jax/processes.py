@@ -2,29 +2,39 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import secrets
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+# The key-value store behind `jax.distributed` has no public name. Unlike collectives it waits for
+# as long as it must, and needs no devices.
+from jax._src.distributed import global_state
+
+from contrastseg_jax import distributed
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import write_atomically
 
 Result = TypeVar("Result")
 
 # After which the processes that are left end as well, where no collective has told them before.
-HEARTBEAT_SECONDS = 60
+# The service looks every few seconds; README.md promises 60 s in all.
+HEARTBEAT_SECONDS = 40
+PATIENCE_MS = 7 * 24 * 3600 * 1000  # for what another process prepares; its death ends the waiting
+SHARED_SECONDS = 20  # in which a folder that hosts share shows to all what one has written
 TERMINATED = 128 + signal.SIGTERM  # the exit status of a run that was told to stop
+
+_questions = itertools.count()  # of `gather`; all processes ask the same ones in the same order
 
 
 def start(
@@ -36,22 +46,14 @@ def start(
     are none. A process that is not joined by all others within `timeout` seconds ends.
 
     Raises:
-        InputError: the arguments are incomplete or contradict each other.
+        InputError: the arguments are incomplete or contradict each other, or what the other
+            processes were given.
     """
     given = (coordinator, num_processes, process_id)
     if all(value is None for value in given):
         who, where = "a process", "the coordinator that the scheduler names"
-    elif coordinator is None or num_processes is None or process_id is None:
-        raise InputError("--coordinator, --num_processes, --process_id: all three or none")
-    elif not 0 <= process_id < num_processes:
-        raise InputError(
-            f"--process_id={process_id}: must be in 0..{num_processes - 1}, for"
-            f" --num_processes={num_processes}"
-        )
-    elif not coordinator.rpartition(":")[2].isdecimal() or coordinator.startswith(":"):
-        raise InputError(f"--coordinator={coordinator}: must be HOST:PORT, of process 0")
     else:
-        who, where = f"process {process_id} of {num_processes}", coordinator
+        who, where = _checked(*given)
         print(f"{who}: waits for the others at {where}", file=sys.stderr, flush=True)
     # JAX's own end of waiting is an abort with the stack of its C++; so it is set to come later.
     sentence = (
@@ -62,27 +64,71 @@ def start(
     alarm = threading.Timer(timeout, _end, [sentence])
     alarm.daemon = True
     alarm.start()
+    # It would take SIGTERM for itself; `noted_sigterm` does what it is for.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *given,
             initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if "coordinator_address should be defined" not in str(error):
-            raise InputError(f"starting several processes: {error}") from error
+            raise InputError(f"{who}: cannot meet the others at {where}: {error}") from error
     finally:
         alarm.cancel()
+    if count() > 1:
+        _require_same_count()
+        require_same({"devices of a process": jax.local_device_count()})
+        # Connects all devices while all processes are at the same place. Later one may come
+        # minutes after another, from compiling, and this waits for seconds alone.
+        jax.block_until_ready(distributed.any_process(False, distributed.make_mesh()))
+
+
+def _checked(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> tuple[str, str]:
+    """Who this process is and where it meets the others, for messages."""
+    if coordinator is None or num_processes is None or process_id is None:
+        raise InputError("--coordinator, --num_processes, --process_id: all three or none")
+    if not 0 <= process_id < num_processes:
+        raise InputError(
+            f"--process_id={process_id}: must be in 0..{num_processes - 1}, for"
+            f" --num_processes={num_processes}"
+        )
+    if not coordinator.rpartition(":")[2].isdecimal() or coordinator.startswith(":"):
+        raise InputError(f"--coordinator={coordinator}: must be HOST:PORT, of process 0")
+    return f"process {process_id} of {num_processes}", coordinator
+
+
+def _require_same_count() -> None:
+    """A coordinator that waits for fewer processes than another was told of lets it in."""
+    if is_first():
+        _client().key_value_set("num_processes", str(count()))
+    of_first = int(_client().blocking_key_value_get("num_processes", PATIENCE_MS))
+    if of_first != count():
+        raise InputError(f"--num_processes={count()}: process 0 was started with {of_first}")
 
 
 def index() -> int:
-    """Which of the run's processes this is."""
-    return jax.process_index()
+    """Which of the run's processes this is. Unlike JAX's own it starts no devices."""
+    return global_state.process_id or 0
+
+
+def count() -> int:
+    """How many processes the run has."""
+    return global_state.num_processes or 1
 
 
 def is_first() -> bool:
     """Whether this process writes what a run writes once: log, scores, pictures."""
-    return jax.process_index() == 0
+    return index() == 0
+
+
+def is_of_another(error: Exception) -> bool:
+    """Whether an error may be no more than the end of another process."""
+    signs = ("Gloo", "NCCL", "oordination service", "Connection closed by peer")
+    return isinstance(error, jax.errors.JaxRuntimeError) or any(s in str(error) for s in signs)
 
 
 @contextlib.contextmanager
@@ -91,21 +137,23 @@ def ending_at_once() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if jax.process_count() == 1:
+        if count() == 1:
             raise
         text = str(error)
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if is_of_another(error):
             text += (
                 "\nWhere one process ends, all do: the first error among them is the cause. Started"
                 " again, the run goes on from its last checkpoint."
             )
         elif not isinstance(error, (InputError, OSError, FloatingPointError)):
             text = "".join(traceback.format_exception(error)).rstrip()
-        _end(f"error: process {jax.process_index()} of {jax.process_count()}: {text}")
+        _end(f"error: process {index()} of {count()}: {text}")
 
 
 def _end(message: str) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
+    if is_first() and count() > 1:
+        time.sleep(1)  # all meet in this process: let the others hear what it has heard
     os._exit(1)  # at once: what Python and JAX do at an end waits for the other processes
 
 
@@ -121,15 +169,21 @@ def noted_sigterm() -> Iterator[Callable[[], bool]]:
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
-    if jax.process_count() == 1:
+    """The texts of all processes, in their order; waits for the slowest, however long."""
+    if count() == 1:
         return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array(data.size, np.int32))
-    padded = np.zeros(np.max(lengths), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+    question = f"gather/{next(_questions)}"
+    _client().key_value_set(f"{question}/{index()}", text)
+    texts = [
+        _client().blocking_key_value_get(f"{question}/{other}", PATIENCE_MS)
+        for other in range(count())
+    ]
+    _client().wait_at_barrier(question, PATIENCE_MS)  # process 0 may end after it, and the store
+    return texts
+
+
+def _client() -> Any:
+    return global_state.client
 
 
 def together(work: Callable[[], Result]) -> Result:
@@ -138,16 +192,16 @@ def together(work: Callable[[], Result]) -> Result:
     Raises:
         InputError: in all processes, if `work` raised one or an OSError in any; it names them.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return work()
     result, problem = None, ""
     try:
         result = work()
     except (InputError, OSError) as error:
         problem = str(error)
-    problems = [(index, text) for index, text in enumerate(gather(problem)) if text]
+    problems = [(other, text) for other, text in enumerate(gather(problem)) if text]
     if problems:
-        indices = ", ".join(str(index) for index, _ in problems)
+        indices = ", ".join(str(other) for other, _ in problems)
         texts = dict.fromkeys(text for _, text in problems)
         raise InputError(f"in process {indices}: " + "\n".join(texts))
     return result  # pyright: ignore[reportReturnType]  # None only where `work` gave it
@@ -164,9 +218,9 @@ def require_same(facts: Mapping[str, object]) -> None:
     """Raise an InputError in all processes that names what one has other than process 0."""
     everyone = [json.loads(text) for text in gather(json.dumps(facts, default=str))]
     problems = [
-        f"{name} = {value!r}: process 0 has {everyone[0].get(name)!r}, process {index} another"
-        for index, others in enumerate(everyone)
-        for name, value in others.items()
+        f"{name} = {value!r}: process 0 has {everyone[0].get(name)!r}, process {other} another"
+        for other, theirs in enumerate(everyone)
+        for name, value in theirs.items()
         if value != everyone[0].get(name)
     ]
     if problems:
@@ -178,8 +232,10 @@ def require_shared(folder: Path) -> None:
     token = gather(secrets.token_hex(8))[0]
     path = folder / ".shared"
     together(lambda: write_atomically(path, token) if is_first() else None)
-    seen = path.exists() and path.read_text() == token
-    apart = [index for index, text in enumerate(gather(str(seen))) if text != "True"]
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := _holds(path, token)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    apart = [other for other, text in enumerate(gather(str(seen))) if text != "True"]
     if is_first():
         path.unlink()
     if apart:
@@ -187,6 +243,13 @@ def require_shared(folder: Path) -> None:
             f"--workdir={folder}: process {', '.join(map(str, apart))} does not see what process 0"
             " writes there; it must be a folder that all hosts share"
         )
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
 
 
 def code_digest() -> str:

@@ -15,6 +15,7 @@ from contrastseg_jax.errors import InputError
 
 GIB = 1 << 30
 TPU_BYTES = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB}  # of a chip
+AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # of the grid that the chips are wired as
 # Both cores of a chip are one device, as they are where the chips are; the default is one each.
 OPTIONS: dict[str, dict[str, str]] = {"v4": {"chip_config_name": "megacore"}}
 # Without them libtpu asks a machine of Google's Cloud for them, and waits.
@@ -49,10 +50,11 @@ def find_topology(name: str | None, *, count_only: bool = False) -> Topology:
         devices, size = jax.devices(), distributed.device_bytes()
         return Topology("own devices", devices[0].device_kind, len(devices), size, devices)
     kind, _, shape = name.partition(":")
-    if kind not in ("cpu", *TPU_BYTES) or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    known = kind == "cpu" or (kind in TPU_BYTES and shape.count("x") == AXES[kind] - 1)
+    if not known or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise InputError(
             f"--topology={name}: must be cpu:N, or a TPU and its shape: "
-            + ", ".join(f"{known}:2x2{'x1' * (known in ('v4', 'v5p'))}" for known in TPU_BYTES)
+            + ", ".join(f"{tpu}:2x2{'x1' * (axes - 2)}" for tpu, axes in AXES.items())
         )
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":

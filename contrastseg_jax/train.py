@@ -103,7 +103,9 @@ def _train_on(
     of_state = state_sharding(config, abstract_state(config, model, tx), mesh)
     manager = checkpoint.open_manager(workdir, keep_checkpoints=config.train.keep_checkpoints)
     start_step = manager.latest_step() or 0
-    if start_step >= num_steps:
+    processes.require_same({"begins": variables is not None, "newest checkpoint": start_step})
+    scored = _is_scored(config, workdir, start_step)
+    if start_step >= num_steps and scored:
         log.info(f"{workdir}: is trained to its end, step {start_step}")
         return
     if variables is None:
@@ -115,17 +117,33 @@ def _train_on(
     num_params = parameter_overview.count_parameters(state.params)
     log.info(
         f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {mesh.size}"
-        f" {jax.default_backend()} device{'s' if mesh.size > 1 else ''}; compiling"
+        f" {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
     )
 
+    # Scores.
+    board = open_board(workdir, start_step) if processes.is_first() else None
+    eval_fn = compile_eval_step(config, model, mesh)
+
+    def score(state: TrainState, step: int, stopped: Callable[[], bool]) -> float | None:
+        """Mean IoU on the validation split, or None where `stopped` says so meanwhile."""
+        folder, weights = workdir / "eval" / str(step), inference_variables(state)
+        weights = jax.device_put(weights, distributed.replicated(mesh))
+        results = evaluate(
+            config, eval_fn, weights, val_source, "val", step, mesh=mesh, folder=folder
+        )
+        _log_scores(workdir, board, step, results)
+        return results["mean_iou"]
+
+    if not scored:
+        score(state, start_step, lambda: False)
+
     # Steps.
+    log.info("compiling")
     started = time.monotonic()
     step_fn = compile_step(config, model, tx, mesh)
     step_fn = step_fn.lower(state, batch_shape(config, mesh)).compile()
     log.info(f"compiled in {time.monotonic() - started:.0f} s")
-    eval_fn = compile_eval_step(config, model, mesh)
     batches = make_batches(config, source, start_step)
-    board = open_board(workdir, start_step) if processes.is_first() else None
     bar = tqdm(
         total=num_steps,
         initial=start_step,
@@ -134,11 +152,12 @@ def _train_on(
         dynamic_ncols=True,
     )
     with contextlib.ExitStack() as stack:
+        # Outermost: SIGTERM must not end the process before the last checkpoint is written.
+        sigterm_came = stack.enter_context(processes.noted_sigterm())
         for resource in (manager, batches, *([board] if board else [])):
             stack.enter_context(contextlib.closing(resource))
         stack.enter_context(bar)
         stack.enter_context(logging_redirect_tqdm([log]))
-        sigterm_came = stack.enter_context(processes.noted_sigterm())
         stop_asked = distributed.any_process(False, mesh)
         history, waited, since, advice = [], 0.0, time.monotonic(), ""
         step, stopping = start_step, False
@@ -170,20 +189,16 @@ def _train_on(
                         log.warning(advice)
                 history, waited, since = [], 0.0, time.monotonic()
 
-            score, paused = None, time.monotonic()
-            if is_due(step, config.train.eval_steps, num_steps) and not stopping:
-                folder = workdir / "eval" / str(step)
-                weights = inference_variables(state)
-                weights = jax.device_put(weights, distributed.replicated(mesh))
-                results = evaluate(
-                    config, eval_fn, weights, val_source, "val", step, mesh=mesh, folder=folder
+            mean_iou, paused = None, time.monotonic()
+            if not stopping and is_due(step, config.train.eval_steps, num_steps):
+                mean_iou = score(
+                    state, step, lambda: bool(distributed.any_process(sigterm_came(), mesh))
                 )
-                score = results["mean_iou"]
-                _log_scores(workdir, board, step, results)
-            saving = score is not None or is_due(step, config.train.checkpoint_steps, num_steps)
+                stopping = mean_iou is None
+            saving = mean_iou is not None or is_due(step, config.train.checkpoint_steps, num_steps)
             if saving or stopping:
                 _require_finite([metrics], step)  # a lost state must not replace a good one
-                checkpoint.save(manager, step, state, score)
+                checkpoint.save(manager, step, state, mean_iou)
             since += time.monotonic() - paused
             if stopping:
                 break
@@ -191,6 +206,13 @@ def _train_on(
         log.warning(f"SIGTERM: stopped after step {step}, which is saved; run again to go on")
         sys.exit(processes.TERMINATED)
     log.info(f"scores and pictures: {workdir / 'eval' / str(num_steps) / 'index.html'}")
+
+
+def _is_scored(config: Config, workdir: Path, step: int) -> bool:
+    """Whether a checkpoint has the scores that are due with it; a run that was stopped may not."""
+    due = step > 0 and is_due(step, config.train.eval_steps, config.train.num_steps)
+    there = (workdir / "eval" / str(step) / "metrics.json").exists()
+    return processes.gather(str(there or not due))[0] == "True"
 
 
 def take_steps(

@@ -129,8 +129,7 @@ def train_step(
 
     def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, SegmentationOutput, Metrics]]:
         output, updates = model.apply(
-            # Whole, even where each device keeps a part: batches are what devices share out.
-            {"params": distributed.replicate(params, mesh), "batch_stats": state.batch_stats},
+            {"params": params, "batch_stats": state.batch_stats},
             image,
             train=True,
             mutable=["batch_stats"],
@@ -159,7 +158,11 @@ def train_step(
             metrics |= {"contrast": contrast, **diagnostics}
         return loss, (updates["batch_stats"], output, metrics | {"loss": loss})
 
-    grads, (batch_stats, output, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    # Whole, even where each device keeps a part: batches are what devices share out. Of the
+    # gradients a device then needs its part alone.
+    whole = distributed.replicate(state.params, mesh)
+    grads, (batch_stats, output, metrics) = jax.grad(loss_fn, has_aux=True)(whole)
+    grads = jax.lax.with_sharding_constraint(grads, state_sharding(config, state, mesh).params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from small import SETTINGS, make_config
+from small import ROOT, SETTINGS, make_config
 from test_end_to_end import TRAIN, command, environment, logged_steps, run
 
 from contrastseg_jax import build, checkpoint, distributed
@@ -22,8 +23,8 @@ RUN = (
     "augment.crop_size=(64, 64)",
     "contrast.anchors=random",
     "optim.learning_rate=0.001",
-    "train.num_steps=6",
-    "train.eval_steps=6",
+    "train.num_steps=12",
+    "train.eval_steps=12",
     "train.log_steps=1",
     "train.checkpoint_steps=2",
     "optim.ema_decay=0.9",
@@ -40,16 +41,19 @@ def start():
     """Starts main.py in several processes; what still runs at a test's end is killed."""
     started = []
 
-    def start(arguments, num_processes, num_devices=1, of_process=None, timeout=TIMEOUT):
+    def start(
+        arguments, num_processes, num_devices=1, of_process=None, timeout=TIMEOUT, devices_of=None
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             coordinator = f"localhost:{free.getsockname()[1]}"
         group = [
             subprocess.Popen(
-                [*arguments, f"--coordinator={coordinator}", f"--num_processes={num_processes}"]
+                (arguments[index] if isinstance(arguments[0], list) else arguments)
+                + [f"--coordinator={coordinator}", f"--num_processes={num_processes}"]
                 + [f"--process_id={index}", f"--start_timeout={timeout}"]
                 + (of_process or {}).get(index, []),
-                env=environment(num_devices),
+                env=environment((devices_of or {}).get(index, num_devices)),
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -95,7 +99,7 @@ def final_bank(workdir):
     )
     everywhere = distributed.replicated(distributed.make_mesh())
     with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
-        return checkpoint.restore(manager, 6, state, everywhere).memory
+        return checkpoint.restore(manager, 12, state, everywhere).memory
 
 
 def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
@@ -130,12 +134,18 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
     for index in (0, 1, 3):
         ends = (f"error: process {index} of 4: ", "Terminating process because the JAX")
         assert any(text in messages[index] for text in ends), messages
-    assert f"going on after step {stopped} of 6" in messages[0]
+    assert f"going on after step {stopped} of 12" in messages[0]
+    reached = max(logged_steps(workdir))
 
     group = start(arguments, num_processes=2, num_devices=2)
+    wait_for_step(workdir, reached + 1, group)
+    group[0].send_signal(signal.SIGTERM)
     statuses, messages = ended(group)
-    assert statuses == [0, 0], messages
-    assert logged_steps(workdir) == list(range(1, 7))
+    assert statuses == [143, 143], messages
+
+    result = run(arguments, num_devices=4)
+    assert result.returncode == 0, result.stderr
+    assert logged_steps(workdir) == list(range(1, 13))
     (expected, scores), (got, got_scores) = losses(whole), losses(workdir)
     assert got.keys() == expected.keys() and got_scores.keys() == scores.keys()
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-4)
@@ -145,7 +155,7 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
         np.testing.assert_array_equal(getattr(got, counter), getattr(expected, counter))
     np.testing.assert_allclose(got.pixel, expected.pixel, atol=1e-3)
 
-    evaluation = workdir / "eval" / "6"
+    evaluation = workdir / "eval" / "12"
     before = json.loads((evaluation / "metrics.json").read_text())
     (evaluation / "metrics.json").unlink()
     evaluate = [*arguments[:2], f"--workdir={workdir}", "--mode=eval"]
@@ -188,6 +198,35 @@ def test_what_differs_between_processes_is_named_by_all(
         assert f"error: process {index} of 2: " in text and message in text
         assert "Traceback" not in text
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_code_that_differs_is_named_by_all(prepared_dir, tmp_path, start):
+    for name in ("contrastseg_jax", "configs", "main.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    with (tmp_path / "contrastseg_jax" / "losses.py").open("a") as file:
+        file.write("# other\n")
+    arguments = command(prepared_dir, tmp_path / "run", *TRAIN)
+    other = [arguments[0], str(tmp_path / "main.py"), *arguments[2:]]
+    group = start([arguments, other], num_processes=2)
+    statuses, messages = ended(group)
+    assert statuses == [1, 1]
+    for text in messages:
+        assert "code = " in text and "process 1 another" in text and "Traceback" not in text
+
+
+def test_numbers_of_devices_and_processes_that_differ(prepared_dir, tmp_path, start):
+    arguments = command(prepared_dir, tmp_path / "run", *TRAIN)
+    statuses, messages = ended(start(arguments, num_processes=2, devices_of={1: 2}))
+    assert statuses == [1, 1]
+    for text in messages:
+        assert "devices of a process = 2: process 0 has 1, process 1 another" in text
+
+    group = start(arguments, num_processes=2, of_process={1: ["--num_processes=3"]})
+    statuses, messages = ended(group, timeout=AFTER_A_KILL)
+    assert all(statuses)
+    assert "--num_processes=3: process 0 was started with 2" in messages[1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_without_the_others_gives_up(prepared_dir, tmp_path, start):

@@ -132,6 +132,7 @@ def test_after_the_time_limit_the_quick_figures_remain():
         ("v9:2x2", r"--topology=v9:2x2: must be cpu:N, or a TPU .*v5e:2x2"),
         ("v5e", r"--topology=v5e: must be"),
         ("v5e:0x2", r"--topology=v5e:0x2: must be"),
+        ("v5e:2x2x2", r"--topology=v5e:2x2x2: must be .*v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2"),
         ("cpu:2x2", r"--topology=cpu:2x2: the CPU has a number of devices, e.g. cpu:8"),
         ("cpu:64", r"--topology=cpu:64: JAX has started with 2 devices already"),
     ],
@@ -156,18 +157,31 @@ def test_a_tpu_that_is_not_there_is_found_and_compiled_for():
         find_topology("v5e:3x5")
 
 
-def test_the_config_is_checked_for_the_devices_planned_for():
+def test_the_config_is_checked_for_the_devices_planned_for(capsys):
     settings = dict(topology="v5e:4x4", quick=True, time_limit=1, output=None)
     with pytest.raises(InputError, match=r"train.batch_size = 8: must be a multiple of the 16"):
         plan_run(make_config(*BANK), **settings)
-    config = make_config(*BANK, "train.batch_size=16", "memory.pixel_size=200000000")
-    with pytest.raises(InputError, match=r"take 35.8 GiB of a device's 16.0"):
-        plan_run(config, **settings)
+    config = make_config(*BANK, "train.batch_size=16", "memory.pixel_size=50000000")
+    assert plan_run(config, **settings) == 1  # training would refuse it
+    text = capsys.readouterr().out
+    assert "does not fit: 56% of a device's memory" in text
+    assert "of which the bank may take 50%: 56%" in text and "memory.sharding=slots" in text
+
+
+def test_parameters_in_parts_are_gathered():
+    """What comes with `parallel.fsdp` is what the compiled step gathers besides."""
+    config = make_config(*BANK, "parallel.fsdp=True")
+    where = find_topology(None)
+    found = plan.compiled_plan(plan.quick_plan(config, where), config, where, 500)
+    computed = sum(found.bytes_sent.values())
+    assert found.bytes_sent["parameters"] > 10**5
+    compiled = sum(kind.bytes for kind in found.compiled.collectives.values())
+    assert computed == pytest.approx(compiled, rel=0.02)
 
 
 def test_missing_weights_do_not_matter_to_a_plan():
     config = make_config(*BANK, "model.init_from=/nowhere")
-    build.check(config, mode="plan", num_devices=2, device_bytes=GIB)
+    build.check(config, mode="plan", num_devices=2)
     with pytest.raises(InputError, match="nowhere"):
         build.check(config, mode="train")
 
