@@ -32,7 +32,11 @@ NUM_NAMED = 3  # findings of a kind that the summary spells out
 
 # What each kind of finding is called, and what mends it.
 KINDS = {
+    "no_data": ("data that cannot be opened", "do what the message says"),
     "layout": ("files that make no clear pairs", "bring the files into the layout of the data set"),
+    "permission": ("files and folders without permission", "get the right to read them"),
+    "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists anew"),
+    "suffix": ("files of another format than expected", "convert them; renaming does not"),
     "no_split": ("missing splits", "give each split some images; its layout is in README.md"),
     "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
     "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
@@ -60,28 +64,29 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
     try:
         splits = raw_splits(spec)
     except (InputError, OSError) as error:
-        findings.append(Finding("layout", spec.root, str(error)))
+        findings.append(Finding("no_data", spec.root, str(error)))
     if split is not None and splits:
         if split not in splits:
             raise InputError(
                 f"--split={split}: data set '{spec.name}' has only {', '.join(splits)}"
             )
         splits = {split: splits[split]}
-    audits = {name: audit_split(checks(), classes, name) for name, checks in splits.items()}
-    audits = {name: audit for name, audit in audits.items() if audit.num_examples}
+    audits = {name: audit_split(raw, classes, name) for name, raw in splits.items()}
     if split is None and not findings:
         findings += missing_splits(audits)
     findings += [finding for audit in audits.values() for finding in audit.findings]
+    audits = {name: audit for name, audit in audits.items() if audit.num_examples}
     findings += general_findings(audits, classes)
+    findings = list(dict.fromkeys(findings))  # a folder that is closed is so to every split
 
     results = audit_results(spec, classes, audits, findings)
     write_atomically(folder / "audit.json", to_json(results) + "\n")
     sheet = folder / "overlays.png"
     sheet.unlink(missing_ok=True)  # of an earlier audit
+    print("\n".join(summary(results)))
     examples = examples_to_show(splits, audits, classes, NUM_SHOWN)
     if examples:
         report.save_sheet(sheet, examples, classes, f"{spec.name} {spec.root}")
-    print("\n".join(summary(results)))
     print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if examples else ""))
     if results["num_errors"]:
         raise InputError(f"{results['num_errors']} errors in the data; training would go wrong")

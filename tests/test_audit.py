@@ -290,6 +290,103 @@ def test_duplicate_stems_end_in_a_finding(root):
         prepare(root)
 
 
+def test_what_makes_no_clear_pair_is_listed_and_the_rest_is_read(root, capsys):
+    for name in "ab":
+        write(root / "images" / "train" / f"{name}.png", encode_png(noise(0)))
+    write_example(root, "train", "c", 2, mask=np.zeros((5, 8), np.uint8))
+    write_example(root, "train", "g", 7)
+    for name, suffix in (("h", "bmp"), ("i", "PNM")):
+        write_example(root, "val", name, 8)
+        mask = root / "labels" / "val" / f"{name}.png"
+        mask.rename(mask.with_suffix(f".{suffix}"))
+    results = run(root)
+    messages = [found["message"] for found in results["findings"]]
+    assert [found["kind"] for found in results["findings"]] == [
+        *("layout", "layout", "size", "suffix", "suffix")
+    ]
+    assert f"{root}/labels/val/h.bmp: is a .bmp; masks must be .png" in messages
+    assert [split["num_examples"] for split in results["splits"].values()] == [2, 2]
+    assert (root.parent / "run" / "audit" / "overlays.png").exists()
+    assert "errors: 5" in capsys.readouterr().out
+    with pytest.raises(InputError) as error:
+        prepare(root)
+    assert all(message in str(error.value) for message in messages)
+
+
+def test_an_image_of_another_suffix_is_named(root):
+    (root / IMAGE).rename(root / "images" / "train" / "a.gif")
+    (found,) = run(root)["findings"]
+    assert found["message"] == (
+        f"{root}/images/train/a.gif: is a .gif; images must be"
+        " .jpg, .jpeg, .png, .bmp, .tif, .tiff, .webp"
+    )
+
+
+def test_a_missing_folder_is_named_once(root):
+    (root / "labels" / "val").rename(root / "elsewhere")
+    (found,) = run(root)["findings"]
+    assert found["message"] == (
+        f"{root}/labels/val: no such folder, for the masks of {root}/images/val"
+    )
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(root):
+    for kind in ("images", "labels"):
+        (root / kind / "train" / "more").symlink_to(root / kind / "val")
+        (root / kind / "val" / "round").symlink_to(root / kind / "train")
+        (root / kind / "val" / "self").symlink_to("self")
+    results = run(root)
+    assert results["num_errors"] == 0
+    assert [split["num_examples"] for split in results["splits"].values()] == [5, 5]
+    assert [record["name"] for record in prepare(root)] == [
+        *(b"a", b"b", b"c", b"more/d", b"more/e")
+    ]
+
+
+def test_names_that_are_no_utf8_are_findings_that_can_be_printed(root, capsys):
+    for kind, name in (("images", b"caf\xe9.jpg"), ("labels", b"caf\xe9.png")):
+        folder = os.fsencode(root / kind / "train")
+        os.rename(folder + b"/a" + name[-4:], folder + b"/" + name)
+    found = run(root)["findings"]
+    assert {finding["kind"] for finding in found} == {"encoding"}
+    message = rf"{root}/images/train/caf\xe9.jpg: the name must be UTF-8"
+    assert found[0]["message"] == message
+    assert message.encode() in capsys.readouterr().out.encode()
+    with pytest.raises(InputError, match=re.escape(message)):
+        prepare(root)
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_a_folder_that_may_not_be_read_is_told_apart(root, kind, monkeypatch):
+    """What lies in it is not called missing; `test_without_permission` needs another user."""
+    write_example(root, "train", "sub/g", 7)
+    listdir = os.listdir
+
+    def refuse(path):
+        if path == root / kind / "train" / "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    results = run(root)
+    (found,) = results["findings"]
+    assert found["kind"] == "permission"
+    assert found["message"] == f"{root / kind}/train/sub: cannot be read (Permission denied)"
+    assert results["splits"]["train"]["num_examples"] == 3
+    with pytest.raises(InputError, match=re.escape(found["message"])):
+        prepare(root)
+
+
+def test_the_summary_is_printed_even_if_the_sheet_cannot_be_drawn(root, monkeypatch, capsys):
+    def fail(*_):
+        raise TypeError("no such letter")
+
+    monkeypatch.setattr("contrastseg_jax.report.save_sheet", fail)
+    with pytest.raises(TypeError):
+        run(root)
+    assert "errors: none" in capsys.readouterr().out
+
+
 def test_a_file_that_may_not_be_read_is_named(root, monkeypatch):
     read_bytes = Path.read_bytes
 
@@ -301,6 +398,7 @@ def test_a_file_that_may_not_be_read_is_named(root, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refuse)
     (found,) = run(root)["findings"]
     assert found["message"] == f"{root / IMAGE}: cannot be read (Permission denied)"
+    assert found["kind"] == "permission"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -315,6 +413,7 @@ def test_without_permission(root, path):
     finally:
         (root / path).chmod(0o755)
     (found,) = results["findings"]
+    assert found["kind"] == "permission"
     for message in (found["message"], str(error.value)):
         assert str(root / path) in message and "ermission denied" in message
 
@@ -333,7 +432,7 @@ def test_an_empty_split_is_an_error(root):
 
 def test_missing_data_is_an_error_that_shows_the_layout(tmp_path):
     (found,) = run(tmp_path / "nowhere")["findings"]
-    assert found["kind"] == "layout" and "images/train/" in found["message"]
+    assert found["kind"] == "no_data" and "images/train/" in found["message"]
 
 
 def test_classes_that_do_not_occur_are_warnings_and_no_class_at_all_is_an_error(root):
@@ -371,7 +470,8 @@ def test_weights_follow_their_formulas(root):
         for classes in [label_map(spec_of(root))]
         for m in masks
     ]
-    found = audit_split([lambda c=c: c for c in made], label_map(spec_of(root)), "train")
+    raw = checks.RawSplit([lambda c=c: c for c in made])
+    found = audit_split(raw, label_map(spec_of(root)), "train")
     np.testing.assert_allclose(median_frequency_weights(found, 4), [0.9, 9.0, 1.0, 1.0])
     expected = 1 / np.log([1.02 + 0.5, 1.02 + 0.05, 1.02 + 0.45, 1.02])
     np.testing.assert_allclose(enet_weights(found, 4), expected)
@@ -395,7 +495,7 @@ def test_printed_weights_can_be_pasted(root, capsys):
 def test_examples_to_show_are_spread_over_their_split(tmp_path):
     spec = DatasetSpec(name="synthetic", prepared_dir=str(tmp_path), num_examples=(41, 3))
     splits, classes = raw_splits(spec), label_map(spec)
-    audits = {name: audit_split(open_(), classes, name) for name, open_ in splits.items()}
+    audits = {name: audit_split(raw, classes, name) for name, raw in splits.items()}
     shown = examples_to_show(splits, audits, classes, 10)
     names = [example.name for example in shown]
     assert names == [f"train {i:06d}" for i in (0, 10, 20, 30, 40)] + [
@@ -408,7 +508,7 @@ def test_sheet_leaves_out_what_does_not_fit(root):
     write_example(root, "train", "b", 1, mask=np.zeros((9, 9), np.uint8))
     spec = spec_of(root)
     splits, classes = raw_splits(spec), label_map(spec)
-    audits = {name: audit_split(open_(), classes, name) for name, open_ in splits.items()}
+    audits = {name: audit_split(raw, classes, name) for name, raw in splits.items()}
     shown = examples_to_show(splits, audits, classes, 20)
     assert [example.name for example in shown] == ["train c", "val d", "val e"]
 
@@ -446,7 +546,7 @@ def test_no_space_left_names_the_setting(root, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tensorflow_datasets.core.writer.Writer.finalize", fail)
-    with pytest.raises(InputError, match=r"data\.prepared_dir = .*: No space left on device|28"):
+    with pytest.raises(InputError, match=r"data\.prepared_dir = .*No space left on device"):
         prepare(root)
     monkeypatch.undo()
     assert len(prepare(root)) == 3

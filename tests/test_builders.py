@@ -12,9 +12,10 @@ from PIL import Image
 from scipy.io import savemat
 
 from contrastseg_jax.data import dataset
+from contrastseg_jax.data.audit import audit_split, general_findings
 from contrastseg_jax.data.builders import camvid, coco_stuff, pascal_context
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.data.dataset import label_map, open_split, raw_splits
 from contrastseg_jax.data.images import decode_image, decode_mask, encode_jpeg, encode_png
 from contrastseg_jax.data.labels import to_mask_values, to_train_ids
 from contrastseg_jax.errors import InputError
@@ -222,6 +223,28 @@ def test_cityscapes_without_the_extra_images_is_whole(spec_of, raw):
         open_split(spec_of("cityscapes"), "train_extra")
 
 
+def test_the_masks_of_cityscapes_test_have_no_classes_which_is_no_error(spec_of, raw):
+    """As downloaded: of `test` there are ids 0 to 3 alone."""
+    for split, city in (("train", "aachen"), ("val", "munster"), ("test", "berlin")):
+        values = (0, 1, 2, 3, 0, 0) if split == "test" else (7, 8, 33, 4, 29, 255)
+        write_cityscapes(raw, split, city, values=values)
+    classes = label_map(spec_of("cityscapes"))
+    audits = {
+        split: audit_split(checks, classes, split)
+        for split, checks in raw_splits(spec_of("cityscapes")).items()
+    }
+    assert [audit.num_examples for audit in audits.values()] == [1, 1, 1]
+    found = [f for f in general_findings(audits, classes) if f.kind == "unlabelled"]
+    assert [(finding.file, finding.is_error) for finding in found] == [("test", False)]
+
+
+def test_cityscapes_without_its_masks_names_their_folder(spec_of, raw):
+    for split in ("train", "val", "test"):
+        write_image(raw / "leftImg8bit" / split / "aachen" / "aachen_0_0_leftImg8bit.png")
+    with pytest.raises(InputError, match=f"2 problems.*\n.*{raw}/gtFine/train: no such folder"):
+        open_split(spec_of("cityscapes"), "train")
+
+
 def test_an_image_whose_mask_is_missing_is_named_as_it_should_be(spec_of, raw):
     write_cityscapes(raw, "train", "aachen")
     mask = raw / "gtFine" / "train" / "aachen" / "aachen_000000_000019_gtFine_labelIds.png"
@@ -370,7 +393,17 @@ def test_lists_decide_the_original_camvids_splits(line, spec_of, raw):
     assert names(open_split(spec_of("camvid"), "val")) == ["elsewhere"]
     for name in ("train", "val"):
         (raw / f"{name}.txt").unlink()
-    with pytest.raises(InputError, match=r"elsewhere: not a frame of CamVid .*train\.txt"):
+    with pytest.raises(InputError, match=r"elsewhere\.png: not a frame of CamVid .*train\.txt"):
+        open_split(spec_of("camvid"), "train")
+
+
+def test_frames_of_no_split_stop_the_preparing_and_not_the_audit(spec_of, raw):
+    write_original_camvid(raw, "0001TP_006690", "0016E5_07959", "stray", "other")
+    splits = raw_splits(spec_of("camvid"))
+    assert {split: len(found.checks) for split, found in splits.items()} == {"train": 1, "val": 1}
+    assert [Path(found.file).stem for found in splits["train"].findings] == ["other", "stray"]
+    assert splits["val"].findings == []
+    with pytest.raises(InputError, match="2 problems"):
         open_split(spec_of("camvid"), "train")
 
 
@@ -474,6 +507,27 @@ def test_a_prepared_data_set_of_tfds_is_used_as_it_is(tfds_spec, raw):
     assert {path: path.stat().st_mtime_ns for path in raw.rglob("*") if path.is_file()} == before
 
 
+def test_images_and_masks_of_tfds_are_checked_as_files_are(tfds_spec, monkeypatch):
+    def generate(self, num_examples):
+        for i, example in whole(self, num_examples):
+            if i == 0:
+                example["image"] = example["image"][:-30]
+            if i == 1:
+                example["segmentation_mask"] = encode_png(np.ones((1, 3), np.uint8))
+            yield i, example
+
+    whole = TinyMasks._generate_examples
+    monkeypatch.setattr(TinyMasks, "_generate_examples", generate)
+    splits = raw_splits(tfds_spec(train_split="train"))
+    found = [finding for check in splits["train"].checks for finding in check().findings]
+    assert sorted(finding.kind for finding in found) == ["size", "unreadable"]
+    with pytest.raises(InputError, match="4 problems") as error:
+        open_split(tfds_spec(train_split="train"), "train")
+    for finding in found:
+        assert finding.message in str(error.value)
+        assert finding.message.startswith("tiny_masks/1.0.0 train, example 00000")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -483,7 +537,7 @@ def test_a_prepared_data_set_of_tfds_is_used_as_it_is(tfds_spec, raw):
             r"data\.tfds\.label_feature = 'file_name': .* pictures, image, segmentation_mask",
         ),
         ({"val_split": "valid"}, "tiny_masks/1.0.0 of TFDS, valid: Unknown split 'valid'"),
-        ({"class_names": ("pet",)}, r"example 00000\d: unknown mask value\(s\)"),
+        ({"class_names": ("pet",)}, r"test, example 00000\d, mask: unknown mask value\(s\)"),
     ],
 )
 def test_what_tfds_does_not_have_is_said_with_the_setting(changes, message, tfds_spec):

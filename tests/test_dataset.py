@@ -141,13 +141,13 @@ def test_nothing_stays_behind_when_preparing_is_cut_off(folder, monkeypatch):
 def test_two_at_once_may_prepare_the_same(folder, monkeypatch):
     """Both write, one moves its folder into place, the other takes that one."""
     barrier = threading.Barrier(2, timeout=30)
-    check_pairs = base.check_pairs
+    check_splits = base.check_splits
 
-    def meet(config):
+    def meet(*args):
         barrier.wait()
-        check_pairs(config)
+        check_splits(*args)
 
-    monkeypatch.setattr(base, "check_pairs", meet)
+    monkeypatch.setattr(base, "check_splits", meet)
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(names(open_split(folder, "train"))))
@@ -317,6 +317,14 @@ def test_camvid_by_lists(camvid_spec, prefix):
     assert names(open_split(camvid_spec, "val")) == ["0016"]
 
 
+def test_camvid_lists_may_have_a_mark_first_and_spaces_in_names(camvid_spec):
+    root = Path(camvid_spec.root)
+    write_pair(root / "train" / "a b 1.PNG", root / "trainannot" / "a b 1.png")
+    text = "train/a b 1.PNG \ttrainannot/a b 1.png\ntrain/0002.png trainannot/0002.png\n"
+    (root / "train.txt").write_text(text, encoding="utf-8-sig")
+    assert names(open_split(camvid_spec, "train")) == ["a b 1", "0002"]
+
+
 def test_camvid_void_is_ignored(camvid_spec):
     mask = decode_mask(open_split(camvid_spec, "train")[0]["label"], "a")
     expected = np.where(mask == 11, IGNORE_LABEL, mask)
@@ -327,8 +335,13 @@ def test_camvid_list_faults_are_named(camvid_spec):
     root = Path(camvid_spec.root)
     listing = root / "train.txt"
     listing.write_text("train/0001.png trainannot/0001.png\ntrain/0002.png\n")
-    with pytest.raises(InputError, match=r'train\.txt, line 2: "image mask" is expected'):
-        open_split(camvid_spec, "train")
+    (root / "val.txt").write_text("val/0016.png\n")
+    text = problems(camvid_spec)
+    assert f'{listing}, line 2: "image mask" is expected, found "train/0002.png"' in text
+    assert f'{root}/val.txt, line 1: "image mask" is expected' in text
+    (root / "val.txt").write_bytes(b"val/caf\xe9.png valannot/caf\xe9.png")
+    assert f"{root}/val.txt: must be text in UTF-8, byte 7 is not" in problems(camvid_spec)
+    (root / "val.txt").unlink()
     listing.write_text("train/0003.png trainannot/0001.png\ntrain/0002.png trainannot/0009.png\n")
     text = problems(camvid_spec)
     assert f"{root}/train/0003.png does not exist" in text

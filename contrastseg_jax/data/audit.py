@@ -1,19 +1,20 @@
 """Is the data right? Every file of a data set read once, and what training will find in it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from itertools import combinations, islice
+from itertools import combinations
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 
-from contrastseg_jax.data.checks import Checked, Checks, Finding, Splits, in_parallel
+from contrastseg_jax.data.checks import Checked, Finding, RawSplit, Splits, in_parallel
 from contrastseg_jax.data.labels import LabelMap, train_id_table, unknown_values, value_counts
 
+NEEDED = ("train", "val")  # splits that training reads
 TILE_SIDE = 480  # pixels, the longer side of an example to show
 
 
@@ -62,10 +63,10 @@ class Example:
     label: UInt8[np.ndarray, "h w"]
 
 
-def audit_split(checks: Checks, label_map: LabelMap, split: str) -> SplitAudit:
+def audit_split(raw: RawSplit, label_map: LabelMap, split: str) -> SplitAudit:
     """Reads every example of a split once, in threads. Memory does not grow with the images."""
-    table, audit = train_id_table(label_map), SplitAudit()
-    for index, example in enumerate(in_parallel(_examine, checks, f"Reading {split}")):
+    table, audit = train_id_table(label_map), SplitAudit(findings=[*raw.findings])
+    for index, example in enumerate(in_parallel(_examine, raw.checks, f"Reading {split}")):
         audit.num_examples += 1
         audit.findings += example.findings
         if example.size:
@@ -84,14 +85,20 @@ def audit_split(checks: Checks, label_map: LabelMap, split: str) -> SplitAudit:
 
 
 def general_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> list[Finding]:
-    """What no single file shows: splits and classes that are empty, images in two splits."""
+    """What no single file shows: splits and classes that are empty, images in two splits.
+
+    Only what is trained on or chosen by needs labels: those of a test split may be secret.
+    """
     findings = []
     for split, audit in audits.items():
+        if not audit.value_pixels.any():  # no mask could be read, which is told
+            continue
         num_classes = len(label_map.names)
         absent = np.flatnonzero(audit.class_pixels[:num_classes] == 0)
         if len(absent) == num_classes:
             message = f"split '{split}': no pixel has a class"
-            findings.append(Finding("unlabelled", split, message))
+            is_error = split in NEEDED
+            findings.append(Finding("unlabelled", split, message, is_error=is_error))
         elif len(absent):
             names = ", ".join(label_map.names[class_id] for class_id in absent)
             message = f"split '{split}': has no pixel of {names}"
@@ -111,12 +118,13 @@ def general_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> l
     return findings
 
 
-def missing_splits(splits: Iterable[str]) -> list[Finding]:
+def missing_splits(audits: Mapping[str, SplitAudit]) -> list[Finding]:
     """One finding for each split that training needs and that is not there, or empty."""
+    there = [name for name, audit in audits.items() if audit.num_examples or audit.findings]
     return [
         Finding("no_split", split, f"split '{split}': has no examples, training needs some")
-        for split in ("train", "val")
-        if split not in splits
+        for split in NEEDED
+        if split not in there
     ]
 
 
@@ -152,10 +160,8 @@ def examples_to_show(
     parts = np.array_split(np.arange(number), len(audits)) if audits else []
     for (split, audit), part in zip(audits.items(), parts, strict=True):
         places = np.linspace(0, len(audit.to_show) - 1, min(len(part), len(audit.to_show)))
-        chosen = {audit.to_show[place] for place in places.round().astype(int)}
-        checks = islice(splits[split](), max(chosen, default=-1) + 1)
-        for check in (check for index, check in enumerate(checks) if index in chosen):
-            shown.append(_small(check(), table, split))
+        chosen = sorted({audit.to_show[place] for place in places.round().astype(int)})
+        shown += [_small(splits[split].checks[index](), table, split) for index in chosen]
     return shown
 
 

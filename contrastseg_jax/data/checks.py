@@ -4,7 +4,7 @@ Preparing a data set and the audit both ask here, so that they cannot disagree.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +49,15 @@ class Checked:
     findings: tuple[Finding, ...] = ()
 
 
-Checks = Iterable[Callable[[], Checked]]  # an example each, read when called
-Splits = Mapping[str, Callable[[], Checks]]  # by name; a call starts at the first example again
+@dataclass(frozen=True)
+class RawSplit:
+    """A split as it is before it is prepared."""
+
+    checks: Sequence[Callable[[], Checked]]  # an example each, read when called
+    findings: Sequence[Finding] = ()  # what is wrong with files that make no example
+
+
+Splits = Mapping[str, RawSplit]  # by name
 
 
 def check_files(
@@ -99,13 +106,13 @@ def check_encoded(
     try:
         image = decode_image(_readable(image_data, image_file), image_file)
     except InputError as error:
-        findings.append(Finding("unreadable", image_file, str(error)))
+        findings.append(Finding(_reason(image_data), image_file, str(error)))
     try:
         mask = read_mask(_readable(mask_data, mask_file), mask_file)
     except MaskFormatError as error:
         findings.append(Finding("mask_format", mask_file, str(error)))
     except InputError as error:
-        findings.append(Finding("unreadable", mask_file, str(error)))
+        findings.append(Finding(_reason(mask_data), mask_file, str(error)))
     mask_format = "" if mask is None else _format(mask_data, mask_file)
     if mask_format.startswith("JPEG"):
         message = f"{mask_file}: is a JPEG, which changes mask values near edges; save it as PNG"
@@ -163,6 +170,11 @@ def _readable(data: bytes | OSError, file: str) -> bytes:
     if isinstance(data, OSError):
         raise InputError(f"{file}: cannot be read ({data.strerror})")
     return data
+
+
+def _reason(data: bytes | OSError) -> str:
+    """The kind of finding that a file which cannot be read or decoded is."""
+    return "permission" if isinstance(data, PermissionError) else "unreadable"
 
 
 def _format(data: bytes | OSError, file: str) -> str:

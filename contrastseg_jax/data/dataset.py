@@ -4,13 +4,10 @@ import dataclasses
 import io
 import logging
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import absl.logging
 import tensorflow_datasets as tfds
@@ -26,8 +23,8 @@ from contrastseg_jax.data.builders import (
     pascal_context,
     synthetic,
 )
-from contrastseg_jax.data.builders.base import DatasetSpec, Pair, PairsConfig, RecordBuilder
-from contrastseg_jax.data.checks import Checks, Splits, check_encoded, check_files
+from contrastseg_jax.data.builders.base import DatasetSpec
+from contrastseg_jax.data.checks import Splits
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 
@@ -94,39 +91,10 @@ def raw_splits(spec: DatasetSpec) -> Splits:
     """The examples of each split, to be checked one by one; prepares nothing.
 
     Raises:
-        InputError: the raw data are missing, or name their files so that pairs are not clear.
+        InputError: the raw data are missing.
     """
     with _quiet():
-        builder = MODULES[spec.name].make_builder(spec)
-    config, classes = builder.builder_config, label_map(spec)
-    if isinstance(config, PairsConfig):
-        return {
-            split: partial(_pair_checks, pairs, config) for split, pairs in config.pairs.items()
-        }
-    return {
-        split: partial(_record_checks, builder, split, classes) for split in _generators(builder)
-    }
-
-
-def _pair_checks(pairs: list[Pair], config: PairsConfig) -> Checks:
-    return [
-        partial(check_files, pair.name, pair.image, pair.mask, config.label_map, config.read_mask)
-        for pair in pairs
-    ]
-
-
-def _record_checks(builder: RecordBuilder, split: str, classes: LabelMap) -> Checks:
-    """The records that preparing would write."""
-    for _, record in _generators(builder)[split]:
-        name = record["name"]
-        files = f"image {name}", f"mask {name}"
-        yield partial(check_encoded, name, record["image"], record["label"], *files, classes)
-
-
-def _generators(builder: RecordBuilder) -> dict[str, Any]:
-    """By split, the numbered records; nothing is downloaded for them."""
-    with tempfile.TemporaryDirectory() as folder:
-        return builder._split_generators(tfds.download.DownloadManager(download_dir=folder))
+        return MODULES[spec.name].make_builder(spec).raw_splits()
 
 
 def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:

@@ -9,13 +9,23 @@ files) are turned into such.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
-from contrastseg_jax.data.checks import ReadMask, check_files, in_parallel
+from contrastseg_jax.data.checks import (
+    Checked,
+    Finding,
+    RawSplit,
+    ReadMask,
+    Splits,
+    check_files,
+    in_parallel,
+)
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_mask, encode_png
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
@@ -45,8 +55,12 @@ class DatasetSpec:
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The record, the same for every data set. Records keep the order they are yielded in."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.0.0")  # another one when the same files give other records
     url_infos = None  # nothing is downloaded: no checksums to look for
+
+    @abstractmethod
+    def raw_splits(self) -> Splits:
+        """The examples of each split, to be checked one by one; prepares nothing."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -64,18 +78,26 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An image file and its mask file, as they should be; `check_pairs` finds the missing ones."""
+    """An image file and its mask file, as they should be: one of them may be missing."""
 
     name: str
     image: Path
     mask: Path
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The files of a split: clear pairs, and what is wrong with those that make none."""
+
+    pairs: list[Pair] = dataclasses.field(default_factory=list)
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class PairsConfig(tfds.core.BuilderConfig):
     """The files of a data set and the values its masks may hold."""
 
-    pairs: dict[str, list[Pair]]  # by split
+    splits: dict[str, Found]
     label_map: LabelMap
     read_mask: ReadMask = decode_mask  # a mask file's content and name to pixel values
 
@@ -83,10 +105,24 @@ class PairsConfig(tfds.core.BuilderConfig):
 class PairsBuilder(RecordBuilder, skip_registration=True):
     """A data set of image files and mask files."""
 
+    def raw_splits(self) -> Splits:
+        """The pairs of each split, and the files that make none."""
+        config = cast(PairsConfig, self.builder_config)
+        check = partial(check_files, label_map=config.label_map, read_mask=config.read_mask)
+        return {
+            split: RawSplit(
+                [partial(check, pair.name, pair.image, pair.mask) for pair in found.pairs],
+                found.findings,
+            )
+            for split, found in config.splits.items()
+        }
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         config = cast(PairsConfig, self.builder_config)
-        check_pairs(config)
-        return {split: self._generate_examples(members) for split, members in config.pairs.items()}
+        check_splits(str(config.description), self.raw_splits())
+        return {
+            split: self._generate_examples(found.pairs) for split, found in config.splits.items()
+        }
 
     def _generate_examples(self, pairs: list[Pair]) -> Iterator[tuple[int, dict]]:
         read_mask = cast(PairsConfig, self.builder_config).read_mask
@@ -99,24 +135,33 @@ class PairsBuilder(RecordBuilder, skip_registration=True):
 
 def pairs_config(
     root: str | Path,
-    pairs: dict[str, list[Pair]],
+    splits: dict[str, Found],
     label_map: LabelMap,
     read_mask: ReadMask = decode_mask,
+    table: Any = None,
 ) -> PairsConfig:
     """A config named by a hash of all that preparing depends on, sizes and times of files included.
 
     So a data set whose files or label settings changed is prepared again, in a folder of its own.
+
+    Args:
+        root: where the files are.
+        splits: what is there.
+        label_map: the values that masks may hold.
+        read_mask: a mask file's content and name to pixel values.
+        table: what `read_mask` translates by.
     """
     stamps = [
         (split, pair.name, _stamp(pair.image), _stamp(pair.mask))
-        for split, members in pairs.items()
-        for pair in members
+        for split, found in splits.items()
+        for pair in found.pairs
     ]
-    described = repr((sorted(label_map.train_ids.items()), stamps))
+    findings = [found.findings for found in splits.values()]
+    described = repr((sorted(label_map.train_ids.items()), table, stamps, findings))
     return PairsConfig(
         name=hashlib.sha256(described.encode()).hexdigest()[:12],
         description=f"the data of {root}",
-        pairs=pairs,
+        splits=splits,
         label_map=label_map,
         read_mask=read_mask,
     )
@@ -124,26 +169,26 @@ def pairs_config(
 
 def find_splits(
     spec: DatasetSpec,
-    find_pairs: Callable[[Path, str], list[Pair]],
+    find: Callable[[Path, str], Found],
     layout: str,
     splits: tuple[str, ...] = SPLITS,
-) -> dict[str, list[Pair]]:
-    """The splits that are there, each with what `find_pairs(root, split)` finds.
+) -> dict[str, Found]:
+    """The splits that are there, each with what `find(root, split)` finds.
 
     Raises:
         InputError: none is; `layout` says what is expected.
     """
     root = Path(spec.root).expanduser()
-    found = {split: find_pairs(root, split) for split in splits} if spec.root else {}
-    pairs = {split: members for split, members in found.items() if members}
-    if not pairs:
+    found = {split: find(root, split) for split in splits} if spec.root else {}
+    found = {split: files for split, files in found.items() if files.pairs or files.findings}
+    if not found:
         state = "has none" if root.is_dir() else "is no folder"
         raise InputError(
             f"no images for the data set '{spec.name}': data.root = '{spec.root}' {state}\n"
             "Give the folder that holds them with --config.data.root=FOLDER; the first start checks"
             f" and prepares them. Its layout:\n{layout}"
         )
-    return pairs
+    return found
 
 
 def match_files(
@@ -152,80 +197,163 @@ def match_files(
     *,
     image_endings: tuple[str, ...] = IMAGE_SUFFIXES,
     mask_ending: str = ".png",
-) -> list[Pair]:
+) -> Found:
     """Pairs of equal path without ending below the two folders, sorted by that path.
 
-    Raises:
-        InputError: two images have the same path without ending.
+    Links to folders are followed, hidden files and folders left out. What makes no pair is a
+    finding: folders that are absent or cannot be read, names that two images share or that are no
+    UTF-8, files of another suffix where one is missing.
     """
-    image_of = _by_name(images, image_endings)
-    mask_of = _by_name(masks, (mask_ending,))
+    findings: list[Finding] = []
+    of_images = _read_side("images", images, image_endings, findings)
+    of_masks = _read_side("masks", masks, (mask_ending,), findings)
+    names = of_images.files.keys() | of_masks.files.keys()
+    if findings:  # what is missing may lie in a folder that cannot be read
+        names = of_images.files.keys() & of_masks.files.keys()
+    for side, other in ((of_images, of_masks), (of_masks, of_images)):
+        if names and not findings and not side.folder.is_dir():
+            message = f"{side.folder}: no such folder, for the {side.what} of {other.folder}"
+            return Found(findings=[Finding("unpaired", str(side.folder), message)])
     missing = image_endings[0] if len(image_endings) == 1 else ".*"
-    return [
-        Pair(
-            name,
-            image_of.get(name, images / f"{name}{missing}"),
-            mask_of.get(name, masks / f"{name}{mask_ending}"),
-        )
-        for name in sorted(image_of.keys() | mask_of.keys())
-    ]
+    pairs = []
+    for name in sorted(names):
+        faults = _faults(name, of_images, of_masks)
+        if not faults:
+            image = of_images.files.get(name, [images / f"{name}{missing}"])[0]
+            mask = of_masks.files.get(name, [masks / f"{name}{mask_ending}"])[0]
+            pairs.append(Pair(name, image, mask))
+        findings += faults
+    return Found(pairs, findings)
 
 
-def name_files(
-    names: Iterable[str], images: Path, masks: Path, *, image_ending: str, mask_ending: str
-) -> list[Pair]:
-    """The pairs of a list of names, in its order."""
-    return [
+def list_files(
+    listing: Path,
+    images: Path,
+    masks: Path,
+    *,
+    image_ending: str,
+    mask_ending: str,
+    name_of: Callable[[str], str] = str,
+) -> Found:
+    """The pairs whose names a list has, in its order; `name_of` is the name in a line."""
+    lines, findings = read_lines(listing)
+    names = [name_of(line) for line in lines if line]
+    pairs = [
         Pair(name, images / f"{name}{image_ending}", masks / f"{name}{mask_ending}")
         for name in names
     ]
+    return Found(pairs, findings)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a list of files, without blank ones; none if there is no such list."""
-    if not path.exists():
-        return []
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+def read_lines(path: Path) -> tuple[list[str], list[Finding]]:
+    """The lines of a list of files, and why it cannot be read; neither if there is no such list."""
+    try:  # with or without the mark that some editors put first
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines()], []
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    except PermissionError:
+        return [], [_no_permission(path)]
+    except UnicodeDecodeError as error:
+        message = f"{path}: must be text in UTF-8, byte {error.start} is not"
+        return [], [Finding("encoding", str(path), message)]
 
 
-def check_pairs(config: PairsConfig) -> None:
-    """Reads every file of a data set to its end.
+def check_splits(title: str, splits: Splits) -> None:
+    """Reads every example of a data set to its end.
 
     Raises:
         InputError: lists all that is wrong.
     """
 
-    def errors_of(pair: Pair) -> list[str]:
-        checked = check_files(pair.name, pair.image, pair.mask, config.label_map, config.read_mask)
-        return [finding.message for finding in checked.findings if finding.is_error]
+    def findings_of(check: Callable[[], Checked]) -> tuple[Finding, ...]:
+        return check().findings
 
-    pairs = [pair for members in config.pairs.values() for pair in members]
-    found = in_parallel(errors_of, pairs, "Checking images and masks")
-    problems = [problem for problems in found for problem in problems]
+    findings = [finding for raw in splits.values() for finding in raw.findings]
+    checks = [check for raw in splits.values() for check in raw.checks]
+    for found in in_parallel(findings_of, checks, "Checking images and masks"):
+        findings += found
+    problems = dict.fromkeys(finding.message for finding in findings if finding.is_error)
     if problems:
-        raise listed(str(config.description), problems)
+        raise listed(title, list(problems))
 
 
-def _by_name(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
-    """The files below a folder whose names end so, by their path without it."""
-    files: dict[str, Path] = {}
-    for path in [folder, *sorted(folder.rglob("*"))]:
-        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # rglob passes over it
-            raise InputError(f"{path}: the folder cannot be read (permission denied)")
-        below = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in below.parts)
-        ending = next((e for e in endings if path.name.lower().endswith(e.lower())), "")
-        if ending and not hidden:
-            name = below.as_posix().removesuffix(path.name[-len(ending) :])
-            if name in files:
-                raise InputError(f"{path}: same name without suffix as {files[name]}")
-            files[name] = path
-    return files
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """The images of a split, or its masks."""
+
+    what: str  # "images" or "masks"
+    folder: Path
+    endings: tuple[str, ...]
+    files: dict[str, list[Path]]  # by path below the folder without ending; more than one: unclear
+    others: dict[str, Path]  # of another suffix
+
+
+def _read_side(what: str, folder: Path, endings: tuple[str, ...], findings: list[Finding]) -> _Side:
+    """Sorts the files below a folder; appends to `findings`."""
+    side = _Side(what, folder, endings, {}, {})
+    for path in _walk(folder, findings):
+        below = path.relative_to(folder).as_posix()
+        ending = next((e for e in endings if below.lower().endswith(e.lower())), "")
+        if ending:
+            side.files.setdefault(below[: -len(ending)], []).append(path)
+        elif path.suffix:
+            stem = below.removesuffix(path.suffix)
+            base = endings[0][: endings[0].rindex(".")]  # "_L" of "_L.png"
+            if stem.endswith(base):
+                side.others.setdefault(stem.removesuffix(base), path)
+    return side
+
+
+def _walk(folder: Path, findings: list[Finding], above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files below a folder. Links are followed, but not back to a folder they lie in."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        names = sorted(os.listdir(folder))
+        os.stat(os.path.join(folder, "."))  # the names may be readable and the files not
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError:
+        findings.append(_no_permission(folder))
+        return
+    for path in (folder / name for name in names if not name.startswith(".")):
+        if os.path.isdir(path):
+            yield from _walk(path, findings, (*above, real))
+        else:
+            yield path
+
+
+def _no_permission(path: Path) -> Finding:
+    """Names the folder on the way that may not be entered, or else the path itself."""
+    closed = next((p for p in reversed(path.parents) if not os.access(p, os.X_OK)), path)
+    message = f"{closed}: cannot be read (Permission denied)"
+    return Finding("permission", str(closed), message)
+
+
+def _faults(name: str, *sides: _Side) -> list[Finding]:
+    """Why the files of a name make no clear pair."""
+    if name.encode(errors="ignore").decode() != name:
+        files = [file for side in sides for file in side.files.get(name, [])]
+        shown = [os.fsencode(file).decode(errors="backslashreplace") for file in files]
+        return [Finding("encoding", file, f"{file}: the name must be UTF-8") for file in shown]
+    faults = []
+    for side in sides:
+        files = side.files.get(name, [])
+        for file in files[1:]:
+            message = f"{file}: same name without suffix as {files[0]}"
+            faults.append(Finding("layout", str(file), message))
+        if not files and name in side.others:
+            file = side.others[name]
+            message = f"{file}: is a {file.suffix}; {side.what} must be {', '.join(side.endings)}"
+            faults.append(Finding("suffix", str(file), message))
+    return faults
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
     location = str(path.absolute())
-    if not path.exists():
+    try:
+        status = path.stat()
+    except OSError:  # which the checks name
         return location, 0, 0
-    status = path.stat()
     return location, status.st_size, status.st_mtime_ns

@@ -1,5 +1,6 @@
 """CamVid street scenes: SegNet's index masks, or the original's colour masks in its classes."""
 
+import os
 import re
 from pathlib import Path
 
@@ -9,15 +10,17 @@ from jaxtyping import UInt8
 from contrastseg_jax.data.builders.base import (
     SPLITS,
     DatasetSpec,
+    Found,
     Pair,
     PairsBuilder,
     find_splits,
+    list_files,
     match_files,
-    name_files,
     pairs_config,
     read_lines,
 )
-from contrastseg_jax.data.images import decode_image, decode_mask
+from contrastseg_jax.data.checks import Finding
+from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -89,6 +92,10 @@ COLORS = {
 }
 # Seq05VD_f02610_L.png has 175 pixels of colours that mean nothing: 0.03 %.
 UNKNOWN_SHARE = 0.001
+# Of a list: an image and a mask. Names may have spaces, so the image ends at its suffix.
+TWO_PATHS = re.compile(
+    rf"(.+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))\s+(.+)", re.IGNORECASE
+)
 
 
 class Camvid(PairsBuilder):
@@ -105,14 +112,14 @@ def make_builder(spec: DatasetSpec) -> Camvid:
     """Builder of the files below `spec.root`.
 
     Raises:
-        InputError: no split is there, or a list has a line that is not a pair.
+        InputError: no split is there.
     """
-    if (Path(spec.root).expanduser() / ORIGINAL_MASKS).is_dir():
-        find_pairs, read_mask = _find_original_pairs, read_color_mask
+    if os.path.isdir(Path(spec.root).expanduser() / ORIGINAL_MASKS):
+        find, read_mask = _find_original, read_color_mask
     else:
-        find_pairs, read_mask = _find_segnet_pairs, decode_mask
-    pairs = find_splits(spec, find_pairs, LAYOUT)
-    config = pairs_config(spec.root, pairs, label_map(spec), read_mask)
+        find, read_mask = _find_segnet, decode_mask
+    splits = find_splits(spec, find, LAYOUT)
+    config = pairs_config(spec.root, splits, label_map(spec), read_mask, table=COLORS)
     return Camvid(config=config, data_dir=spec.prepared_dir)
 
 
@@ -138,44 +145,58 @@ def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
     return mask
 
 
-def split_of(name: str) -> str:
+def split_of(name: str) -> str | None:
     """The split of a frame of the original, as SegNet has it: by sequence and time.
 
-    Raises:
-        InputError: the name is that of none of the four sequences.
+    None: the name is that of none of the four sequences.
     """
     found = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", name)
     if not found:
-        raise InputError(
-            f"{name}: not a frame of CamVid (0001TP_…, 0006R0_…, 0016E5_…, Seq05VD_…), so its split"
-            " is unknown; name the frames of each in train.txt, val.txt, test.txt"
-        )
+        return None
     sequence, frame = found[1], int(found[2])
     if sequence == "Seq05VD" or (sequence == "0001TP" and frame >= 8550):
         return "test"
     return "val" if sequence == "0016E5" and 7959 <= frame <= 8159 else "train"
 
 
-def _find_original_pairs(root: Path, split: str) -> list[Pair]:
+def _find_original(root: Path, split: str) -> Found:
     images, masks = root / ORIGINAL_IMAGES, root / ORIGINAL_MASKS
-    if any((root / f"{listed}.txt").exists() for listed in SPLITS):
-        # The first field alone: SegNet's lists "image mask" serve as well.
-        names = [Path(line.split()[0]).stem for line in read_lines(root / f"{split}.txt")]
-        return name_files(names, images, masks, image_ending=".png", mask_ending="_L.png")
-    pairs = match_files(images, masks, mask_ending="_L.png")
-    return [pair for pair in pairs if split_of(pair.name) == split]
+    if any(os.path.exists(root / f"{listed}.txt") for listed in SPLITS):
+        listing, endings = root / f"{split}.txt", {"image_ending": ".png", "mask_ending": "_L.png"}
+        return list_files(listing, images, masks, **endings, name_of=_frame)
+    found = match_files(images, masks, mask_ending="_L.png")
+    pairs = [pair for pair in found.pairs if split_of(pair.name) == split]
+    strays = [
+        Finding(
+            "layout",
+            str(pair.image),
+            f"{pair.image}: not a frame of CamVid (0001TP_…, 0006R0_…, 0016E5_…, Seq05VD_…), so its"
+            " split is unknown; name the frames of each in train.txt, val.txt, test.txt",
+        )
+        for pair in found.pairs
+        if split_of(pair.name) is None
+    ]
+    # What is of no split is told once.
+    return Found(pairs, [*found.findings, *strays] if split == SPLITS[0] else [])
 
 
-def _find_segnet_pairs(root: Path, split: str) -> list[Pair]:
+def _find_segnet(root: Path, split: str) -> Found:
     listing = root / f"{split}.txt"
-    if not listing.exists():
+    if not os.path.exists(listing):
         return match_files(root / split, root / f"{split}annot")
-    pairs = []
-    for number, line in enumerate(listing.read_text().splitlines(), start=1):
-        paths = [root / field.removeprefix(HISTORICAL_PREFIX) for field in line.split()]
-        if len(paths) == 2:
-            image, mask = paths
+    pairs, (lines, findings) = [], read_lines(listing)
+    for number, line in enumerate(lines, start=1):
+        paths = TWO_PATHS.fullmatch(line)
+        if paths:
+            image, mask = (root / path.removeprefix(HISTORICAL_PREFIX) for path in paths.groups())
             pairs.append(Pair(image.stem, image, mask))
-        elif paths:
-            raise InputError(f'{listing}, line {number}: "image mask" is expected, found "{line}"')
-    return pairs
+        elif line:
+            message = f'{listing}, line {number}: "image mask" is expected, found "{line}"'
+            findings.append(Finding("layout", str(listing), message))
+    return Found(pairs, findings)
+
+
+def _frame(line: str) -> str:
+    """The name in a line of a list; SegNet's lists "image mask" serve as well."""
+    paths = TWO_PATHS.fullmatch(line)
+    return Path(paths[1] if paths else line).stem

@@ -11,13 +11,12 @@ from jaxtyping import UInt8
 
 from contrastseg_jax.data.builders.base import (
     DatasetSpec,
-    Pair,
+    Found,
     PairsBuilder,
     find_splits,
+    list_files,
     match_files,
-    name_files,
     pairs_config,
-    read_lines,
 )
 from contrastseg_jax.data.images import decode_mask, decode_mat
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
@@ -77,11 +76,11 @@ def make_builder(spec: DatasetSpec) -> CocoStuff:
         InputError: no split is there.
     """
     if spec.name == "coco_stuff10k":
-        find_pairs, read_mask = _find_pairs_10k, read_mat_mask
+        find, read_mask = _find_10k, read_mat_mask
     else:
-        find_pairs, read_mask = _find_pairs_164k, decode_mask
-    pairs = find_splits(spec, find_pairs, LAYOUTS[spec.name], ("train", "val"))
-    config = pairs_config(spec.root, pairs, label_map(spec), read_mask)
+        find, read_mask = _find_164k, decode_mask
+    splits = find_splits(spec, find, LAYOUTS[spec.name], ("train", "val"))
+    config = pairs_config(spec.root, splits, label_map(spec), read_mask)
     return CocoStuff(config=config, data_dir=spec.prepared_dir)
 
 
@@ -90,13 +89,14 @@ def read_mat_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
     return decode_mat(data, name, "S", NUM_LABELS).astype(np.uint8)
 
 
-def _find_pairs_10k(root: Path, split: str) -> list[Pair]:
-    names = read_lines(root / "imageLists" / {"train": "train.txt", "val": "test.txt"}[split])
+def _find_10k(root: Path, split: str) -> Found:
+    listing = root / "imageLists" / {"train": "train.txt", "val": "test.txt"}[split]
     images, masks = root / "images", root / "annotations"
-    return name_files(names, images, masks, image_ending=".jpg", mask_ending=".mat")
+    return list_files(listing, images, masks, image_ending=".jpg", mask_ending=".mat")
 
 
-def _find_pairs_164k(root: Path, split: str) -> list[Pair]:
-    pairs = match_files(root / "images" / f"{split}2017", root / "annotations" / f"{split}2017")
+def _find_164k(root: Path, split: str) -> Found:
+    found = match_files(root / "images" / f"{split}2017", root / "annotations" / f"{split}2017")
     # What mmsegmentation's converter writes beside the masks are none of ours.
-    return [pair for pair in pairs if not pair.name.endswith("_labelTrainIds")]
+    ours = [pair for pair in found.pairs if not pair.name.endswith("_labelTrainIds")]
+    return Found(ours, found.findings)

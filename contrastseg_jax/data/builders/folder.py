@@ -4,7 +4,7 @@ from pathlib import Path
 
 from contrastseg_jax.data.builders.base import (
     DatasetSpec,
-    Pair,
+    Found,
     PairsBuilder,
     find_splits,
     match_files,
@@ -50,10 +50,10 @@ def make_builder(spec: DatasetSpec) -> Folder:
     Raises:
         InputError: no split is there.
     """
-    pairs = find_splits(spec, _find_pairs, LAYOUT)
-    config = pairs_config(spec.root, pairs, label_map(spec))
+    splits = find_splits(spec, _find, LAYOUT)
+    config = pairs_config(spec.root, splits, label_map(spec))
     return Folder(config=config, data_dir=spec.prepared_dir)
 
 
-def _find_pairs(root: Path, split: str) -> list[Pair]:
+def _find(root: Path, split: str) -> Found:
     return match_files(root / "images" / split, root / "labels" / split)

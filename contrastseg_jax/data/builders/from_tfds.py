@@ -7,15 +7,16 @@ have. Classes are named in the config, as for `folder`.
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import tensorflow_datasets as tfds
 
 from contrastseg_jax.data.builders import folder
-from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder
-from contrastseg_jax.data.images import decode_mask
-from contrastseg_jax.data.labels import LabelMap, to_train_ids
+from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, check_splits
+from contrastseg_jax.data.checks import Checked, RawSplit, Splits, check_encoded
+from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
 label_map = folder.label_map
@@ -35,18 +36,25 @@ class SourceConfig(tfds.core.BuilderConfig):
 class FromTfds(RecordBuilder, skip_registration=True):
     """Image and mask of another data set of TFDS."""
 
+    def raw_splits(self) -> Splits:
+        """The examples of the source."""
+        config = cast(SourceConfig, self.builder_config)
+        sources = {ours: open_source(config, ours) for ours in config.splits}
+        return {
+            ours: RawSplit([partial(_check, config, ours, source, i) for i in range(len(source))])
+            for ours, source in sources.items()
+        }
+
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         config = cast(SourceConfig, self.builder_config)
+        check_splits(str(config.description), self.raw_splits())
         return {ours: self._generate_examples(open_source(config, ours)) for ours in config.splits}
 
     def _generate_examples(self, source: Sequence[dict]) -> Iterator[tuple[int, dict]]:
         config = cast(SourceConfig, self.builder_config)
         for index, example in enumerate(source):
-            name = f"{index:06d}"
             image, label = example[config.image_feature], example[config.label_feature]
-            title = f"{config.source.info.full_name}, example {name}"
-            to_train_ids(decode_mask(label, title), config.label_map, title)
-            yield index, {"image": image, "label": label, "name": name}
+            yield index, {"image": image, "label": label, "name": f"{index:06d}"}
 
 
 def make_builder(spec: DatasetSpec) -> FromTfds:
@@ -111,6 +119,13 @@ def open_source(config: SourceConfig, split: str) -> Sequence[dict]:
         ) from error
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"{config.description}, {config.splits[split]}: {error}") from error
+
+
+def _check(config: SourceConfig, ours: str, source: Sequence[dict], index: int) -> Checked:
+    example, name = source[index], f"{index:06d}"
+    title = f"{config.source.info.full_name} {config.splits[ours]}, example {name}"
+    image, label = example[config.image_feature], example[config.label_feature]
+    return check_encoded(name, image, label, f"{title}, image", f"{title}, mask", config.label_map)
 
 
 def _pictures(source: tfds.core.DatasetBuilder) -> list[str]:

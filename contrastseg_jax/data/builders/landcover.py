@@ -41,6 +41,6 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 def make_builder(spec: DatasetSpec) -> Landcover:
     """Builder of the blocks that were held out (val) and the others (train)."""
     images, labels = FOLDER / "images", FOLDER / "labels"
-    pairs = {split: match_files(images / split, labels / split) for split in ("train", "val")}
-    config = pairs_config(FOLDER, pairs, label_map(spec))
+    splits = {split: match_files(images / split, labels / split) for split in ("train", "val")}
+    config = pairs_config(FOLDER, splits, label_map(spec))
     return Landcover(config=config, data_dir=spec.prepared_dir)

@@ -6,6 +6,7 @@ files of all 459 labels, which are turned into such PNGs. PNGs that count in the
 official 59_labels.txt (59_context_labels) do not fit: it is another order.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,11 @@ from jaxtyping import UInt8
 
 from contrastseg_jax.data.builders.base import (
     DatasetSpec,
-    Pair,
+    Found,
     PairsBuilder,
     find_splits,
-    name_files,
+    list_files,
     pairs_config,
-    read_lines,
 )
 from contrastseg_jax.data.images import decode_mask, decode_mat
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
@@ -61,9 +61,9 @@ def make_builder(spec: DatasetSpec) -> PascalContext:
     Raises:
         InputError: no split is there.
     """
-    pairs = find_splits(spec, _find_pairs, LAYOUT, ("train", "val"))
+    splits = find_splits(spec, _find, LAYOUT, ("train", "val"))
     read_mask = decode_mask if _has_pngs(Path(spec.root).expanduser()) else read_mat_mask
-    config = pairs_config(spec.root, pairs, label_map(spec), read_mask)
+    config = pairs_config(spec.root, splits, label_map(spec), read_mask, table=CLASSES)
     return PascalContext(config=config, data_dir=spec.prepared_dir)
 
 
@@ -74,17 +74,17 @@ def read_mat_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
     return table[decode_mat(data, name, "LabelMap", NUM_LABELS)]
 
 
-def _find_pairs(root: Path, split: str) -> list[Pair]:
+def _find(root: Path, split: str) -> Found:
     lists = root / "ImageSets" / "SegmentationContext"
-    if not lists.is_dir():
+    if not os.path.isdir(lists):
         lists = root / "ImageSets" / "Main"
-    names, images = read_lines(lists / f"{split}.txt"), root / "JPEGImages"
+    listing, images = lists / f"{split}.txt", root / "JPEGImages"
     if _has_pngs(root):
         masks, ending = root / "SegmentationClassContext", ".png"
     else:
         masks, ending = root / "trainval", ".mat"
-    return name_files(names, images, masks, image_ending=".jpg", mask_ending=ending)
+    return list_files(listing, images, masks, image_ending=".jpg", mask_ending=ending)
 
 
 def _has_pngs(root: Path) -> bool:
-    return (root / "SegmentationClassContext").is_dir()
+    return os.path.isdir(root / "SegmentationClassContext")

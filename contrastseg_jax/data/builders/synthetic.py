@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import cv2
@@ -10,6 +11,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder
+from contrastseg_jax.data.checks import Checked, RawSplit, Splits, check_encoded
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.data.labels import LabelMap, default_palette
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -21,28 +23,29 @@ class SceneConfig(tfds.core.BuilderConfig):
 
     image_size: tuple[int, int]  # height, width
     num_classes: int
+    label_map: LabelMap
     num_examples: tuple[int, int]  # train, val
 
 
 class Synthetic(RecordBuilder):
     """Discs, rectangles and triangles with the colour and the stripes of their class."""
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+    def raw_splits(self) -> Splits:
+        """The scenes of train and of val."""
         config = cast(SceneConfig, self.builder_config)
-        counts = zip(("train", "val"), config.num_examples, strict=True)
         return {
-            split: self._generate_examples(seed, count)
-            for seed, (split, count) in enumerate(counts)
-            if count > 0
+            split: RawSplit([partial(_check, config, seed, index) for index in range(count)])
+            for split, (seed, count) in _splits(config).items()
         }
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        splits = _splits(cast(SceneConfig, self.builder_config))
+        return {split: self._generate_examples(*found) for split, found in splits.items()}
 
     def _generate_examples(self, seed: int, num_examples: int) -> Iterator[tuple[int, dict]]:
         config = cast(SceneConfig, self.builder_config)
         for index in range(num_examples):
-            rng = np.random.default_rng((seed, index))
-            image, label = draw_scene(rng, config.image_size, config.num_classes)
-            record = {"image": encode_png(image), "label": encode_png(label)}
-            yield index, {**record, "name": f"{index:06d}"}
+            yield index, _record(config, seed, index)
 
 
 def label_map(spec: DatasetSpec) -> LabelMap:
@@ -60,6 +63,7 @@ def make_builder(spec: DatasetSpec) -> Synthetic:
         name=f"{width}x{height}_{spec.num_classes}classes_{train}train_{val}val",
         image_size=spec.image_size,
         num_classes=spec.num_classes,
+        label_map=label_map(spec),
         num_examples=spec.num_examples,
     )
     return Synthetic(config=config, data_dir=spec.prepared_dir)
@@ -91,3 +95,23 @@ def draw_scene(
     noise = rng.normal(scale=12, size=(height, width, 3))
     image = np.clip(colors[label] + stripes[..., None] + noise, 0, 255).astype(np.uint8)
     return image, label
+
+
+def _splits(config: SceneConfig) -> dict[str, tuple[int, int]]:
+    """Seed and number of scenes of the splits that have some."""
+    counts = enumerate(zip(("train", "val"), config.num_examples, strict=True))
+    return {split: (seed, count) for seed, (split, count) in counts if count > 0}
+
+
+def _record(config: SceneConfig, seed: int, index: int) -> dict:
+    rng = np.random.default_rng((seed, index))
+    image, label = draw_scene(rng, config.image_size, config.num_classes)
+    return {"image": encode_png(image), "label": encode_png(label), "name": f"{index:06d}"}
+
+
+def _check(config: SceneConfig, seed: int, index: int) -> Checked:
+    record = _record(config, seed, index)
+    name = record["name"]
+    return check_encoded(
+        name, record["image"], record["label"], f"image {name}", f"mask {name}", config.label_map
+    )
