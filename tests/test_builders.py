@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shutil
 from pathlib import Path
 
 import cv2
@@ -418,6 +419,14 @@ def test_the_32_colors_are_each_of_one_class():
     assert mask.tolist() == [expected]
 
 
+def test_changed_colors_prepare_again(spec_of, raw, monkeypatch):
+    write_original_camvid(raw, "0001TP_006690")
+    assert classes_of(spec_of("camvid"), open_split(spec_of("camvid"), "train")[0])[0][0] == 0
+    sky, building = camvid.COLORS["Sky"], camvid.COLORS["Building"]
+    monkeypatch.setattr(camvid, "COLORS", {**camvid.COLORS, "Sky": building, "Building": sky})
+    assert classes_of(spec_of("camvid"), open_split(spec_of("camvid"), "train")[0])[0][0] == 1
+
+
 def test_a_few_unknown_colors_are_void_and_many_an_error():
     """The published Seq05VD_f02610_L.png has 175 of them in 691,200."""
     mask = np.full((720, 960, 3), 128, np.uint8)
@@ -526,6 +535,19 @@ def test_images_and_masks_of_tfds_are_checked_as_files_are(tfds_spec, monkeypatc
     for finding in found:
         assert finding.message in str(error.value)
         assert finding.message.startswith("tiny_masks/1.0.0 train, example 00000")
+
+
+def test_a_changed_data_set_of_tfds_is_prepared_again(tfds_spec, raw, monkeypatch):
+    spec = tfds_spec(train_split="train")
+    before = open_split(spec, "train")[0]["image"]
+    assert open_split(spec, "train")[0]["image"] == before
+    folder = Path(spec.prepared_dir) / "from_tfds"
+    assert len(list(folder.iterdir())) == 1
+
+    shutil.rmtree(raw)
+    monkeypatch.setattr("test_builders.encode_jpeg", lambda pixels, _: encode_png(pixels))
+    assert open_split(spec, "train")[0]["image"] != before
+    assert len(list(folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

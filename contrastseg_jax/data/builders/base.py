@@ -152,7 +152,7 @@ def pairs_config(
         table: what `read_mask` translates by.
     """
     stamps = [
-        (split, pair.name, _stamp(pair.image), _stamp(pair.mask))
+        (split, pair.name, file_stamp(pair.image), file_stamp(pair.mask))
         for split, found in splits.items()
         for pair in found.pairs
     ]
@@ -277,6 +277,16 @@ def check_splits(title: str, splits: Splits) -> None:
         raise listed(title, list(problems))
 
 
+def file_stamp(path: Path) -> tuple[str, int, int]:
+    """Path, size and time of a file, which tell it from a changed one; zeros: it cannot be read."""
+    location = str(path.absolute())
+    try:
+        status = path.stat()
+    except OSError:  # which the checks name
+        return location, 0, 0
+    return location, status.st_size, status.st_mtime_ns
+
+
 @dataclasses.dataclass(frozen=True)
 class _Side:
     """The images of a split, or its masks."""
@@ -348,12 +358,3 @@ def _faults(name: str, *sides: _Side) -> list[Finding]:
             message = f"{file}: is a {file.suffix}; {side.what} must be {', '.join(side.endings)}"
             faults.append(Finding("suffix", str(file), message))
     return faults
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    location = str(path.absolute())
-    try:
-        status = path.stat()
-    except OSError:  # which the checks name
-        return location, 0, 0
-    return location, status.st_size, status.st_mtime_ns

@@ -7,6 +7,7 @@ have. Classes are named in the config, as for `folder`.
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -14,7 +15,12 @@ from typing import cast
 import tensorflow_datasets as tfds
 
 from contrastseg_jax.data.builders import folder
-from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, check_splits
+from contrastseg_jax.data.builders.base import (
+    DatasetSpec,
+    RecordBuilder,
+    check_splits,
+    file_stamp,
+)
 from contrastseg_jax.data.checks import Checked, RawSplit, Splits, check_encoded
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
@@ -61,7 +67,7 @@ def make_builder(spec: DatasetSpec) -> FromTfds:
     """Builder of the examples of `spec.dataset`, which TFDS keeps in `spec.root` or its own folder.
 
     Raises:
-        InputError: there is no such data set, or it has no such image, mask or split.
+        InputError: there is no such data set, it cannot be prepared, or has no such image or mask.
     """
     try:
         source = tfds.builder(
@@ -70,55 +76,67 @@ def make_builder(spec: DatasetSpec) -> FromTfds:
     except tfds.core.DatasetNotFoundError as error:
         message = str(error).splitlines()[0]
         raise InputError(f"data.tfds.dataset = '{spec.dataset}': {message}") from error
+    check_features(spec, source)
+    with _named_errors(_title(source)):
+        if not source.is_prepared():
+            source.download_and_prepare(file_format="array_record")
     chosen = {
         "splits": {"train": spec.train_split, "val": spec.val_split},
         "image_feature": spec.image_feature,
         "label_feature": spec.label_feature,
         "label_map": label_map(spec),
     }
-    described = repr((source.info.full_name, spec.root, chosen))
+    stamps = [file_stamp(path) for path in sorted(Path(source.data_dir).iterdir())]
+    described = repr((source.info.full_name, stamps, chosen))
     config = SourceConfig(
         name=hashlib.sha256(described.encode()).hexdigest()[:12],
-        description=f"the data set {source.info.full_name} of TFDS",
+        description=_title(source),
         source=source,
         **chosen,
     )
-    check_features(config)
     return FromTfds(config=config, data_dir=spec.prepared_dir)
 
 
-def check_features(config: SourceConfig) -> None:
+def check_features(spec: DatasetSpec, source: tfds.core.DatasetBuilder) -> None:
     """Raise an error that lists the features that are missing or no pictures."""
-    pictures = _pictures(config.source)
-    chosen = {"image": config.image_feature, "label": config.label_feature}
+    pictures = _pictures(source)
+    chosen = {"image": spec.image_feature, "label": spec.label_feature}
     problems = [
         f"data.tfds.{setting}_feature = '{key}': must be one of its pictures, {', '.join(pictures)}"
         for setting, key in chosen.items()
         if key not in pictures
     ]
     if problems:
-        raise listed(str(config.description), problems)
+        raise listed(_title(source), problems)
 
 
 def open_source(config: SourceConfig, split: str) -> Sequence[dict]:
-    """The examples of what is our `split`, pictures encoded; prepared first if need be.
+    """The examples of what is our `split`, pictures encoded.
 
     Raises:
-        InputError: the data set cannot be prepared or read here, or has no such split.
+        InputError: the data set cannot be read here, or has no such split.
     """
-    source = config.source
-    encoded = dict.fromkeys(_pictures(source), tfds.decode.SkipDecoding())
+    encoded = dict.fromkeys(_pictures(config.source), tfds.decode.SkipDecoding())
+    with _named_errors(f"{config.description}, {config.splits[split]}"):
+        return config.source.as_data_source(config.splits[split], decoders=encoded)  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def _named_errors(title: str) -> Iterator[None]:
+    """What TFDS raises where it cannot prepare or read, as an error that says of what."""
     try:
-        if not source.is_prepared():
-            source.download_and_prepare(file_format="array_record")
-        return source.as_data_source(config.splits[split], decoders=encoded)  # pyright: ignore[reportCallIssue]
+        yield
     except ImportError as error:
         raise InputError(
-            f"{config.description}: preparing it needs {error.name}, which is not installed; set"
-            " data.root to a folder where it is prepared, with file_format='array_record'"
+            f"{title}: preparing it needs {error.name}, which is not installed; set data.root to a"
+            " folder where it is prepared, with file_format='array_record'"
         ) from error
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"{config.description}, {config.splits[split]}: {error}") from error
+        raise InputError(f"{title}: {error}") from error
+
+
+def _title(source: tfds.core.DatasetBuilder) -> str:
+    return f"the data set {source.info.full_name} of TFDS"
 
 
 def _check(config: SourceConfig, ours: str, source: Sequence[dict], index: int) -> Checked:
