@@ -2,12 +2,15 @@
 
 import fcntl
 import json
+import logging
 import math
 import os
 from pathlib import Path
 from typing import IO, Any
 
 from contrastseg_jax.errors import InputError
+
+log = logging.getLogger("contrastseg_jax")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -18,19 +21,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(partial, path)
 
 
-def lock(path: Path) -> IO[str]:
+def lock(path: Path, *, wait: bool = False) -> IO[str]:
     """Hold a lock until the file that is returned is closed, at the latest when the process ends.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, and `wait` does not say to wait for that one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.close()
-        raise InputError(f"{path.parent}: another process is training in this folder") from error
+        if not wait:
+            file.close()
+            message = f"{path.parent}: another process is training in this folder"
+            raise InputError(message) from error
+        log.info(f"{path.parent}: waiting for another process")
+        fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
 

@@ -32,7 +32,7 @@ from contrastseg_jax.build import (
 )
 from contrastseg_jax.config import Config, claim, leaves, run_in
 from contrastseg_jax.data import pipeline
-from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.data.dataset import label_map, open_splits
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.evaluate import compile_eval_step, evaluate, inference_variables
@@ -56,9 +56,7 @@ def train(config: Config, workdir: Path) -> None:
     """Train to `train.num_steps`, from the newest checkpoint of the workdir where it has one."""
     # What is wrong with the data shows before anything is compiled or written.
     spec = dataset_spec(config)
-    source, val_source = processes.first_then_others(
-        lambda: (open_split(spec, "train"), open_split(spec, "val"))
-    )
+    source, val_source = processes.first_then_others(lambda: open_splits(spec, ("train", "val")))
     processes.require_same(
         dict(leaves(config))
         | {"images": (len(source), len(val_source)), "devices": jax.local_device_count()}

@@ -240,7 +240,7 @@ def test_a_bad_file_is_named_with_its_rule_and_stops_preparing_too(root, fault, 
     with pytest.raises(InputError) as error:
         prepare(root)
     assert found["message"] in str(error.value)
-    assert list((root.parent / "prepared").rglob("*.*")) == []
+    assert [path.name for path in (root.parent / "prepared").rglob("*.*")] == [".lock"]
 
 
 def test_the_audit_stops_at_no_fault(root):
@@ -537,7 +537,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_that_counts(tmp_path):
     text = result.stderr.decode()
     assert f"InputError: data.prepared_dir = '{tmp_path}': preparing data set 'landcover'" in text
     assert "write() failed" in text
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
     assert len(open_split(spec, "train")) == 27
 
 
@@ -577,8 +577,10 @@ def test_a_killed_preparation_starts_again(root):
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     assert list(Path(spec.prepared_dir).rglob("*incomplete*/*train*"))
-    assert len(prepare(root)) == 3
+    write_example(root, "train", "f", 9)  # so it is another folder that is prepared now
+    assert len(prepare(root)) == 4
     assert len(open_split(spec, "val")) == 2
+    assert list(Path(spec.prepared_dir).rglob("*incomplete*")) == []
 
 
 # CamVid

@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from contrastseg_jax.data.builders import base, camvid, landcover, synthetic
+from contrastseg_jax.data.builders import folder as folder_module
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import dataset_names, label_map, open_split
+from contrastseg_jax.data.dataset import dataset_names, label_map, open_split, open_splits
 from contrastseg_jax.data.images import (
     decode_image,
     decode_mask,
@@ -58,7 +60,8 @@ def names(records):
 
 
 def prepared_files(spec):
-    return [path for path in Path(spec.prepared_dir).rglob("*") if path.is_file()]
+    files = [path for path in Path(spec.prepared_dir).rglob("*") if path.is_file()]
+    return [path for path in files if path.name != ".lock"]
 
 
 def problems(spec):
@@ -111,12 +114,12 @@ def test_preparing_happens_once_and_again_after_a_change(folder):
 def test_a_changed_time_or_label_setting_prepares_again(folder):
     open_split(folder, "train")
     folders = Path(folder.prepared_dir) / "folder"
-    assert len(list(folders.iterdir())) == 1
+    assert len(list(folders.glob("*/1.0.0"))) == 1
     os.utime(Path(folder.root) / "images" / "train" / "b.jpg", ns=(0, 10**18))
     open_split(folder, "train")
-    assert len(list(folders.iterdir())) == 2
+    assert len(list(folders.glob("*/1.0.0"))) == 2
     open_split(dataclasses.replace(folder, ignore_values=(255, 3)), "train")
-    assert len(list(folders.iterdir())) == 3
+    assert len(list(folders.glob("*/1.0.0"))) == 3
 
 
 def test_an_absent_split_is_an_error_that_lists_the_others(folder):
@@ -138,26 +141,40 @@ def test_nothing_stays_behind_when_preparing_is_cut_off(folder, monkeypatch):
     assert len(open_split(folder, "train")) == 2
 
 
-def test_two_at_once_may_prepare_the_same(folder, monkeypatch):
-    """Both write, one moves its folder into place, the other takes that one."""
-    barrier = threading.Barrier(2, timeout=30)
-    check_splits = base.check_splits
+def test_of_two_at_once_one_prepares_and_the_other_waits(folder, monkeypatch):
+    started, checked, check_splits = threading.Event(), [], base.check_splits
 
-    def meet(*args):
-        barrier.wait()
+    def check_slowly(*args):
+        checked.append(args)
+        started.set()
+        time.sleep(0.5)
         check_splits(*args)
 
-    monkeypatch.setattr(base, "check_splits", meet)
+    monkeypatch.setattr(base, "check_splits", check_slowly)
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(names(open_split(folder, "train"))))
         for _ in range(2)
     ]
-    for thread in threads:
-        thread.start()
+    threads[0].start()
+    assert started.wait(30)
+    threads[1].start()
     for thread in threads:
         thread.join()
     assert found == [["b", "x/a"]] * 2
+    assert len(checked) == 1
+
+
+def test_the_raw_files_are_looked_through_once_for_several_splits(folder, monkeypatch):
+    open_split(folder, "train")
+    built, make_builder = [], folder_module.make_builder
+    monkeypatch.setattr(
+        folder_module, "make_builder", lambda spec: built.append(spec) or make_builder(spec)
+    )
+    assert [names(source) for source in open_splits(folder, ("train", "val"))] == [
+        *(["b", "x/a"], ["v.1"])
+    ]
+    assert len(built) == 1
 
 
 def test_preparing_logs_no_warning(folder, caplog):

@@ -1,6 +1,7 @@
 """A file is the old one or the new one."""
 
 import os
+import threading
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_a_folder_is_locked_by_one_at_a_time(tmp_path):
         with pytest.raises(InputError, match="run: another process is training in this folder"):
             lock(tmp_path / "run" / ".lock")
     lock(tmp_path / "run" / ".lock").close()
+
+
+def test_a_lock_may_be_waited_for(tmp_path, caplog):
+    caplog.set_level("INFO", "contrastseg_jax")
+    held = lock(tmp_path / ".lock")
+    threading.Timer(0.3, held.close).start()
+    with lock(tmp_path / ".lock", wait=True):
+        assert held.closed
+    assert f"{tmp_path}: waiting for another process" in caplog.text
 
 
 def test_json_has_null_for_what_is_not_finite():

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import logging
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -27,6 +28,7 @@ from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.checks import Splits
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.files import lock
 
 MODULES: dict[str, ModuleType] = {
     "landcover": landcover,
@@ -72,7 +74,28 @@ def open_split(spec: DatasetSpec, split: str) -> Sequence[dict[str, bytes]]:
     Raises:
         InputError: the raw data are missing or have faults, or have no such split.
     """
+    return open_splits(spec, [split])[0]
+
+
+def open_splits(spec: DatasetSpec, splits: Sequence[str]) -> list[Sequence[dict[str, bytes]]]:
+    """As `open_split`, for several splits of which the raw files are looked through once."""
     builder = _prepared(spec)
+    return [_open(builder, spec, split) for split in splits]
+
+
+def raw_splits(spec: DatasetSpec) -> Splits:
+    """The examples of each split, to be checked one by one; prepares nothing.
+
+    Raises:
+        InputError: the raw data are missing.
+    """
+    with _quiet():
+        return MODULES[spec.name].make_builder(spec).raw_splits()
+
+
+def _open(
+    builder: tfds.core.DatasetBuilder, spec: DatasetSpec, split: str
+) -> Sequence[dict[str, bytes]]:
     if split not in builder.info.splits:
         existing = ", ".join(builder.info.splits)
         raise InputError(f"data set '{spec.name}' has no split '{split}', only {existing}")
@@ -87,16 +110,6 @@ def open_split(spec: DatasetSpec, split: str) -> Sequence[dict[str, bytes]]:
     return source
 
 
-def raw_splits(spec: DatasetSpec) -> Splits:
-    """The examples of each split, to be checked one by one; prepares nothing.
-
-    Raises:
-        InputError: the raw data are missing.
-    """
-    with _quiet():
-        return MODULES[spec.name].make_builder(spec).raw_splits()
-
-
 def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
     spec = dataclasses.replace(spec, prepared_dir=str(Path(spec.prepared_dir).expanduser()))
     make_builder = MODULES[spec.name].make_builder
@@ -104,17 +117,21 @@ def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
         builder = make_builder(spec)
         if builder.is_prepared():
             return builder
+        folder = Path(builder.data_dir).parents[1]  # of all that is prepared by this builder
         try:
-            builder.download_and_prepare(file_format="array_record")
+            with lock(folder / ".lock", wait=True):
+                if not builder.is_prepared():  # else another process was faster
+                    for stale in folder.glob("*/incomplete.*"):  # of a process that was killed
+                        shutil.rmtree(stale)
+                    builder.download_and_prepare(file_format="array_record")
         except (OSError, RuntimeError) as error:
             # ArrayRecord's writer says with a RuntimeError that the disk is full.
             if not isinstance(error, OSError) and "write() failed" not in str(error):
                 raise
-            if not builder.is_prepared():  # else another process was faster to move it into place
-                raise InputError(
-                    f"data.prepared_dir = '{spec.prepared_dir}': preparing data set"
-                    f" '{spec.name}' there failed: {error}"
-                ) from error
+            raise InputError(
+                f"data.prepared_dir = '{spec.prepared_dir}': preparing data set '{spec.name}' there"
+                f" failed: {error}"
+            ) from error
         return make_builder(spec)
 
 

@@ -131,7 +131,7 @@ def _named_errors(title: str) -> Iterator[None]:
             f"{title}: preparing it needs {error.name}, which is not installed; set data.root to a"
             " folder where it is prepared, with file_format='array_record'"
         ) from error
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         raise InputError(f"{title}: {error}") from error
 
 
