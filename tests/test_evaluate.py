@@ -75,7 +75,7 @@ def test_evaluate_run_writes_scores_and_pictures(trained, caplog):
     caplog.set_level("INFO", "contrastseg_jax")
     config, workdir = trained
     evaluate_run(config, workdir, "best", "train")
-    assert "mask values -> 3 classes, ignored: 255\n  0 -> 0 class_0  1 -> 1 class_1" in caplog.text
+    assert "ignored: 255\n  0->0->0 class_0  1->1->1 class_1" in caplog.text
     (folder,) = workdir.glob("eval/*_train")
     scores = json.loads((folder / "metrics.json").read_text())
     assert scores["split"] == "train" and scores["num_images"] == 6

@@ -10,7 +10,7 @@ from jaxtyping import Int64, Integer, UInt8
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 
-TABLE_WIDTH, TABLE_ROWS = 90, 8  # of what the log shows
+TABLE_WIDTH = 98  # of what the log shows
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,25 @@ def to_mask_values(
 
 
 def label_table(label_map: LabelMap) -> str:
-    """The mask values of each class, for the log: several classes in a line, of many not all."""
+    """Every class, for the log: its mask values, its id, the value that predictions have, its name.
+
+    Several classes stand in a line.
+    """
     values = {class_id: [] for class_id in (*range(len(label_map.names)), IGNORE_LABEL)}
     for value in sorted(label_map.train_ids):
         values[label_map.train_ids[value]].append(value)
     ignored = _ranges(values.pop(IGNORE_LABEL)) or "none"
+    written = to_mask_values(np.array([[*values]], np.uint8), label_map)[0]
     cells = [
-        f"{_ranges(found)} -> {class_id} {label_map.names[class_id]}"
+        f"{_ranges(found)}->{class_id}->{written[class_id]} {label_map.names[class_id]}"
         for class_id, found in values.items()
     ]
     width = max(map(len, cells)) + 2
     columns = max(1, TABLE_WIDTH // width)
-    if len(cells) > columns * TABLE_ROWS:  # the last class is shown: there counts go wrong
-        kept = columns * TABLE_ROWS - 2
-        cells = [*cells[:kept], f"({len(cells) - kept - 1} more)", cells[-1]]
     rows = (cells[i : i + columns] for i in range(0, len(cells), columns))
     lines = ["  " + "".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
-    title = f"mask values -> {len(label_map.names)} classes, ignored: {ignored}"
-    return "\n".join([title, *lines])
+    title = f"mask values -> {len(label_map.names)} class ids -> values written"
+    return "\n".join([f"{title}; ignored: {ignored}", *lines])
 
 
 def split_names(text: str) -> tuple[str, ...]:
