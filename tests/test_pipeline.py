@@ -132,7 +132,7 @@ def test_every_example_once_per_epoch_and_epochs_differ(source, batch_size):
     ids = np.concatenate([batch.example_id for batch in batches])
     epochs = [tuple(ids[first : first + 7].tolist()) for first in range(0, len(ids) - 6, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len(set(epochs)) > 1
+    assert len(set(epochs)) > 0.9 * len(epochs)  # of 5,040 orders, some may come twice
 
 
 def test_rows_come_from_the_example_they_name(source):
