@@ -79,7 +79,8 @@ def start(
         alarm.cancel()
     if count() > 1:
         _require_same_count()
-        require_same({"devices of a process": jax.local_device_count()})
+        devices = {"devices of a process": jax.local_device_count()}
+        require_same(devices | {"jax": jax.__version__, "code": code_digest()})
         # Connects all devices while all processes are at the same place. Later one may come
         # minutes after another, from compiling, and this waits for seconds alone.
         jax.block_until_ready(distributed.any_process(False, distributed.make_mesh()))

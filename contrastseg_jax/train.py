@@ -57,11 +57,7 @@ def train(config: Config, workdir: Path) -> None:
     # What is wrong with the data shows before anything is compiled or written.
     spec = dataset_spec(config)
     source, val_source = processes.first_then_others(lambda: open_splits(spec, ("train", "val")))
-    processes.require_same(
-        dict(leaves(config))
-        | {"images": (len(source), len(val_source)), "devices": jax.local_device_count()}
-        | {"code": processes.code_digest(), "jax": jax.__version__}
-    )
+    processes.require_same(dict(leaves(config)) | {"images": (len(source), len(val_source))})
     log.info(f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate")
     log.info(label_table(label_map(spec)))
     with contextlib.ExitStack() as held:
