@@ -327,6 +327,7 @@ RULES: tuple[Rule, ...] = (
         lambda v, c: bool(v) or c.data.name in ("landcover", "tfds", "synthetic"),
         "must name the folder that holds the data set",
     ),
+    ("data.root", lambda v, c: v.encode(errors="ignore").decode() == v, "must be UTF-8"),
     (
         "data.tfds.dataset",
         lambda v, c: bool(v) or c.data.name != "tfds",

@@ -131,6 +131,7 @@ def test_all_broken_rules_are_listed():
 @pytest.mark.parametrize(
     "overrides",
     [
+        ["data.root=caf\udce9"],
         ["seed=-1"],
         ["seed=2147483648"],
         ["loss.class_weights=('a', 1.0)"],
