@@ -210,6 +210,24 @@ def test_a_png_with_a_damaged_byte_is_refused():
         decode_image(bytes(data), "a.png")
 
 
+@pytest.mark.parametrize("megabytes", [2, 80])
+def test_a_png_with_a_long_text_is_read(megabytes):
+    """ImageMagick keeps profiles in such."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type 8bim", "0" * (megabytes << 20), zip=True)
+    for pixels, decode in ((picture(), decode_image), (picture()[..., 0], decode_mask)):
+        data = saved(Image.fromarray(pixels), pnginfo=text)
+        np.testing.assert_array_equal(decode(data, "a"), pixels)
+
+
+def test_a_png_with_a_short_header_is_refused():
+    data = bytearray(encode_png(picture()))
+    data[11] = 12  # bytes of IHDR, which are 13
+    for read in (decode_image, decode_mask, image_size):
+        with pytest.raises(InputError, match=r"^a\.png: unreadable image file \(.*IHDR"):
+            read(bytes(data), "a.png")
+
+
 def test_what_is_no_image_is_refused():
     for read in (decode_image, decode_mask, image_size):
         with pytest.raises(InputError, match=r"^notes\.txt: unreadable image file \("):

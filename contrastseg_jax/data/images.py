@@ -7,19 +7,24 @@ drawn on the pixels as stored.
 """
 
 import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from scipy.io import loadmat
 
 from contrastseg_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 COLORS_NAMED = 6  # of a colour mask, in its error
+
+# Programs write profiles of megabytes into a PNG's texts; Pillow, made for files of strangers too,
+# refuses those.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = sys.maxsize
 
 
 class MaskFormatError(InputError):
@@ -171,8 +176,10 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
+    except InputError:
+        raise
     except UnidentifiedImageError as error:  # whose own message is a memory address
         reason = "not an image" if data else "empty"
         raise InputError(f"{name}: unreadable image file ({reason})") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: unreadable image file ({error})") from error
