@@ -166,6 +166,13 @@ def bad(path, *, data=None, change=None):
     return spoil
 
 
+def with_wrong_checksum(png):
+    """That of the pixels, which can still be decoded."""
+    data = bytearray(png)
+    data[png.index(b"IEND") - 5] ^= 1
+    return bytes(data)
+
+
 def rgba(mask):
     return Image.fromarray(np.dstack([mask] * 3 + [np.full_like(mask, 255)]))
 
@@ -176,6 +183,7 @@ COLORS = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], np.uint8)
 FAULTS = {
     "truncated JPEG": (bad(IMAGE, change=lambda data: data[:-40]), "unreadable", IMAGE, ""),
     "truncated PNG": (bad(MASK, change=lambda data: data[:50]), "unreadable", MASK, ""),
+    "damaged PNG": (bad(MASK, change=with_wrong_checksum), "unreadable", MASK, "damaged"),
     "empty image": (bad(IMAGE, data=b""), "unreadable", IMAGE, r"\(empty\)"),
     "empty mask": (bad(MASK, data=b""), "unreadable", MASK, r"\(empty\)"),
     "text": (bad(IMAGE, data=b"Hello"), "unreadable", IMAGE, r"\(not an image\)"),

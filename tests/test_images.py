@@ -9,6 +9,7 @@ from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 from contrastseg_jax.data.images import (
+    check_checksums,
     decode_image,
     decode_mask,
     decode_mat,
@@ -206,8 +207,24 @@ def test_a_jpeg_with_a_tail_is_read_and_one_of_cmyk_as_pillow_has_it():
 def test_a_png_with_a_damaged_byte_is_refused():
     data = bytearray(encode_png(picture(60, 60)))
     data[len(data) // 2] ^= 255
-    with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
-        decode_image(bytes(data), "a.png")
+    for read in (decode_image, check_checksums):
+        with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
+            read(bytes(data), "a.png")
+
+
+def test_no_bit_of_a_png_can_change_without_notice():
+    """Of a flat mask, whose few bytes are other masks when one of them is wrong."""
+    mask = np.zeros((60, 80), np.uint8)
+    mask[20:40, 10:50], mask[45:, 60:] = 1, 2
+    whole = encode_png(mask)
+    check_checksums(whole, "a.png")
+    check_checksums(whole + b"a tail", "a.png")
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
+            check_checksums(bytes(data), "a.png")
+            decode_mask(bytes(data), "a.png")
 
 
 @pytest.mark.parametrize("megabytes", [2, 80])

@@ -14,7 +14,13 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from contrastseg_jax.data.images import MaskFormatError, decode_image, decode_mask, file_format
+from contrastseg_jax.data.images import (
+    MaskFormatError,
+    check_checksums,
+    decode_image,
+    decode_mask,
+    file_format,
+)
 from contrastseg_jax.data.labels import LabelMap, to_train_ids
 from contrastseg_jax.errors import InputError
 
@@ -167,8 +173,10 @@ def _content(path: Path) -> bytes | OSError:
 
 
 def _readable(data: bytes | OSError, file: str) -> bytes:
+    """The content of a file, if there is one and it is what was written."""
     if isinstance(data, OSError):
         raise InputError(f"{file}: cannot be read ({data.strerror})")
+    check_checksums(data, file)
     return data
 
 
