@@ -45,7 +45,6 @@ KINDS = {
     "unknown_value": ("masks with values that are no class", "correct the masks"),
     "unlabelled": ("splits without a labelled pixel", "see whether the ignored values are right"),
     "absent_class": ("classes that never occur", "nothing can be learnt of them, or scored"),
-    "lossy_mask": ("masks saved with loss", "export them again as PNG"),
     "duplicate": ("images in two splits", "delete one; scores on seen images are too good"),
 }
 

@@ -189,6 +189,8 @@ def test_both_decoders_give_the_same_pixels(settings):
         exif[0x0112] = 6
         settings = settings | dict(pnginfo=chunks, exif=exif.tobytes())
     for pixels, decode in ((rgb, decode_image), (rgb[..., 0], decode_mask)):
+        if decode is decode_mask and settings["suffix"] == "JPEG":
+            continue  # is refused
         if pixels.ndim == 2 and settings.get("transparency"):
             settings = settings | dict(transparency=3)
         data = saved(Image.fromarray(pixels), **settings)

@@ -120,9 +120,6 @@ def check_encoded(
     except InputError as error:
         findings.append(Finding(_reason(mask_data), mask_file, str(error)))
     mask_format = "" if mask is None else _format(mask_data, mask_file)
-    if mask_format.startswith("JPEG"):
-        message = f"{mask_file}: is a JPEG, which changes mask values near edges; save it as PNG"
-        findings.append(Finding("lossy_mask", mask_file, message, is_error=False))
     if mask is not None:
         try:
             to_train_ids(mask, label_map, mask_file)

@@ -30,7 +30,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = sys.maxsize
 
 
 class MaskFormatError(InputError):
-    """A mask that can be read but is no index mask: colours, an alpha channel, values above 255."""
+    """A mask that can be read but is no index mask: colours, values above 255, saved with loss."""
 
 
 def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -60,9 +60,14 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
 
     Raises:
         InputError: the file cannot be read to its end.
-        MaskFormatError: it has colour channels, or values above 255; says what mends it.
+        MaskFormatError: it has colour channels, values above 255, or is a JPEG; says what mends it.
     """
     with _opened(data, name) as image:
+        if image.format == "JPEG":
+            raise MaskFormatError(
+                f"{name}: a mask saved as JPEG has other values than were drawn, near borders or"
+                " everywhere; export it again from its source as PNG"
+            )
         if len(image.getbands()) > 1:
             image.load()  # a file that is cut short is that before all else
             raise MaskFormatError(
