@@ -1,6 +1,8 @@
 """Decoding and encoding: every kind of file people have, and clear errors for the rest."""
 
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 from contrastseg_jax.data.images import (
+    PNG_SIGNATURE,
     check_checksums,
     decode_image,
     decode_mask,
@@ -93,6 +96,35 @@ def test_masks_of_every_single_channel_mode():
         np.testing.assert_array_equal(decode_mask(saved(image, suffix), "a"), values)
     binary = Image.fromarray(values > 5)
     np.testing.assert_array_equal(decode_mask(saved(binary), "a"), values > 5)
+
+
+def grey_png(values, bits):
+    """A grey PNG of so many bits per pixel, which neither library writes; `optipng` does."""
+    height, width = values.shape
+    places = np.arange(bits)[::-1]
+    rows = np.packbits((values[..., None] >> places & 1).reshape(height, -1), axis=1)
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))),
+        (b"IEND", b""),
+    )
+    return PNG_SIGNATURE + b"".join(
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+        for kind, part in parts
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_masks_of_few_bits_keep_their_values_with_and_without_palette(bits):
+    values = np.random.default_rng(0).integers(0, 1 << bits, (7, 13), dtype=np.uint8)
+    data = grey_png(values, bits)
+    check_checksums(data, "a")
+    np.testing.assert_array_equal(decode_mask(data, "a"), values)
+    palette = Image.fromarray(values, "P")
+    palette.putpalette([9, 9, 9] * (1 << bits))
+    np.testing.assert_array_equal(decode_mask(saved(palette, bits=bits), "a"), values)
+    white = np.full((7, 13), (1 << bits) - 1)
+    assert (decode_image(grey_png(white, bits), "a") == 255).all()
 
 
 @pytest.mark.parametrize("channels", [3, 4])

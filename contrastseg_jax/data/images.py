@@ -22,6 +22,8 @@ from contrastseg_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What decoders multiply the grey values of a PNG by, by bits per pixel, so that white is 255.
+GREY_SCALES = {2: 85, 4: 17}
 COLORS_NAMED = 6  # of a colour mask, in its error
 
 # Programs write profiles of megabytes into a PNG's texts; Pillow, made for files of strangers too,
@@ -56,7 +58,7 @@ def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
-    """Pixel values of an index mask: one channel, or the indices of a palette PNG.
+    """Pixel values of an index mask as stored: one channel, or the indices of a palette PNG.
 
     Raises:
         InputError: the file cannot be read to its end.
@@ -77,6 +79,9 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
         mask = _by_opencv(data, image, "L", cv2.IMREAD_GRAYSCALE)
         if mask is None:
             mask = np.array(image)
+        bits = data[24] if image.format == "PNG" and image.mode == "L" else 8
+        if bits in GREY_SCALES:
+            mask //= GREY_SCALES[bits]
     if mask.min() < 0 or mask.max() > 255:
         divisor = int(np.gcd.reduce(np.unique(mask).astype(np.int64)))
         fits = mask.min() >= 0 and divisor > 1 and mask.max() // divisor <= 255
