@@ -40,6 +40,7 @@ KINDS = {
     "no_split": ("missing splits", "give each split some images; its layout is in README.md"),
     "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
     "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
+    "image_format": ("images of unsuitable formats", "convert them as the message says"),
     "mask_format": ("masks that are no index masks", "convert them as the message says"),
     "size": ("masks of another size than their image", "export them again at the image's size"),
     "unknown_value": ("masks with values that are no class", "correct the masks"),

@@ -17,7 +17,7 @@ from PIL import Image
 from small import make_config
 
 from contrastseg_jax import audit, build
-from contrastseg_jax.data import checks
+from contrastseg_jax.data import checks, images
 from contrastseg_jax.data.audit import (
     SplitAudit,
     audit_split,
@@ -271,6 +271,18 @@ def test_the_audit_stops_at_no_fault(root):
     assert len(results["findings"]) == len(FAULTS)
     assert results["splits"]["train"]["num_examples"] == 2 + len(FAULTS)
     assert (root.parent / "run" / "audit" / "overlays.png").exists()
+
+
+def test_an_image_that_is_too_large_is_to_be_cut_not_exported_again(root, monkeypatch, capsys):
+    monkeypatch.setattr(images, "MAX_PIXELS", 50)
+    write(root / IMAGE, encode_png(noise(0, (6, 9, 3))))
+    (found,) = run(root)["findings"]
+    assert (found["kind"], found["file"]) == ("image_format", str(root / IMAGE))
+    message = f"{root / IMAGE}: has 9x6 pixels; at most 50 are read, cut it into tiles"
+    assert found["message"] == message
+    assert "-> convert them as the message says" in capsys.readouterr().out
+    with pytest.raises(InputError, match=re.escape(message)):
+        prepare(root)
 
 
 def test_unknown_values_are_listed_and_the_remedy_mends_them(root):

@@ -1,6 +1,7 @@
 """Decoding and encoding: every kind of file people have, and clear errors for the rest."""
 
 import io
+import math
 import struct
 import zlib
 
@@ -11,7 +12,9 @@ from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 from contrastseg_jax.data.images import (
+    MAX_PIXELS,
     PNG_SIGNATURE,
+    FormatError,
     check_checksums,
     decode_image,
     decode_mask,
@@ -98,11 +101,14 @@ def test_masks_of_every_single_channel_mode():
     np.testing.assert_array_equal(decode_mask(saved(binary), "a"), values > 5)
 
 
-def grey_png(values, bits):
-    """A grey PNG of so many bits per pixel, which neither library writes; `optipng` does."""
-    height, width = values.shape
+def grey_png(values, bits, size=None):
+    """A grey PNG of so many bits per pixel, which neither library writes; `optipng` does.
+
+    `size`: of the image, as its header has it.
+    """
+    height, width = size or values.shape
     places = np.arange(bits)[::-1]
-    rows = np.packbits((values[..., None] >> places & 1).reshape(height, -1), axis=1)
+    rows = np.packbits((values[..., None] >> places & 1).reshape(len(values), -1), axis=1)
     parts = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
         (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))),
@@ -277,6 +283,20 @@ def test_a_png_with_a_short_header_is_refused():
     for read in (decode_image, decode_mask, image_size):
         with pytest.raises(InputError, match=r"^a\.png: unreadable image file \(.*IHDR"):
             read(bytes(data), "a.png")
+
+
+def test_a_large_image_is_read_without_a_warning_and_a_larger_one_is_to_be_cut():
+    """Warnings are errors here. The pixels of the largest are not drawn: 0.8 GB."""
+    side = math.isqrt(MAX_PIXELS)
+    row = np.zeros((1, 8), np.uint8)
+    assert image_size(grey_png(row, 1, size=(side, side)), "a") == (side, side)
+    data = grey_png(row, 1, size=(side + 1, side))
+    for read in (decode_image, decode_mask, image_size):
+        with pytest.raises(
+            FormatError,
+            match=r"^a\.png: has 16384x16385 pixels; at most 268,435,456 are read, cut it into",
+        ):
+            read(data, "a.png")
 
 
 def test_what_is_no_image_is_refused():

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from contrastseg_jax.data.images import (
-    MaskFormatError,
+    FormatError,
     check_checksums,
     decode_image,
     decode_mask,
@@ -111,11 +111,13 @@ def check_encoded(
     findings, image, mask = [], None, None
     try:
         image = decode_image(_readable(image_data, image_file), image_file)
+    except FormatError as error:
+        findings.append(Finding("image_format", image_file, str(error)))
     except InputError as error:
         findings.append(Finding(_reason(image_data), image_file, str(error)))
     try:
         mask = read_mask(_readable(mask_data, mask_file), mask_file)
-    except MaskFormatError as error:
+    except FormatError as error:
         findings.append(Finding("mask_format", mask_file, str(error)))
     except InputError as error:
         findings.append(Finding(_reason(mask_data), mask_file, str(error)))

@@ -25,14 +25,16 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What decoders multiply the grey values of a PNG by, by bits per pixel, so that white is 255.
 GREY_SCALES = {2: 85, 4: 17}
 COLORS_NAMED = 6  # of a colour mask, in its error
+MAX_PIXELS = 1 << 28  # of an image, which is decoded whole for each crop: 0.8 GB
 
-# Programs write profiles of megabytes into a PNG's texts; Pillow, made for files of strangers too,
-# refuses those.
+# Pillow's limits are for files of strangers. For size there is MAX_PIXELS, whose error says what to
+# do; and texts of megabytes are sound: programs write profiles into PNGs.
+Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = sys.maxsize
 
 
-class MaskFormatError(InputError):
-    """A mask that can be read but is no index mask: colours, values above 255, saved with loss."""
+class FormatError(InputError):
+    """A file that can be read, but not used as it is; the message says what mends it."""
 
 
 def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -44,6 +46,7 @@ def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
     Raises:
         InputError: the file cannot be read to its end.
+        FormatError: it has more pixels than `MAX_PIXELS`.
     """
     with _opened(data, name) as image:
         pixels = _by_opencv(data, image, "RGB", cv2.IMREAD_COLOR)
@@ -62,23 +65,25 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
 
     Raises:
         InputError: the file cannot be read to its end.
-        MaskFormatError: it has colour channels, values above 255, or is a JPEG; says what mends it.
+        FormatError: it has colour channels, values above 255, more pixels than `MAX_PIXELS`, or is
+            a JPEG.
     """
     with _opened(data, name) as image:
         if image.format == "JPEG":
-            raise MaskFormatError(
+            raise FormatError(
                 f"{name}: a mask saved as JPEG has other values than were drawn, near borders or"
                 " everywhere; export it again from its source as PNG"
             )
         if len(image.getbands()) > 1:
             image.load()  # a file that is cut short is that before all else
-            raise MaskFormatError(
+            raise FormatError(
                 f"{name}: an index mask is expected (one channel, pixel value = class id), "
                 f"found {len(image.getbands())} channels ({image.mode}) {_colors(image)}"
             )
         mask = _by_opencv(data, image, "L", cv2.IMREAD_GRAYSCALE)
         if mask is None:
             mask = np.array(image)
+        # A PNG has its bits per pixel there.
         bits = data[24] if image.format == "PNG" and image.mode == "L" else 8
         if bits in GREY_SCALES:
             mask //= GREY_SCALES[bits]
@@ -86,7 +91,7 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
         divisor = int(np.gcd.reduce(np.unique(mask).astype(np.int64)))
         fits = mask.min() >= 0 and divisor > 1 and mask.max() // divisor <= 255
         remedy = f"all are multiples of {divisor}, divide by it" if fits else "renumber the classes"
-        raise MaskFormatError(
+        raise FormatError(
             f"{name}: mask values must lie in 0..255, found {mask.min()}..{mask.max()}; {remedy}"
         )
     return mask.astype(np.uint8)
@@ -155,7 +160,7 @@ def file_format(data: bytes, name: str) -> str:
     """Format and mode of an image file as Pillow calls them, e.g. "PNG L", from the header alone.
 
     Raises:
-        InputError: the header cannot be read.
+        InputError: the header cannot be read, or has more pixels than `MAX_PIXELS`.
     """
     with _opened(data, name) as image:
         return f"{image.format} {image.mode}"
@@ -165,7 +170,7 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) from the header alone.
 
     Raises:
-        InputError: the header cannot be read.
+        InputError: the header cannot be read, or has more pixels than `MAX_PIXELS`.
     """
     with _opened(data, name) as image:
         return image.height, image.width
@@ -205,11 +210,16 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
     """The Pillow image of `data`; any failure to read it is an InputError that says `name`."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise FormatError(
+                    f"{name}: has {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are"
+                    " read, cut it into tiles"
+                )
             yield image
     except InputError:
         raise
     except UnidentifiedImageError as error:  # whose own message is a memory address
         reason = "not an image" if data else "empty"
         raise InputError(f"{name}: unreadable image file ({reason})") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{name}: unreadable image file ({error})") from error
