@@ -185,6 +185,12 @@ FAULTS = {
     "truncated JPEG": (bad(IMAGE, change=lambda data: data[:-40]), "unreadable", IMAGE, ""),
     "truncated PNG": (bad(MASK, change=lambda data: data[:50]), "unreadable", MASK, ""),
     "damaged PNG": (bad(MASK, change=with_wrong_checksum), "unreadable", MASK, "damaged"),
+    "16-bit image of 8-bit values": (
+        bad(IMAGE, data=Image.fromarray(noise(3)[..., 0].astype(np.uint16))),
+        "image_format",
+        IMAGE,
+        r"16 bits per channel, but values in \d+\.\.\d+ alone",
+    ),
     "empty image": (bad(IMAGE, data=b""), "unreadable", IMAGE, r"\(empty\)"),
     "empty mask": (bad(MASK, data=b""), "unreadable", MASK, r"\(empty\)"),
     "text": (bad(IMAGE, data=b"Hello"), "unreadable", IMAGE, r"\(not an image\)"),

@@ -68,6 +68,40 @@ def test_16_bit_images_keep_their_upper_8_bits(suffix):
     np.testing.assert_array_equal(decoded, np.dstack([grey >> 8] * 3))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_images_of_which_nothing_would_be_left_are_refused(suffix, channels):
+    """Black ones and dark ones are read."""
+    deep = picture(channels=channels).astype(np.uint16)
+    deep[0, 0] = 255
+    if channels == 4:
+        deep[..., 3] = 65535
+    message = rf"^a{suffix}: has 16 bits per channel, but values in 0\.\.255 alone.* save it with 8"
+    with pytest.raises(FormatError, match=message):
+        decode_image(cv2.imencode(suffix, deep)[1].tobytes(), f"a{suffix}")
+    assert not decode_image(cv2.imencode(suffix, deep * 0)[1].tobytes(), "a").any()
+    assert decode_image(cv2.imencode(suffix, deep * 2)[1].tobytes(), "a").any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (np.float32, r"its pixels are floating-point numbers, in 0\.25\.\.1;"),
+        (np.int32, r"its pixels are signed or 32-bit numbers, in 0\.\.1;"),
+    ],
+)
+def test_images_of_numbers_without_a_range_are_refused(dtype, message):
+    values = np.array([[0.25, 0.5, 1]]).astype(dtype)
+    with pytest.raises(FormatError, match=rf"^a\.tif: {message} .* save it with 8 bits"):
+        decode_image(saved(Image.fromarray(values), "TIFF"), "a.tif")
+
+
+def test_a_mask_of_floating_point_numbers_is_refused():
+    values = Image.fromarray(np.array([[0, 1.5, 2]], np.float32))
+    with pytest.raises(FormatError, match=r"^a\.tif: .* whole numbers .* found .* in 0\.\.2;"):
+        decode_mask(saved(values, "TIFF"), "a.tif")
+
+
 def test_palette_image_gives_its_colors_even_with_transparency():
     indices = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
     indices.putpalette([10, 20, 30, 200, 150, 100])

@@ -46,18 +46,20 @@ def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
     Raises:
         InputError: the file cannot be read to its end.
-        FormatError: it has more pixels than `MAX_PIXELS`.
+        FormatError: it has more pixels than `MAX_PIXELS`, numbers of no known range, or 16 bits of
+            which the upper 8 are not used.
     """
     with _opened(data, name) as image:
-        pixels = _by_opencv(data, image, "RGB", cv2.IMREAD_COLOR)
-        if pixels is not None:
-            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-        if image.mode.startswith("I"):  # 16 bits per grey value; `convert` would clip at 255
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        if image.mode == "P":  # by way of RGBA, for palettes with transparency
-            image = image.convert("RGBA")
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        if image.mode in ("F", "I"):
+            kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+            raise FormatError(
+                f"{name}: its pixels are {kind} numbers, in {_range(np.asarray(image))}; which of"
+                " them is white is not known, save it with 8 bits per channel"
+            )
+        rgb = _rgb(data, image)
+    if rgb.max() == 0:
+        _refuse_lost_values(data, name)
+    return rgb
 
 
 def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
@@ -65,14 +67,19 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
 
     Raises:
         InputError: the file cannot be read to its end.
-        FormatError: it has colour channels, values above 255, more pixels than `MAX_PIXELS`, or is
-            a JPEG.
+        FormatError: it has colour channels, values above 255 or of floating point, more pixels than
+            `MAX_PIXELS`, or is a JPEG.
     """
     with _opened(data, name) as image:
         if image.format == "JPEG":
             raise FormatError(
                 f"{name}: a mask saved as JPEG has other values than were drawn, near borders or"
                 " everywhere; export it again from its source as PNG"
+            )
+        if image.mode == "F":
+            raise FormatError(
+                f"{name}: mask values must be whole numbers in 0..255, found floating-point numbers"
+                f" in {_range(np.asarray(image))}; save it with 8 bits"
             )
         if len(image.getbands()) > 1:
             image.load()  # a file that is cut short is that before all else
@@ -191,6 +198,33 @@ def encode_jpeg(rgb: UInt8[np.ndarray, "h w 3"], quality: int) -> bytes:
 def _encode(suffix: str, array: np.ndarray, settings: list[int]) -> bytes:
     pixels = cv2.cvtColor(array, cv2.COLOR_RGB2BGR) if array.ndim == 3 else array
     return cv2.imencode(suffix, pixels, settings)[1].tobytes()
+
+
+def _rgb(data: bytes, image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    pixels = _by_opencv(data, image, "RGB", cv2.IMREAD_COLOR)
+    if pixels is not None:
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    if image.mode.startswith("I"):  # 16 bits per grey value; `convert` would clip at 255
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode == "P":  # by way of RGBA, for palettes with transparency
+        image = image.convert("RGBA")
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _refuse_lost_values(data: bytes, name: str) -> None:
+    """Raise an error if an image that is black in 8 bits is not in the 16 bits it has."""
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    deep = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if deep is not None and deep.dtype == np.uint16 and deep.any():
+        raise FormatError(
+            f"{name}: has 16 bits per channel, but values in {_range(deep)} alone, which in 8 bits"
+            " are black; save it with 8 bits per channel"
+        )
+
+
+def _range(array: np.ndarray) -> str:
+    return f"{array.min():g}..{array.max():g}"
 
 
 def _by_opencv(data: bytes, image: Image.Image, mode: str, flag: int) -> np.ndarray | None:
