@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import json
+import os
 import re
 import signal
 import struct
