@@ -159,7 +159,8 @@ def check_checksums(data: bytes, name: str) -> None:
         end = start + 8 + int.from_bytes(data[start : start + 4])
         kind = data[start + 4 : start + 8]
         if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4]):
-            raise InputError(f"{name}: unreadable image file (damaged: a checksum is wrong)")
+            reason = "damaged or cut short: a checksum is wrong"
+            raise InputError(f"{name}: unreadable image file ({reason})")
         start = len(data) if kind == b"IEND" else end + 4
 
 
