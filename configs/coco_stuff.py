@@ -19,8 +19,8 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     # The paper's 9000 and 90,000 slots would take 17,335 MB: for memory.sharding = 'slots'.
     config.memory.segment_size = 5000  # original: Cityscapes' bank
     config.memory.pixel_size = 5000  # original: Cityscapes' bank; both queues take 1751 MB
-    # original: coco_stuff/H_48_D_4, whose heads learn ten times as fast: not so here
-    config.optim.learning_rate = 0.001
+    config.optim.learning_rate = 0.001  # original: coco_stuff/H_48_D_4
+    config.optim.head_lr_multiplier = 10.0  # original: scripts/coco_stuff
     config.optim.weight_decay = 1e-4  # original: coco_stuff/H_48_D_4
     config.train.batch_size = 16  # original: scripts/coco_stuff
     config.train.num_steps = 60_000  # original: scripts/coco_stuff

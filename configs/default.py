@@ -29,7 +29,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     data.class_names = ()  # folder, tfds: the classes, in the order of their mask values
     data.ignore_values = (255,)  # folder, tfds: mask values that are no class
     data.short_side = 0  # resize images and labels to this short side first; 0: keep the size
-    data.cache_size = 0  # decoded images kept in memory, for data sets that fit
+    data.cache_size = 0  # decoded images that each process making batches keeps in memory
     data.num_threads = 4  # that read and augment, in each of the processes that do
     data.num_workers = 0  # processes that make training batches; 0: threads of this one
     data.prefetch = 8  # batches made ahead of the step that needs them
@@ -96,6 +96,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
 
     config.optim = optim = ConfigDict()
     optim.learning_rate = 0.01  # at step 0 (original: 0.01)
+    optim.head_lr_multiplier = 1.0  # of all but the backbone (original: 1, two data sets 10)
     optim.warmup_steps = 0  # in which the learning rate rises from 0 (original: 0)
     optim.poly_power = 0.9  # learning_rate * (1 - step / num_steps) ** poly_power (original: 0.9)
     optim.momentum = 0.9  # (original: 0.9)

@@ -16,8 +16,8 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.augment.crop_size = (520, 520)  # original: pascal_context/H_48_D_4
     config.memory.segment_size = 4998  # paper: the number of training images
     config.memory.pixel_size = 49_980  # paper: ten times that; the bank takes 3322 MB
-    # original: pascal_context/H_48_D_4, whose heads learn ten times as fast: not so here
-    config.optim.learning_rate = 0.001
+    config.optim.learning_rate = 0.001  # original: pascal_context/H_48_D_4
+    config.optim.head_lr_multiplier = 10.0  # original: scripts/pascal_context
     config.optim.weight_decay = 1e-4  # original: pascal_context/H_48_D_4
     config.train.batch_size = 16  # original: scripts/pascal_context
     config.train.num_steps = 60_000  # original: scripts/pascal_context

@@ -217,7 +217,13 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, Sched
         poly_power=optim.poly_power,
         warmup_steps=optim.warmup_steps,
     )
-    return sgd(schedule, momentum=optim.momentum, weight_decay=optim.weight_decay), schedule
+    tx = sgd(
+        schedule,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        head_lr_multiplier=optim.head_lr_multiplier,
+    )
+    return tx, schedule
 
 
 def initial_variables(config: Config, model: Segmenter, *, whole: bool = False) -> Variables:

@@ -275,7 +275,8 @@ RULES: tuple[Rule, ...] = (
         "must not be negative",
     ),
     (
-        "contrast.loss_weight contrast.temperature contrast.base_temperature optim.learning_rate",
+        "contrast.loss_weight contrast.temperature contrast.base_temperature optim.learning_rate"
+        " optim.head_lr_multiplier",
         lambda v, c: v > 0,
         "must be > 0",
     ),

@@ -28,10 +28,22 @@ def poly_schedule(
 
 
 def sgd(
-    schedule: Schedule, *, momentum: float, weight_decay: float
+    schedule: Schedule, *, momentum: float, weight_decay: float, head_lr_multiplier: float
 ) -> optax.GradientTransformation:
-    """PyTorch's SGD: decay is added to the gradient of every parameter, before the momentum."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum))
+    """PyTorch's SGD: decay is added to the gradient of every parameter, before the momentum.
+
+    What is not in params["backbone"] takes steps `head_lr_multiplier` times as long, decay
+    included: PyTorch's parameter groups with learning rates of their own. Original: `nbb_mult` of
+    `_get_parameters` in `segmentor/trainer_contrastive.py`.
+    """
+    steps = [optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum)]
+    if head_lr_multiplier != 1:
+        steps.append(optax.masked(optax.scale(head_lr_multiplier), _is_head))
+    return optax.chain(*steps)
+
+
+def _is_head(params: dict[str, Any]) -> dict[str, bool]:
+    return {name: name != "backbone" for name in params}
 
 
 def update_ema(ema: Any, variables: Any, step: Int[Array, ""], *, ema_decay: float) -> Any:

@@ -2,12 +2,15 @@
 
 import re
 
+import jax
+import numpy as np
 import pytest
 from small import ROOT, make_config
 
 from contrastseg_jax import build
 from contrastseg_jax import config as config_lib
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.models import segmenter
 
 
 def test_state_holds_what_the_variant_needs():
@@ -22,6 +25,20 @@ def test_state_holds_what_the_variant_needs():
         assert ("proj_head" in state.params) == has_head
         assert (state.memory is not None) == has_bank
         assert state.ema is None
+
+
+@pytest.mark.parametrize("name", ["hrnet_tiny_ocr", "deeplabv3plus_r18"])
+def test_all_but_the_backbone_takes_longer_steps(name):
+    config = make_config(f"model.name={name}", "optim.head_lr_multiplier=10")
+    tx, _ = build.build_optimizer(config)
+    params = segmenter.variable_shapes(build.build_model(config, 3))["params"]
+    ones = jax.tree.map(lambda x: np.ones((), np.float32), params)
+    updates, _ = tx.update(ones, tx.init(ones), ones)
+    steps = {part: {float(x) for x in jax.tree.leaves(updates[part])} for part in updates}
+    assert {"backbone", "cls_head", "proj_head"} < steps.keys()
+    (short,) = steps.pop("backbone")
+    for longer in steps.values():
+        assert [*longer] == pytest.approx([10 * short])
 
 
 def test_bank_has_the_sizes_of_the_config():

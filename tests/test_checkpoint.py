@@ -13,7 +13,9 @@ from contrastseg_jax.errors import InputError
 
 @pytest.fixture(scope="module")
 def run():
-    config = make_config("memory.dtype=bfloat16", "optim.ema_decay=0.9")
+    config = make_config(
+        *("memory.dtype=bfloat16", "optim.ema_decay=0.9", "optim.head_lr_multiplier=10")
+    )
     _, state, mesh = start(config)
     return config, state, mesh
 

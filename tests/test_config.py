@@ -157,6 +157,7 @@ def test_all_broken_rules_are_listed():
         ["data.synthetic.num_classes=1"],
         ["loss.class_weights=(1.0, -1.0)"],
         ["optim.ema_decay=1.0"],
+        ["optim.head_lr_multiplier=0"],
         ["data.name=camvid"],
         ["data.name=tfds", "data.class_names=('a', 'b')"],
     ],
@@ -177,6 +178,13 @@ def test_recipes_have_the_weights_of_their_classes():
     weights = config.loss.class_weights
     assert len(weights) == 19
     assert (weights[0], weights[-1]) == (0.8373, 1.0507)  # road, bicycle
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_heads_learn_faster_where_they_do_in_the_original(path):
+    config = config_lib.load(str(path), NEEDED.get(path.name, []))
+    faster = path.stem in ("pascal_context", "coco_stuff")
+    assert config.optim.head_lr_multiplier == (10 if faster else 1)
 
 
 def test_class_weights_must_fit_the_classes():

@@ -8,23 +8,29 @@ import pytest
 from contrastseg_jax.optim import poly_schedule, sgd, update_ema
 
 
-def test_sgd_is_that_of_pytorch():
-    """v <- momentum·v + (g + decay·p); p <- p - lr·v."""
+@pytest.mark.parametrize("multiplier", [1.0, 10.0])
+def test_sgd_is_that_of_pytorch_with_two_groups_of_parameters(multiplier):
+    """v <- momentum·v + (g + decay·p); p <- p - lr·v, with an lr for all but the backbone."""
     rng = np.random.default_rng(0)
-    schedule = poly_schedule(learning_rate=0.1, num_steps=5, poly_power=0.9, warmup_steps=0)
-    tx = sgd(schedule, momentum=0.9, weight_decay=0.01)
-    params = {"kernel": jnp.asarray(rng.normal(size=4), jnp.float32)}
-    expected, velocity = np.asarray(params["kernel"], np.float64), np.zeros(4)
+    schedule = poly_schedule(learning_rate=0.01, num_steps=5, poly_power=0.9, warmup_steps=0)
+    tx = sgd(schedule, momentum=0.9, weight_decay=0.01, head_lr_multiplier=multiplier)
+    rates = {"backbone": 0.01, "cls_head": 0.01 * multiplier, "proj_head": 0.01 * multiplier}
+    expected = {name: rng.normal(size=4) for name in rates}
+    velocity = dict.fromkeys(rates, np.zeros(4))
+    params = {name: {"kernel": jnp.asarray(x, jnp.float32)} for name, x in expected.items()}
     opt_state = tx.init(params)
     for step in range(5):
-        grad = rng.normal(size=4)
+        grads = {name: rng.normal(size=4) for name in rates}
         updates, opt_state = tx.update(
-            {"kernel": jnp.asarray(grad, jnp.float32)}, opt_state, params
+            {name: {"kernel": jnp.asarray(x, jnp.float32)} for name, x in grads.items()},
+            opt_state,
+            params,
         )
         params = optax.apply_updates(params, updates)
-        velocity = 0.9 * velocity + grad + 0.01 * expected
-        expected = expected - 0.1 * (1 - step / 5) ** 0.9 * velocity
-        np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5)
+        for name, rate in rates.items():
+            velocity[name] = 0.9 * velocity[name] + grads[name] + 0.01 * expected[name]
+            expected[name] = expected[name] - rate * (1 - step / 5) ** 0.9 * velocity[name]
+            np.testing.assert_allclose(params[name]["kernel"], expected[name], rtol=1e-5)
 
 
 def test_poly_schedule_falls_to_zero_and_rises_in_the_warmup():
