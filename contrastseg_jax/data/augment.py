@@ -1,8 +1,8 @@
 """Training augmentation: scale, aspect, crop and flip in one resampling of the crop alone.
 
-The distribution is the original's (lib/datasets/tools/cv2_aug_transforms.py: random_resize,
+The distribution is the original's (lib/datasets/tools/cv2_aug_transforms.py: resize, random_resize,
 random_crop, random_hflip, random_brightness, then padding at a random offset), without ever making
-the enlarged image. Like the original's bicubic resize it does not blur before it shrinks.
+the resized images. Like the original's bicubic resizes it does not blur before it shrinks.
 """
 
 import cv2
@@ -23,6 +23,7 @@ def augment(
     rng: np.random.Generator,
     *,
     crop_size: tuple[int, int],
+    short_side: int,
     scale_range: tuple[float, float],
     aspect_range: tuple[float, float],
     flip_rate: float,
@@ -40,6 +41,7 @@ def augment(
         label: class ids.
         rng: the example's own; the result is a function of it.
         crop_size: (height, width) of the result.
+        short_side: length of the shorter side before all else; 0 keeps the size.
         scale_range: bounds of the scale s of both sides.
         aspect_range: bounds of a; width is scaled by s*sqrt(a), height by s/sqrt(a).
         flip_rate: how often left and right are swapped.
@@ -51,7 +53,7 @@ def augment(
     """
     scale = rng.uniform(*scale_range)
     stretch = np.sqrt(rng.uniform(*aspect_range))
-    height, width = label.shape
+    height, width = resized_size(label.shape, short_side)
     scaled_height = max(1, int(height * scale / stretch))
     scaled_width = max(1, int(width * scale * stretch))
     top, first_row, num_rows = _place(scaled_height, crop_size[0], rng)
@@ -65,7 +67,7 @@ def augment(
         first_column = _containing(int(column), scaled_width, num_columns, class_rng)
 
     # Pixel centres of the view -> pixel centres of the image.
-    step_y, step_x = height / scaled_height, width / scaled_width
+    step_y, step_x = np.divide(label.shape, (scaled_height, scaled_width))
     start_y = (first_row + 0.5) * step_y - 0.5
     start_x = (first_column + 0.5) * step_x - 0.5
     if flip:
@@ -118,11 +120,8 @@ def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 
 
 def resize_image(image: Image, size: tuple[int, int]) -> NewImage:
-    """The image at (height, width): bicubic where it grows, mean of areas where it shrinks."""
-    if size == image.shape[:2]:
-        return image
-    how = cv2.INTER_AREA if size[0] < image.shape[0] else cv2.INTER_CUBIC
-    return cv2.resize(image, size[::-1], interpolation=how)
+    """The image at (height, width), bicubic and without blur like the original's."""
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def resize_short_side(image: Image, label: Label, short_side: int) -> tuple[NewImage, NewLabel]:

@@ -74,8 +74,8 @@ def train_batches(
         num_steps: number of steps of the whole run.
         seed: of the order and of the augmentation.
         crop_size: (height, width) of the batch.
-        short_side: length of the images' shorter side before augmentation; 0 keeps it.
-        scale_range: see `augment`, like the settings after it.
+        short_side: see `augment`, like the settings after it.
+        scale_range: see `augment`.
         aspect_range: see `augment`.
         flip_rate: see `augment`.
         brightness: see `augment`.
@@ -97,10 +97,11 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
     num_rows = _rows_per_process(batch_size, process_count)
 
-    decode = partial(_decode, source.__getitem__, label_map=label_map, short_side=short_side)
+    decode = partial(_decode, source.__getitem__, label_map=label_map)
     view = partial(
         augment,
         crop_size=crop_size,
+        short_side=short_side,
         scale_range=scale_range,
         aspect_range=aspect_range,
         flip_rate=flip_rate,
@@ -169,7 +170,7 @@ def eval_batches(
         sizes.to_iter_dataset(_read_options(num_threads, prefetch * num_rows)), batch_size
     )
 
-    decode = partial(_decode, source.__getitem__, label_map=label_map, short_side=short_side)
+    decode = partial(_decode, source.__getitem__, label_map=label_map)
 
     def load(step: int, row: int) -> Row:
         size, example_ids = plan[step]
@@ -177,7 +178,7 @@ def eval_batches(
         label = np.full(size, IGNORE_LABEL, np.uint8)
         if row >= len(example_ids):
             return image, label, -1
-        pixels, classes = decode(example_ids[row])
+        pixels, classes = resize_short_side(*decode(example_ids[row]), short_side)
         content = np.s_[: classes.shape[0], : classes.shape[1]]
         image[content], label[content] = pixels, classes
         return image, label, example_ids[row]
@@ -266,14 +267,12 @@ def _decode(
     example_id: int,
     *,
     label_map: LabelMap,
-    short_side: int,
 ) -> Example:
     record = read(example_id)
     name = record["name"].decode()
     image = decode_image(record["image"], f"image {name}")
     mask = decode_mask(record["label"], f"label {name}")
-    label = to_train_ids(mask, label_map, f"label {name}")
-    return resize_short_side(image, label, short_side)
+    return image, to_train_ids(mask, label_map, f"label {name}")
 
 
 def _recall(
