@@ -23,4 +23,5 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.train.batch_size = 16  # original: ade20k/H_48_D_4
     config.train.num_steps = 150_000  # original: ade20k/H_48_D_4
     config.train.eval_steps = 10_000  # openseg, which the original is built on: ade20k/H_48_D_4
+    config.eval.pad_multiple = 128  # images have many sizes: few to compile
     return config

@@ -28,7 +28,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     data.prepared_dir = "~/.cache/contrastseg_jax"  # where prepared data sets are kept
     data.class_names = ()  # folder, tfds: the classes, in the order of their mask values
     data.ignore_values = (255,)  # folder, tfds: mask values that are no class
-    data.short_side = 0  # resize images and labels to this short side first; 0: keep the size
+    data.short_side = 0  # resize images to this short side first; 0: keep the size
     data.cache_size = 0  # decoded images kept in memory, by each process that makes batches
     data.num_threads = 4  # that read and augment, in each of the processes that do
     data.num_workers = 0  # processes that make training batches; 0: threads of this one
@@ -117,7 +117,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
 
     config.eval = evaluate = ConfigDict()
     evaluate.batch_size = 8  # images per step, rounded up to a multiple of the devices
-    evaluate.pad_multiple = 32  # image sides are padded to a multiple, to compile few shapes
+    evaluate.pad_multiple = 32  # image sides are padded to a multiple, to compile for few sizes
     evaluate.num_pictures = 4  # images drawn beside label and prediction at an evaluation
 
     return config.lock()

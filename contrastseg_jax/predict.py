@@ -4,25 +4,26 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax import report
 from contrastseg_jax.build import dataset_spec, image_format, pad_color
 from contrastseg_jax.config import Config
-from contrastseg_jax.data.augment import resize_image, resized_size
+from contrastseg_jax.data.augment import padded_size, resize_image, resized_size
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, encode_jpeg, encode_png
 from contrastseg_jax.data.labels import to_mask_values
 from contrastseg_jax.errors import InputError, listed
-from contrastseg_jax.evaluate import PredictStep, load_run, predict_step
+from contrastseg_jax.evaluate import LogitsFn, load_run, network_logits
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.logging import log
 from contrastseg_jax.models.segmenter import Variables
-from contrastseg_jax.resize import resize_bilinear
+from contrastseg_jax.resize import most_likely
+
+most_likely_fn = jax.jit(most_likely, static_argnames=("padded_image", "padded_label"))
 
 
 def predict_run(config: Config, workdir: Path, which: str, input_path: Path, output: Path) -> None:
@@ -36,8 +37,8 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
     model, variables, _, _ = load_run(config, workdir, which)
     output.mkdir(parents=True, exist_ok=True)
     classes = label_map(dataset_spec(config))
-    step = functools.partial(predict_step, model=model, image_format=image_format(config))
-    step_fn = jax.jit(step)
+    network = functools.partial(network_logits, model=model, image_format=image_format(config))
+    logits_fn = jax.jit(network)
     report.save_legend(output / "legend.png", classes)
     problems = []
     with logging_redirect_tqdm([log]):
@@ -47,7 +48,7 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
             except (OSError, InputError) as error:
                 problems.append(str(error))
                 continue
-            prediction = predict_image(config, step_fn, variables, image)
+            prediction = predict_image(config, logits_fn, variables, image)
             mask = encode_png(to_mask_values(prediction, classes))
             write_atomically(output / "masks" / f"{name}.png", mask)
             picture = encode_jpeg(report.overlay(image, prediction, classes), 90)
@@ -59,27 +60,22 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
 
 def predict_image(
     config: Config,
-    step_fn: PredictStep,
+    logits_fn: LogitsFn,
     variables: Variables,
     image: UInt8[np.ndarray, "h w 3"],
 ) -> UInt8[np.ndarray, "h w"]:
-    """Class ids at the image's own size; the network sees it resized and padded as in training."""
-    size = resized_size(image.shape[:2], config.data.short_side)
-    multiple = config.eval.pad_multiple
-    padded_size = [-(-side // multiple) * multiple for side in size]
-    padded = np.full((1, *padded_size, 3), pad_color(config), np.uint8)
+    """Class ids at the image's own size; the network sees it as in an evaluation."""
+    own_size, multiple = (image.shape[0], image.shape[1]), config.eval.pad_multiple
+    size = resized_size(own_size, config.data.short_side)
+    padded = np.full((1, *padded_size(size, multiple), 3), pad_color(config), np.uint8)
     padded[0, : size[0], : size[1]] = resize_image(image, size)
-    logits = step_fn(variables, padded)
-    return np.asarray(most_likely(logits, content=size, size=image.shape[:2]))
-
-
-@functools.partial(jax.jit, static_argnames=("content", "size"))
-def most_likely(
-    logits: Float[Array, "1 h w k"], *, content: tuple[int, int], size: tuple[int, int]
-) -> UInt8[Array, "h2 w2"]:
-    """Class ids of the upper left `content` of the logits, brought to `size`."""
-    logits = resize_bilinear(logits[:, : content[0], : content[1]], size)
-    return jnp.argmax(logits[0], axis=-1).astype(jnp.uint8)
+    classes = most_likely_fn(
+        logits_fn(variables, padded),
+        *(np.array([size], np.int32), np.array([own_size], np.int32)),
+        padded_image=padded.shape[1:3],
+        padded_label=padded_size(own_size, multiple),
+    )
+    return np.asarray(classes)[0, : own_size[0], : own_size[1]].astype(np.uint8)
 
 
 def find_images(input_path: Path, output: Path) -> dict[str, Path]:

@@ -34,6 +34,12 @@ PATIENCE_MS = 7 * 24 * 3600 * 1000  # for what another process prepares; its dea
 SHARED_SECONDS = 20  # in which a folder that hosts share shows to all what one has written
 TERMINATED = 128 + signal.SIGTERM  # the exit status of a run that was told to stop
 
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run was told to stop, and what it was doing is given up."""
+
+
 _questions = itertools.count()  # of `gather`; all processes ask the same ones in the same order
 
 

@@ -37,6 +37,9 @@ class Batch:
     label: UInt8[Any, "b h w"]  # class id, or IGNORE_LABEL
     example_id: Int[Any, " b"]  # index in the data set's split
     valid: Bool[Any, " b"]  # False: a row that only fills up the batch
+    # (height, width) without padding, in evaluations whose labels have another size than the images
+    image_size: Int[Any, "b 2"] | None = None
+    label_size: Int[Any, "b 2"] | None = None
 
 
 @struct.dataclass

@@ -1,6 +1,7 @@
 """The training loop: from a config to its last checkpoint, through stops and starts."""
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -35,7 +36,12 @@ from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_splits
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
-from contrastseg_jax.evaluate import compile_eval_step, evaluate, inference_variables
+from contrastseg_jax.evaluate import (
+    compile_eval_step,
+    evaluate,
+    group_examples,
+    inference_variables,
+)
 from contrastseg_jax.files import lock
 from contrastseg_jax.logging import log, open_board, write_metrics
 from contrastseg_jax.models.segmenter import Segmenter, Variables
@@ -117,19 +123,28 @@ def _train_on(
     # Scores.
     board = open_board(workdir, start_step) if processes.is_first() else None
     eval_fn = compile_eval_step(config, model, mesh)
+    groups = group_examples(config, val_source, "val", mesh)
 
-    def score(state: TrainState, step: int, stopped: Callable[[], bool]) -> float | None:
-        """Mean IoU on the validation split, or None where `stopped` says so meanwhile."""
-        folder, weights = workdir / "eval" / str(step), inference_variables(state)
-        weights = jax.device_put(weights, distributed.replicated(mesh))
+    def score(state: TrainState, step: int, before_batch: Callable[[], None]) -> float:
+        """Mean IoU on the validation split; all scores go where the run's numbers go."""
+        weights = jax.device_put(inference_variables(state), distributed.replicated(mesh))
         results = evaluate(
-            config, eval_fn, weights, val_source, "val", step, mesh=mesh, folder=folder
+            config,
+            eval_fn,
+            weights,
+            val_source,
+            groups,
+            "val",
+            step,
+            mesh=mesh,
+            folder=workdir / "eval" / str(step),
+            before_batch=before_batch,
         )
         _log_scores(workdir, board, step, results)
         return results["mean_iou"]
 
     if not scored:
-        score(state, start_step, lambda: False)
+        score(state, start_step, lambda: None)
 
     # Steps.
     log.info("compiling")
@@ -152,7 +167,8 @@ def _train_on(
             stack.enter_context(contextlib.closing(resource))
         stack.enter_context(bar)
         stack.enter_context(logging_redirect_tqdm([log]))
-        stop_asked = distributed.any_process(False, mesh)
+        ask = functools.partial(_any_came, sigterm_came, mesh)
+        stop_asked = ask()
         history, waited, since, advice = [], 0.0, time.monotonic(), ""
         step, stopping = start_step, False
         steps = take_steps(step_fn, state, batches, mesh)
@@ -163,7 +179,7 @@ def _train_on(
             bar.update()
             # Of the step before, so that nothing waits: all processes stop after the same step.
             stopping = bool(stop_asked)
-            stop_asked = distributed.any_process(sigterm_came(), mesh)
+            stop_asked = ask()
 
             if stopping or is_due(step, config.train.log_steps, num_steps):
                 _require_finite(history, step)
@@ -185,10 +201,10 @@ def _train_on(
 
             mean_iou, paused = None, time.monotonic()
             if not stopping and is_due(step, config.train.eval_steps, num_steps):
-                mean_iou = score(
-                    state, step, lambda: bool(distributed.any_process(sigterm_came(), mesh))
-                )
-                stopping = mean_iou is None
+                try:
+                    mean_iou = score(state, step, functools.partial(_stop_if, ask))
+                except processes.Stopped:
+                    stopping = True
             saving = mean_iou is not None or is_due(step, config.train.checkpoint_steps, num_steps)
             if saving or stopping:
                 _require_finite([metrics], step)  # a lost state must not replace a good one
@@ -200,6 +216,16 @@ def _train_on(
         log.warning(f"SIGTERM: stopped after step {step}, which is saved; run again to go on")
         sys.exit(processes.TERMINATED)
     log.info(f"scores and pictures: {workdir / 'eval' / str(num_steps) / 'index.html'}")
+
+
+def _any_came(sigterm_came: Callable[[], bool], mesh: Mesh) -> jax.Array:
+    """Whether SIGTERM has come to any process; all must ask, and hear the same once it is known."""
+    return distributed.any_process(sigterm_came(), mesh)
+
+
+def _stop_if(ask: Callable[[], jax.Array]) -> None:
+    if ask():
+        raise processes.Stopped
 
 
 def _is_scored(config: Config, workdir: Path, step: int) -> bool:

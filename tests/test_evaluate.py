@@ -2,53 +2,99 @@
 
 import json
 
+import cv2
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from contrastseg_jax import config as config_lib
 from contrastseg_jax import distributed
 from contrastseg_jax.build import dataset_spec, image_format
+from contrastseg_jax.data.augment import resize_image
 from contrastseg_jax.data.dataset import label_map, open_split
-from contrastseg_jax.data.images import decode_image, decode_mask
+from contrastseg_jax.data.images import decode_image, decode_mask, encode_png
 from contrastseg_jax.data.labels import to_train_ids
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluate import (
     compile_eval_step,
     evaluate,
     evaluate_run,
+    group_examples,
     inference_variables,
     load_run,
-    predict_step,
+    network_logits,
+    score,
 )
-from contrastseg_jax.structs import ImageFormat, TrainState
+from contrastseg_jax.resize import resize_bilinear
+from contrastseg_jax.structs import Batch, ImageFormat, TrainState
+
+SIZES = [(48, 64), (40, 75), (45, 61), (71, 33)]  # the first and the third share a batch
 
 
-def test_confusion_is_that_of_each_image_alone(trained, tmp_path):
-    """Three images in batches of two, against one image at a time in NumPy."""
+@pytest.mark.parametrize("short_side", [0, 37])
+def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
+    """Images of several sizes in batches of two, against one image at a time in NumPy."""
     config, workdir = trained
     model, variables, step, mesh = load_run(config, workdir, "latest")
+    config = config_lib.override(config, [f"data.short_side={short_side}"])
     step_fn = compile_eval_step(config, model, mesh)
     spec = dataset_spec(config)
+    (record, *_) = open_split(spec, "val")
+    source = [
+        record
+        | {
+            "image": encode_png(resize_image(decode_image(record["image"], ""), size)),
+            "label": encode_png(
+                cv2.resize(decode_mask(record["label"], ""), size[::-1], interpolation=0)
+            ),
+        }
+        for size in SIZES
+    ]
+    groups = group_examples(config, source, "val", mesh)
+    assert [group.example_ids for group in groups] == [[0, 2], [1], [3]]
     results = evaluate(
-        *(config, step_fn, variables, open_split(spec, "val"), "val", step),
+        *(config, step_fn, variables, source, groups, "val", step),
         **{"mesh": mesh, "folder": tmp_path},
     )
     expected = np.zeros((3, 3), int)
-    predict = jax.jit(
-        lambda image: predict_step(variables, image, model=model, image_format=image_format(config))
+    logits_of = jax.jit(
+        lambda x: network_logits(variables, x, model=model, image_format=image_format(config))
     )
-    for record in open_split(spec, "val"):
-        padded = np.zeros((1, 64, 64, 3), np.uint8) + np.uint8([124, 116, 104])
-        padded[0, :48] = decode_image(record["image"], "")
-        prediction = np.argmax(predict(padded), -1)[0, :48]
+    for record in source:
+        image = decode_image(record["image"], "")
+        scale = short_side / min(image.shape[:2]) if short_side else 1
+        height, width = (round(side * scale) for side in image.shape[:2])
+        padded_size = -(-height // 32) * 32, -(-width // 32) * 32
+        padded = np.zeros((1, *padded_size, 3), np.uint8) + np.uint8([124, 116, 104])
+        padded[0, :height, :width] = cv2.resize(image, (width, height), interpolation=2)
+        logits = resize_bilinear(logits_of(padded), padded_size)[:, :height, :width]
+        prediction = np.argmax(resize_bilinear(logits, image.shape[:2]), -1)[0]
         label = to_train_ids(decode_mask(record["label"], ""), label_map(spec), "")
         seen = label < 3
         np.add.at(expected, (label[seen], prediction[seen]), 1)
     difference = np.abs(expected - results["confusion"]).sum()
-    assert expected.sum() == np.sum(results["confusion"])
+    assert expected.sum() == np.sum(results["confusion"]) > 0
     assert difference <= 4, "more than two pixels changed class with the batch"
-    assert results["num_images"] == 3
+    assert results["num_images"] == len(source)
+    with Image.open(tmp_path / "000000.png") as panel:
+        assert panel.size[0] > 500
+
+
+def test_resized_evaluations_send_nothing_but_their_counts(trained):
+    """Rows of a batch are brought to the size of their labels where they are."""
+    config, workdir = trained
+    _, _, _, mesh = load_run(config, workdir, "latest")
+    split, sizes = distributed.split(mesh), np.full((2, 2), 20, np.int32)
+    label = np.zeros((2, 40, 40), np.uint8)
+    image, row = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int32)
+    batch = Batch(image, label, row, row >= 0, sizes, sizes)
+    score_fn = jax.jit(
+        score, in_shardings=split, out_shardings=(split, distributed.replicated(mesh))
+    )
+    text = score_fn.lower(np.zeros((2, 8, 8, 3), np.float32), batch).compile().as_text()
+    assert "all-reduce" in text  # of the confusion matrix
+    assert "all-gather" not in text and "all-to-all" not in text
 
 
 def test_the_projection_head_is_not_computed(trained):
@@ -57,7 +103,7 @@ def test_the_projection_head_is_not_computed(trained):
     assert "proj_head" in variables["params"]
     image = np.zeros((2, 64, 64, 3), np.uint8)
     text = jax.jit(
-        lambda variables, image: predict_step(
+        lambda variables, image: network_logits(
             variables, image, model=model, image_format=ImageFormat((0.0,) * 3, (1.0,) * 3)
         )
     ).lower(variables, image)
@@ -76,6 +122,8 @@ def test_evaluate_run_writes_scores_and_pictures(trained, caplog):
     config, workdir = trained
     evaluate_run(config, workdir, "best", "train")
     assert "ignored: 255\n  0->0->0 class_0  1->1->1 class_1" in caplog.text
+    assert "train: 6 images are evaluated in 3 batches" in caplog.text
+    assert "the network is compiled for 1 size of them" in caplog.text
     (folder,) = workdir.glob("eval/*_train")
     scores = json.loads((folder / "metrics.json").read_text())
     assert scores["split"] == "train" and scores["num_images"] == 6

@@ -14,11 +14,12 @@ import cv2
 import numpy as np
 import pytest
 
+from contrastseg_jax.data import images, pipeline
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.data.labels import LabelMap, default_palette
-from contrastseg_jax.data.pipeline import eval_batches, train_batches
+from contrastseg_jax.data.pipeline import eval_batches, eval_groups, train_batches
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -60,17 +61,12 @@ def train(source, **overrides):
     return train_batches(source, **(settings | overrides))
 
 
-def evaluate(source, **overrides):
-    settings = dict(
-        label_map=LABEL_MAP,
-        batch_size=4,
-        short_side=0,
-        pad_multiple=8,
-        pad_color=PAD_COLOR,
-        num_threads=2,
-        prefetch=1,
-    )
-    return eval_batches(source, **(settings | overrides))
+def evaluate(source, *, pad_multiple=8, **overrides):
+    settings = dict(batch_size=4, short_side=0, num_threads=2) | overrides
+    sizes = {key: settings[key] for key in ("batch_size", "short_side", "num_threads")}
+    groups = eval_groups(source, pad_multiple=pad_multiple, **sizes)
+    fixed = dict(label_map=LABEL_MAP, pad_color=PAD_COLOR, prefetch=1)
+    return eval_batches(source, groups, **fixed, **settings)
 
 
 def assert_equal(batches, others):
@@ -331,11 +327,51 @@ def test_eval_threads_change_nothing(mixed_source):
     assert_equal(evaluate(mixed_source, num_threads=0), evaluate(mixed_source, num_threads=5))
 
 
-def test_eval_short_side(mixed_source):
-    for batch in evaluate(mixed_source, short_side=16):
-        inside = np.all(batch.image != PAD_COLOR, axis=-1)[batch.valid]
-        sides = np.stack([inside.any(axis=2).sum(axis=1), inside.any(axis=1).sum(axis=1)])
-        assert np.all(sides.min(axis=0) == 16)
+def test_sizes_are_read_for_the_groups_alone(mixed_source, monkeypatch):
+    names = []
+
+    def image_size(data, name):
+        names.append(name)
+        return images.image_size(data, name)
+
+    monkeypatch.setattr(pipeline, "image_size", image_size)
+    settings = dict(batch_size=4, short_side=0, num_threads=2)
+    groups = eval_groups(mixed_source, pad_multiple=8, **settings)
+    fixed = dict(label_map=LABEL_MAP, pad_color=PAD_COLOR, prefetch=1)
+    for _ in range(2):
+        assert len(list(eval_batches(mixed_source, groups, **fixed, **settings))) == len(groups)
+    assert sorted(names) == sorted(f"image scene_{i}" for i in range(14))
+
+
+def test_eval_short_side_is_of_images_alone(mixed_source):
+    """Sizes say what of images and labels is no padding; rows that fill up have one pixel."""
+    seen = []
+    for batch in evaluate(mixed_source, short_side=12):
+        assert batch.image.shape[1] % 8 == batch.label.shape[2] % 8 == 0
+        for image, label, example_id, image_size, label_size in zip(
+            *(batch.image, batch.label, batch.example_id, batch.image_size, batch.label_size),
+            strict=True,
+        ):
+            if example_id < 0:
+                assert image_size.tolist() == label_size.tolist() == [1, 1]
+                continue
+            seen.append(int(example_id))
+            size = SIZES[example_id % 7]
+            assert label_size.tolist() == list(size)
+            assert image_size.tolist() == [round(side * 12 / min(size)) for side in size]
+            raw = mixed_source[example_id]
+            pixels = cv2.imdecode(np.frombuffer(raw["image"], np.uint8), 1)[..., ::-1]
+            resized = cv2.resize(pixels, image_size[::-1], interpolation=cv2.INTER_CUBIC)
+            np.testing.assert_array_equal(image[: image_size[0], : image_size[1]], resized)
+            image[: image_size[0], : image_size[1]] = PAD_COLOR
+            assert np.all(image == PAD_COLOR)
+            mask = cv2.imdecode(np.frombuffer(raw["label"], np.uint8), 0)
+            np.testing.assert_array_equal(
+                label[: size[0], : size[1]], np.where(mask == 9, IGNORE_LABEL, mask)
+            )
+            assert np.all(label[size[0] :] == IGNORE_LABEL)
+            assert np.all(label[:, size[1] :] == IGNORE_LABEL)
+    assert sorted(seen) == list(range(14))
 
 
 @pytest.mark.parametrize("batches", [train, evaluate])

@@ -3,6 +3,7 @@
 import io
 import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,19 +66,19 @@ def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
     config, _ = trained
     seen = []
 
-    def step_fn(variables, image):
+    def logits_fn(variables, image):
         seen.append(image.shape)
         logits = np.zeros((*image.shape[:3], 3), np.float32)
         half = image.shape[2] // 2
         logits[:, :, :half, 1] = logits[:, :, half:, 0] = 1  # of the padded image's columns
-        return logits
+        return jax.numpy.asarray(logits)
 
     image = np.zeros((40, 64, 3), np.uint8)
-    prediction = predict_image(config, step_fn, {}, image)
+    prediction = predict_image(config, logits_fn, {}, image)
     assert seen == [(1, 64, 64, 3)]
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
     half = config_lib.override(config, ["data.short_side=20"])
-    prediction = predict_image(half, step_fn, {}, image)
+    prediction = predict_image(half, logits_fn, {}, image)
     assert seen[1] == (1, 32, 32, 3) and prediction.shape == (40, 64)
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
 

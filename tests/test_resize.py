@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from contrastseg_jax.resize import resize_bilinear
+from contrastseg_jax.resize import most_likely, resize_bilinear
 
 SIZES = [
     ((4, 6), (8, 12)),
@@ -73,6 +73,34 @@ def test_numbers_computed_by_torch():
         [4.0, 2.666667, 4.333334, 9.0],
     ]
     np.testing.assert_allclose(resize_bilinear(x, (3, 4))[0, :, :, 0], expected, atol=1e-6)
+
+
+def test_classes_are_those_of_each_image_alone():
+    """Rows of several sizes against resize, crop, resize and argmax; padding influences nothing."""
+    image_size = [(33, 47), (40, 64), (17, 64), (1, 1), (40, 1), (9, 9)]
+    label_size = [(50, 71), (40, 64), (7, 23), (5, 3), (1, 72), (1, 1)]
+    logits = np.random.default_rng(0).normal(size=(6, 10, 16, 5)).astype(np.float32)
+    classes_of = jax.jit(most_likely, static_argnames=("padded_image", "padded_label"))
+    settings = {"padded_image": (40, 64), "padded_label": (56, 72)}
+    result = classes_of(logits, np.int32(image_size), np.int32(label_size), **settings)
+    assert result.shape == (6, 56, 72) and result.dtype == jnp.int32
+    for row, (crop, size) in enumerate(zip(image_size, label_size, strict=True)):
+        whole = resize_bilinear(jnp.asarray(logits[row : row + 1]), (40, 64))
+        expected = resize_bilinear(whole[:, : crop[0], : crop[1]], size)[0]
+        got = np.asarray(result[row, : size[0], : size[1]])
+        first, second = np.sort(expected, axis=-1)[..., [-1, -2]].transpose(2, 0, 1)
+        clear = first - second > 1e-5  # rounding may turn the others
+        assert clear.mean() > 0.99
+        np.testing.assert_array_equal(got[clear], np.argmax(expected, axis=-1)[clear])
+        around = np.pad(got, [(0, 56 - size[0]), (0, 72 - size[1])], mode="edge")
+        np.testing.assert_array_equal(result[row], around)
+
+
+def test_the_first_of_equal_classes_is_taken():
+    logits, one = jnp.zeros((1, 2, 2, 3)), jnp.ones((1, 2), jnp.int32)
+    logits = logits.at[..., 1:].set(4.0)
+    classes = most_likely(logits, one * 4, one * 6, padded_image=(4, 4), padded_label=(6, 6))
+    assert np.all(classes == 1)
 
 
 def test_own_size_is_the_identity():

@@ -119,18 +119,16 @@ def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return round(size[0] * scale), round(size[1] * scale)
 
 
+def padded_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(height, width), each rounded up to a multiple."""
+    return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
+
+
 def resize_image(image: Image, size: tuple[int, int]) -> NewImage:
     """The image at (height, width), bicubic and without blur like the original's."""
+    if size == image.shape[:2]:
+        return image
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
-
-
-def resize_short_side(image: Image, label: Label, short_side: int) -> tuple[NewImage, NewLabel]:
-    """Image and label at `resized_size`; the label takes the nearest pixel."""
-    size = resized_size(label.shape, short_side)
-    if size == label.shape:
-        return image, label
-    nearest = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-    return resize_image(image, size), nearest
 
 
 def _place(scaled: int, crop: int, rng: np.random.Generator) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -21,7 +22,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.augment import augment, resize_short_side, resized_size
+from contrastseg_jax.data.augment import augment, padded_size, resize_image, resized_size
 from contrastseg_jax.data.images import decode_image, decode_mask, image_size
 from contrastseg_jax.data.labels import LabelMap, to_train_ids
 from contrastseg_jax.errors import InputError
@@ -31,8 +32,19 @@ Source = Sequence[dict[str, bytes]]  # what `open_split` returns
 Image = UInt8[np.ndarray, "h w 3"]
 Label = UInt8[np.ndarray, "h w"]
 Example = tuple[Image, Label]
-Row = tuple[Image, Label, int]  # image, label, example id; -1: no example
+Size = tuple[int, int]  # height, width
+Row = tuple[Image, Label, int, *tuple[Size, ...]]  # as `Batch`; example id -1: no example
 Batches = grain.DatasetIterator[Batch]
+
+
+@dataclass(frozen=True)
+class EvalGroup:
+    """The examples of one batch of an evaluation, and the sizes that hold each of them."""
+
+    image_size: Size
+    label_size: Size
+    example_ids: list[int]
+
 
 cv2.setNumThreads(0)  # Grain's threads are the parallelism
 
@@ -128,13 +140,43 @@ def train_batches(
     )
 
 
+def eval_groups(
+    source: Source, *, batch_size: int, short_side: int, pad_multiple: int, num_threads: int
+) -> list[EvalGroup]:
+    """Which examples are evaluated together: up to `batch_size` whose padded sizes are the same.
+
+    It reads the whole split, for the sizes of the images, so a run does it once.
+
+    Args:
+        source: the records of a split.
+        batch_size: rows of all processes together.
+        short_side: length of the images' shorter side, but not of the labels'; 0 keeps it.
+        pad_multiple: what heights and widths are rounded up to a multiple of.
+        num_threads: threads that read.
+
+    Raises:
+        InputError: for an image whose header cannot be read; it names the example.
+    """
+    sizes = grain.MapDataset.range(len(source)).map(partial(_image_size, source))
+    example_ids: defaultdict[tuple[Size, Size], list[int]] = defaultdict(list)
+    for example_id, size in enumerate(sizes.to_iter_dataset(_read_options(num_threads, 0))):
+        resized = resized_size(size, short_side)
+        padded = padded_size(resized, pad_multiple), padded_size(size, pad_multiple)
+        example_ids[padded].append(example_id)
+    return [
+        EvalGroup(*padded, members[first : first + batch_size])
+        for padded, members in example_ids.items()
+        for first in range(0, len(members), batch_size)
+    ]
+
+
 def eval_batches(
     source: Source,
+    groups: Sequence[EvalGroup],
     *,
     label_map: LabelMap,
     batch_size: int,
     short_side: int,
-    pad_multiple: int,
     pad_color: tuple[int, int, int],
     num_threads: int,
     prefetch: int,
@@ -143,17 +185,18 @@ def eval_batches(
 ) -> Batches:
     """Whole images, each exactly once: this process's rows of each batch.
 
-    The images of a batch share one size, rounded up to a multiple of `pad_multiple`; they lie in
-    the upper left corner, and what surrounds them has `pad_color` and IGNORE_LABEL. The last batch
-    of a size is filled up with rows that are not valid and have the example id -1. All processes
-    see the same number of batches of the same sizes.
+    Images and labels lie in the upper left corner of what their group shares, and what surrounds
+    them has `pad_color` and IGNORE_LABEL. Labels keep their size. The last batch of a size is
+    filled up with rows that are not valid and have the example id -1. All processes see the same
+    number of batches of the same sizes.
 
     Args:
         source: the records of a split.
+        groups: the examples of each batch, as `eval_groups` makes them for the same settings.
         label_map: what the masks' values mean.
         batch_size: rows of all processes together, a multiple of `process_count`.
-        short_side: length of the images' shorter side; 0 keeps it.
-        pad_multiple: what the height and width of a batch are multiples of.
+        short_side: length of the images' shorter side; 0 keeps it. Where it is not 0, batches have
+            `image_size` and `label_size`.
         pad_color: RGB of what surrounds an image.
         num_threads: threads that prepare examples.
         prefetch: batches prepared ahead.
@@ -164,28 +207,24 @@ def eval_batches(
         InputError: for a record that cannot be decoded; it names the example.
     """
     num_rows = _rows_per_process(batch_size, process_count)
-    padded_size = partial(_padded_size, source, short_side, pad_multiple)
-    sizes = grain.MapDataset.range(len(source)).map(padded_size)
-    plan = _group(
-        sizes.to_iter_dataset(_read_options(num_threads, prefetch * num_rows)), batch_size
-    )
-
     decode = partial(_decode, source.__getitem__, label_map=label_map)
 
     def load(step: int, row: int) -> Row:
-        size, example_ids = plan[step]
-        image = np.full((*size, 3), pad_color, np.uint8)
-        label = np.full(size, IGNORE_LABEL, np.uint8)
-        if row >= len(example_ids):
-            return image, label, -1
-        pixels, classes = resize_short_side(*decode(example_ids[row]), short_side)
-        content = np.s_[: classes.shape[0], : classes.shape[1]]
-        image[content], label[content] = pixels, classes
-        return image, label, example_ids[row]
+        group = groups[step]
+        image = np.full((*group.image_size, 3), pad_color, np.uint8)
+        label = np.full(group.label_size, IGNORE_LABEL, np.uint8)
+        example_id, image_size, label_size = -1, (1, 1), (1, 1)
+        if row < len(group.example_ids):
+            example_id = group.example_ids[row]
+            pixels, classes = decode(example_id)
+            image_size, label_size = resized_size(classes.shape, short_side), classes.shape
+            image[: image_size[0], : image_size[1]] = resize_image(pixels, image_size)
+            label[: label_size[0], : label_size[1]] = classes
+        return image, label, example_id, *((image_size, label_size) if short_side else ())
 
     return _batches(
         load,
-        steps=range(len(plan)),
+        steps=range(len(groups)),
         rows=range(process_index * num_rows, (process_index + 1) * num_rows),
         num_threads=num_threads,
         num_workers=0,  # to start processes for every evaluation takes longer than most of them
@@ -246,6 +285,7 @@ def _load_view(
 def _start_worker(worker_index: int, worker_count: int) -> None:
     """Lets the main process alone decide on a worker's end, and no worker outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     main = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -257,9 +297,10 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
 
 
 def _stack(rows: Sequence[Row]) -> Batch:
-    images, labels, example_ids = zip(*rows, strict=True)
+    images, labels, example_ids, *sizes = zip(*rows, strict=True)
     example_id = np.array(example_ids, np.int32)
-    return Batch(np.stack(images), np.stack(labels), example_id, example_id >= 0)
+    sizes = [np.array(size, np.int32) for size in sizes]
+    return Batch(np.stack(images), np.stack(labels), example_id, example_id >= 0, *sizes)
 
 
 def _decode(
@@ -291,30 +332,9 @@ def _recall(
     return example
 
 
-def content_size(source: Source, short_side: int, index: int) -> tuple[int, int]:
-    """(height, width) of an example in an evaluation batch, without the padding around it."""
-    record = source[index]
-    size = image_size(record["image"], f"image {record['name'].decode()}")
-    return resized_size(size, short_side)
-
-
-def _padded_size(source: Source, short_side: int, multiple: int, index: int) -> tuple[int, int]:
-    height, width = content_size(source, short_side, index)
-    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
-
-
-def _group(
-    sizes: grain.IterDataset[tuple[int, int]], batch_size: int
-) -> list[tuple[tuple[int, int], list[int]]]:
-    """The batches of an evaluation: their size, and the examples of that size."""
-    example_ids = defaultdict(list)
-    for example_id, size in enumerate(sizes):
-        example_ids[size].append(example_id)
-    return [
-        (size, members[first : first + batch_size])
-        for size, members in example_ids.items()
-        for first in range(0, len(members), batch_size)
-    ]
+def _image_size(source: Source, example_id: int) -> Size:
+    record = source[example_id]
+    return image_size(record["image"], f"image {record['name'].decode()}")
 
 
 def _rows_per_process(batch_size: int, process_count: int) -> int:
