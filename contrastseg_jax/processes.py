@@ -35,7 +35,6 @@ SHARED_SECONDS = 20  # in which a folder that hosts share shows to all what one 
 TERMINATED = 128 + signal.SIGTERM  # the exit status of a run that was told to stop
 
 
-
 class Stopped(Exception):  # noqa: N818
     """The run was told to stop, and what it was doing is given up."""
 

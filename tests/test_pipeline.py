@@ -1,6 +1,7 @@
 """Batches: a function of (seed, step), each example where it belongs, whatever the processes."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -246,6 +247,18 @@ def test_workers_end_with_a_killed_process(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group.pid, signal.SIGKILL)
+
+
+def test_workers_go_on_when_all_processes_are_told_to_stop(source):
+    """A scheduler sends SIGTERM to each; the main one decides when the workers' work is done."""
+    with contextlib.closing(train(source, num_workers=2, num_steps=10**6)) as batches:
+        got = [next(batches)]
+        workers = multiprocessing.active_children()
+        assert len(workers) >= 2
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGTERM)
+        got += itertools.islice(batches, 40)  # more than were made ahead
+    assert_equal(got, train(source, num_steps=41))
 
 
 def test_kept_examples_change_nothing(source):

@@ -1,5 +1,8 @@
 """The training loop's parts; whole runs: test_end_to_end.py, test_multi_process.py."""
 
+import contextlib
+import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 from small import make_batch, make_config
 
-from contrastseg_jax import distributed
+from contrastseg_jax import distributed, processes
+from contrastseg_jax import evaluate as evaluate_module
+from contrastseg_jax import train as train_module
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.train import _require_finite, data_advice, is_due, take_steps
 
@@ -65,3 +70,32 @@ def test_waiting_for_data_is_what_no_step_hides(monkeypatch, of_batch, of_step, 
     waited = [seconds for _, _, seconds in taken]
     assert waited[0] == pytest.approx(of_batch, abs=0.04)  # nothing was in flight
     np.testing.assert_allclose(np.median(waited[2:]), idle, atol=0.04)
+
+
+def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for_it(
+    tmp_path, monkeypatch
+):
+    config = make_config(f"data.prepared_dir={tmp_path / 'prepared'}", "train.eval_steps=3")
+    come = threading.Event()
+
+    @contextlib.contextmanager
+    def noted_sigterm():
+        yield come.is_set
+
+    def evaluate(*arguments, **settings):
+        come.set()
+        return evaluate_module.evaluate(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "noted_sigterm", noted_sigterm)
+        patch.setattr(train_module, "evaluate", evaluate)
+        with pytest.raises(SystemExit) as stopped:
+            train_module.train(config, tmp_path / "run")
+    assert stopped.value.code == 143
+    workdir = tmp_path / "run"
+    assert not (workdir / "eval" / "3" / "metrics.json").exists()
+    assert (workdir / "checkpoints" / "3").is_dir()
+
+    train_module.train(config, workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/mean_iou" in line] == [3, 6]
