@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from absl import app, flags
 
 ROOT = Path(__file__).parents[1]
+START_TIMEOUT = 60  # seconds after which a process ends that has not met the others
 ENDS_WITHIN = 90  # seconds in which those that are left must have ended
 SETTINGS = (
     *("train.batch_size=4", "train.num_steps=600", "train.log_steps=1", "eval.num_pictures=1"),
@@ -31,7 +32,9 @@ SETTINGS = (
 )
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "runs/kills", "Folder of the two runs; what it holds is deleted.")
+flags.DEFINE_string(
+    "workdir", "runs/kills", "Folder of the two runs; only the disturbed one starts anew."
+)
 flags.DEFINE_integer("kills", 20, "How often a process is killed.")
 flags.DEFINE_integer("num_processes", 2, "Processes of a run.")
 flags.DEFINE_float("longest", 30, "Seconds after the start until which a process is killed.")
@@ -44,8 +47,8 @@ def main(_: list[str]) -> None:
     """Prints a row for every kill, then what the run was compared in."""
     workdir, rng = Path(FLAGS.workdir), np.random.default_rng(FLAGS.seed)
     whole, killed = workdir / "whole", workdir / "killed"
-    shutil.rmtree(workdir, ignore_errors=True)
-    workdir.mkdir(parents=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(killed, ignore_errors=True)
     run_to_its_end(whole)
     print("| kill | process | after, s | last step | others ended after, s | whole checkpoint |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -89,6 +92,7 @@ def start(workdir: Path) -> Group:
                     *(f"--config.{setting}" for setting in SETTINGS),
                     *(f"--coordinator={coordinator}", f"--process_id={index}"),
                     f"--num_processes={FLAGS.num_processes}",
+                    f"--start_timeout={START_TIMEOUT}",
                 ],
                 env=os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "32"},
                 stdout=log,
