@@ -142,6 +142,10 @@ def ending_at_once() -> Iterator[None]:
     """Within, an error of one of several processes ends it with its index, waiting for no other."""
     try:
         yield
+    except SystemExit:
+        # Told to stop, with all saved: another SIGTERM must not hurry the end, which all share.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     except Exception as error:
         if count() == 1:
             raise

@@ -1,5 +1,7 @@
 """Batches are split over the mesh, everything else is on every device."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,23 @@ def test_replicate_gathers_inside_jit():
 
 def test_a_mesh_of_some_devices():
     assert distributed.make_mesh(jax.devices()[:1]).size == 1
+
+
+@dataclass(frozen=True)
+class Device:
+    """What there is of a device that is not here."""
+
+    process_index: int
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_the_mesh_has_the_order_of_processes():
+    """`make_array_from_process_local_data` gives a device the rows of its place in the mesh."""
+    there = [Device(process_index=i // 2 % 2, id=i) for i in range(8)]
+    mesh = distributed.make_mesh(there[::-1])
+    assert [device.id for device in mesh.devices] == [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def test_large_parameters_are_split_along_their_longest_axis():
