@@ -89,6 +89,7 @@ def weights_problems(config: Config, run: Config | None) -> list[str]:
         return []
     try:
         pretrained.read(Path(net.init_from), net.name)
+        pretrained.require_intact(Path(net.init_from))
     except InputError as error:
         return [str(error)]
     return []

@@ -30,7 +30,8 @@ def convert(source: Path, output: Path) -> None:
 
     Raises:
         InputError: the file cannot be read, fits no network or holds numbers that are not finite;
-            the output is not a new or empty folder. Nothing is left behind then.
+            the output is not a new or empty folder, or cannot be written. Nothing is left behind
+            then.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output={output}: must be a new folder, or an empty one")

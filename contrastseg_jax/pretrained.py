@@ -1,11 +1,13 @@
 """Weights that training starts from: a folder that says what they are, and holds them.
 
-weights.json   `Weights`
+weights.json   `Weights`, and the SHA-256 of every file of variables/
 variables/     `params` and `batch_stats`, as Orbax stores them
 report.txt     every array with its shape, mean and standard deviation
 """
 
 import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from contrastseg_jax.errors import InputError
@@ -36,20 +39,33 @@ class Weights:
 
 
 def save(folder: Path, weights: Weights, variables: Variables, report: str) -> None:
-    """Write the folder, which must be empty or missing: it appears whole or not at all."""
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Write the folder, which must be empty or missing: it appears whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    target = folder.resolve()
+    # One that is there may be a mount point, or have nothing writable around it: it is filled.
+    is_there = target.exists()
+    partial = (target if is_there else target.parent) / f".{target.name}.{os.getpid()}.partial"
     try:
+        partial.mkdir(parents=True)
+        _require_room(partial, variables)
         (partial / "report.txt").write_text(report)
-        (partial / "weights.json").write_text(json.dumps(dataclasses.asdict(weights), indent=2))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "variables", variables)
-        os.replace(partial, folder)
-    except BaseException:
+        record = dataclasses.asdict(weights) | {"files": _digests(partial / "variables")}
+        (partial / "weights.json").write_text(json.dumps(record, indent=2))
+        if is_there:
+            for name in ("variables", "report.txt", "weights.json"):  # the last makes it count
+                os.replace(partial / name, target / name)
+        else:
+            os.replace(partial, target)
+    except (OSError, ValueError) as error:  # Orbax raises ValueError for a device that fails
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
+        raise InputError(f"--output={folder}: cannot be written ({reason})") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def read(folder: Path, network: str) -> Weights:
@@ -66,7 +82,7 @@ def read(folder: Path, network: str) -> Weights:
         )
     try:
         values = json.loads(path.read_text())
-        image = values.pop("image_format")
+        image, files = values.pop("image_format"), values.pop("files")
         weights = Weights(
             networks=tuple(values.pop("networks")),
             image_format=ImageFormat(
@@ -74,6 +90,8 @@ def read(folder: Path, network: str) -> Weights:
             ),
             **values,
         )
+        if not isinstance(files, dict):
+            raise TypeError(f"files = {files!r}")
         fitting = sharing_backbone(weights.networks[0])
         _require_format(weights.image_format)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -86,6 +104,22 @@ def read(folder: Path, network: str) -> Weights:
     return weights
 
 
+def require_intact(folder: Path) -> None:
+    """Raise an InputError where the arrays are not, byte for byte, what the conversion wrote.
+
+    Orbax finds some damage alone, only while it reads, and goes on talking of it afterwards.
+    """
+    written = json.loads((folder / "weights.json").read_text())["files"]
+    found = _digests(folder / "variables")
+    damaged = [name for name, digest in written.items() if found.get(name) != digest]
+    if damaged:
+        raise InputError(
+            f"{folder / 'variables'}: {', '.join(damaged[:3])}"
+            f" {'is' if len(damaged) == 1 else 'are'} missing or not as converted; convert the"
+            " weights again"
+        )
+
+
 def start_from(folder: Path, network: str, fresh: Variables, *, whole: bool) -> Variables:
     """`fresh` with all that the weights of a folder have for it; the log says what they have not.
 
@@ -96,15 +130,9 @@ def start_from(folder: Path, network: str, fresh: Variables, *, whole: bool) -> 
             something that the logits depend on would stay fresh.
     """
     weights = read(folder, network)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            given: Any = checkpointer.restore(folder.absolute() / "variables")
-    except Exception as error:  # Orbax raises many kinds
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise InputError(
-            f"{folder / 'variables'}: cannot be read ({type(error).__name__}: {reason}); convert"
-            " the weights again"
-        ) from error
+    require_intact(folder)
+    with ocp.StandardCheckpointer() as checkpointer:
+        given: Any = checkpointer.restore(folder.absolute() / "variables")
     parts = None if network in weights.networks else ("backbone",)
     variables, kept = weights_lib.merge(given, fresh, parts=parts, source=str(folder))
     missing = [f"{name} ({reason})" for name, reason in kept.items()]
@@ -121,6 +149,29 @@ def start_from(folder: Path, network: str, fresh: Variables, *, whole: bool) -> 
     if unread:
         log.info(f"left out: {', '.join(unread)}")
     return variables
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder."""
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[path.relative_to(folder).as_posix()] = digest
+    return digests
+
+
+def _require_room(folder: Path, variables: Variables) -> None:
+    """Raise an error for a disk that is too full.
+
+    Orbax would fail there too, but its threads go on writing after it has.
+    """
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"No space left on device: {needed:,} bytes are needed, {free:,} free"
+        )
 
 
 def _require_format(image_format: ImageFormat) -> None:

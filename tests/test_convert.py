@@ -1,6 +1,8 @@
 """Conversion: what is written, what is said of it, and nothing at all where something is wrong."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from state_dicts import backbone_of, tiny
 
+from contrastseg_jax import pretrained
 from contrastseg_jax.convert import convert
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.models.weights import flax_variables
@@ -103,6 +106,37 @@ def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(InputError, match=r"--output=.*out: cannot be written \(no space left\)"):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    """Orbax's threads would go on writing, and complaining, after the error."""
+    source = source_of(tmp_path, tiny())
+    usage = SimpleNamespace(total=0, used=0, free=1_000_000)
+    monkeypatch.setattr(pretrained.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", lambda *_: pytest.fail("writes"))
+    with pytest.raises(InputError, match=r"--output=.*No space left on device: .*1,000,000 free"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_an_empty_folder_is_filled_not_replaced(tmp_path, monkeypatch):
+    """It may be a mount point, a link or the current folder."""
+    source = source_of(tmp_path, tiny())
+    empty, link = tmp_path / "empty", tmp_path / "link"
+    empty.mkdir()
+    link.symlink_to(empty)
+    before = empty.stat().st_ino
+    convert(source, link)
+    written = {"report.txt", "variables", "weights.json"}
+    assert link.is_symlink() and empty.stat().st_ino == before
+    assert {path.name for path in empty.iterdir()} == written
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert(source, Path("."))
+    assert {path.name for path in (tmp_path / "here").iterdir()} == written
+    with pytest.raises(InputError, match=r"--output=\S+sub: cannot be written \(Not a directory\)"):
+        convert(source, source / "sub")

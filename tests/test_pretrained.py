@@ -1,6 +1,8 @@
 """Weights to start from: what is taken of them, what stays fresh, what is refused."""
 
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -142,6 +144,7 @@ def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
         lambda text: text.replace("BGR", "GBR"),
         lambda text: text.replace("123.675", '"high"'),
         lambda text: text.replace("57.375,", ""),
+        lambda text: text.replace('"files"', '"filed"'),
     ],
 )
 def test_a_damaged_record_is_refused(whole, tmp_path, change):
@@ -150,10 +153,25 @@ def test_a_damaged_record_is_refused(whole, tmp_path, change):
         pretrained.read(tmp_path, "hrnet_tiny")
 
 
-def test_missing_and_damaged_arrays_are_refused(whole, tmp_path):
-    (tmp_path / "weights.json").write_text((whole / "weights.json").read_text())
-    with pytest.raises(InputError, match=r"variables: cannot be read .* convert"):
-        start(tmp_path)
+@pytest.mark.parametrize("damage", ["gone", "short", "changed"])
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "ocdbt.process_0/d/*", "_METADATA"])
+def test_damaged_arrays_are_refused_before_they_are_read(whole, tmp_path, damage, name):
+    """Changed bytes are numbers like others to whoever reads them."""
+    folder = shutil.copytree(whole, tmp_path / "weights")
+    path = max((folder / "variables").glob(name), key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "gone":
+        path.unlink()
+    elif damage == "short":
+        path.write_bytes(content[:-1])
+    else:
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    message = f"variables: {path.relative_to(folder / 'variables')} is missing or not as converted"
+    with pytest.raises(InputError, match=message):
+        start(folder)
+    (problem,) = build.weights_problems(make_config(f"model.init_from={folder}"), None)
+    assert re.search(message, problem)
 
 
 def test_layers_of_another_width_that_are_not_the_last_are_refused(whole):
