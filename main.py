@@ -81,15 +81,16 @@ def main(argv: list[str], settings: list[str]) -> None:
             from contrastseg_jax.logging import start_logging
 
             start_logging()
-            convert(Path(FLAGS.input), Path(FLAGS.output))
+            convert(path_of("input"), path_of("output"))
         elif FLAGS.mode == "plan":
             plan(load_config(settings))
         else:
-            start_and_run(load_config(settings), Path(FLAGS.workdir))
+            start_and_run(load_config(settings), path_of("workdir"))
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
+        outlook = "; a run goes on from its last checkpoint" if FLAGS.mode == "train" else ""
+        print(f"interrupted{outlook}", file=sys.stderr)
         leave(130)
 
 
@@ -113,20 +114,36 @@ def require_flags(settings: list[str]) -> None:
         raise InputError(f"{SETTING}{settings[0]}: --mode=convert has no use for settings")
     if mode == "train" and FLAGS.checkpoint != "latest":
         raise InputError(f"--checkpoint={FLAGS.checkpoint}: training goes on from the latest")
+    for name in ("workdir", "input", "output"):
+        path = path_of(name)
+        found = next(place for place in (path, *path.parents) if place.exists())
+        is_folder = name == "workdir" or (name == "output" and mode != "plan")
+        if is_folder and not found.is_dir():
+            raise InputError(f"--{name}={FLAGS[name].value}: {found} is a file, not a folder")
+
+
+def path_of(name: str) -> Path:
+    """The file or folder that a flag names; the current folder where it is left out."""
+    text = FLAGS[name].value or ""
+    if "://" in text:
+        raise InputError(f"--{name}={text}: must be on a local or mounted disk")
+    return Path(os.path.expanduser(text))
 
 
 def load_config(settings: list[str]) -> Config:
     """The config of the command line, or that of the run in the workdir."""
-    workdir, schema = Path(FLAGS.workdir or ""), config_lib.load(str(SCHEMA))
+    workdir, schema = path_of("workdir"), config_lib.load(str(SCHEMA))
     if not FLAGS.config:
         if FLAGS.mode == "train":
             raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
         return config_lib.stored(workdir, schema, settings)
     config = config_lib.load(FLAGS.config, settings)
-    if FLAGS.mode in ("eval", "predict") and FLAGS.checkpoint != "init":
-        run = config_lib.stored(workdir, schema)
-        config = config_lib.filled_in(config, run)
-        config_lib.refuse_differences(config, run, workdir)
+    if FLAGS.mode in ("eval", "predict"):
+        of_init = FLAGS.checkpoint == "init"  # for which there need not be a run
+        run = (config_lib.run_in if of_init else config_lib.stored)(workdir, schema)
+        if run is not None:
+            config = config_lib.filled_in(config, run)
+            config_lib.refuse_differences(config, run, workdir)
     return config
 
 
@@ -170,7 +187,7 @@ def run(config: Config, workdir: Path) -> None:
     elif FLAGS.mode == "predict":
         from contrastseg_jax.predict import predict_run
 
-        predict_run(config, workdir, FLAGS.checkpoint, Path(FLAGS.input), Path(FLAGS.output))
+        predict_run(config, workdir, FLAGS.checkpoint, path_of("input"), path_of("output"))
     elif FLAGS.mode == "audit":
         from contrastseg_jax.audit import audit_run
 
@@ -188,7 +205,7 @@ def plan(config: Config) -> None:
         topology=FLAGS.topology,
         quick=FLAGS.quick,
         time_limit=FLAGS.time_limit,
-        output=Path(FLAGS.output) if FLAGS.output else None,
+        output=path_of("output") if FLAGS.output else None,
     )
     leave(status)
 

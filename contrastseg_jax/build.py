@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from contrastseg_jax.config import (
     Config,
     broken_rules,
     filled_in,
+    leaves,
     replaced,
     splits_memory,
     uses_contrast,
@@ -87,6 +89,8 @@ def weights_problems(config: Config, run: Config | None) -> list[str]:
     net = config.model
     if not net.init_from or (run is not None and run.model.init_from == net.init_from):
         return []
+    if "://" in net.init_from:
+        return [f"model.init_from = {net.init_from!r}: must be on a local or mounted disk"]
     try:
         pretrained.read(Path(net.init_from), net.name)
         pretrained.require_intact(Path(net.init_from))
@@ -178,13 +182,13 @@ def dataset_spec(config: Config) -> DatasetSpec:
     )
 
 
-def image_format(config: Config, default: ImageFormat = IMAGENET) -> ImageFormat:
-    """How the network takes images; `default` where the config leaves it open."""
+def image_format(config: Config) -> ImageFormat:
+    """How the network takes images; ImageNet's way where the config leaves it open."""
     net = config.model
     return ImageFormat(
-        mean=net.image_mean or default.mean,
-        std=net.image_std or default.std,
-        channel_order=net.channel_order or default.channel_order,
+        mean=net.image_mean or IMAGENET.mean,
+        std=net.image_std or IMAGENET.std,
+        channel_order=net.channel_order or IMAGENET.channel_order,
     )
 
 
@@ -241,17 +245,23 @@ def initial_variables(config: Config, model: Segmenter, *, whole: bool = False) 
 def follow_weights(config: Config, run: Config | None) -> Config:
     """The config with images as the weights of `model.init_from` need them, where that is open.
 
-    `run`: the config of a run that goes on. It has noted this and needs the weights no longer.
+    `run`: the config of a run that goes on. It has noted this, for when the weights are gone.
     """
     net = config.model
     if not net.init_from:
         return config
-    if run is not None and run.model.init_from == net.init_from:
+    folder = Path(net.init_from)
+    if run is not None and run.model.init_from == net.init_from and not folder.exists():
         return filled_in(config, run)
-    chosen = image_format(config, pretrained.read(Path(net.init_from), net.name).image_format)
-    log.info(f"images as {net.init_from} needs them: {chosen}")
-    values = chosen.mean, chosen.std, chosen.channel_order
-    return replaced(config, dict(zip(LEFT_OPEN, values, strict=True)))
+    needed = pretrained.read(folder, net.name).image_format
+    log.info(f"images as {folder} needs them: {pretrained.described(needed)}")
+    values = needed.mean, needed.std, needed.channel_order
+    of_weights: dict[str, Any] = dict(zip(LEFT_OPEN, values, strict=True))
+    said = {path: value for path, value in leaves(config) if path in LEFT_OPEN and value}
+    overruled = [f"{path} = {v!r}" for path, v in said.items() if v != of_weights[path]]
+    if overruled:
+        log.info(f"but {', '.join(overruled)}, as the config says")
+    return replaced(config, of_weights | said)
 
 
 def init_state(

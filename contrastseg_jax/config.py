@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib.util
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ OPERATIONAL = (
 
 # Settings that are those of the weights a run starts from, where a config does not say.
 LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
+
+FOLDERS = ("data.root", "model.init_from")
 
 
 def load(path_and_spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -77,7 +80,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
                 known[path] = _typed(_parsed(value, known[path]), known[path])
             except TypeError as error:
                 problems.append(f"{path} = {value}: {error}")
-    config = replaced(config, known)
+    config = replaced(config, _located(known))
     if problems:
         raise listed("the config", problems + broken_rules(config, choices={}, num_devices=1))
     return config
@@ -94,6 +97,14 @@ def filled_in(config: Config, run: Config) -> Config:
     """The config of a run, with what it leaves open as it was found when the run began."""
     settings, found = dict(leaves(config)), dict(leaves(run))
     return replaced(config, {path: settings[path] or found[path] for path in LEFT_OPEN})
+
+
+def _located(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by path, with folders as whoever compares or opens them needs them."""
+    root, weights = (os.path.expanduser(settings[path]) for path in FOLDERS)
+    if weights and "://" not in weights:
+        weights = os.path.realpath(weights)  # those of a run, from wherever it is started again
+    return settings | dict(zip(FOLDERS, (root, weights), strict=True))
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -129,7 +140,7 @@ def from_json(text: str, default: Config, source: str) -> Config:
             problems.append(f"{path} = {stored[path]!r}: {error}")
     if problems:
         raise listed(source, problems)
-    return replaced(default, known)
+    return replaced(default, _located(known))
 
 
 def stored(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Config:
@@ -248,8 +259,9 @@ def _pair(value: Sequence[Any], smallest: float) -> bool:
     return len(value) == 2 and all(isinstance(v, int) and v >= smallest for v in value)
 
 
-def _is_in(value: Any, smallest: float, largest: float) -> bool:
-    return isinstance(value, (int, float)) and smallest <= value <= largest
+def _are_levels(value: Sequence[Any], smallest: float) -> bool:
+    are_in = (isinstance(v, (int, float)) and smallest <= v <= 255 for v in value)
+    return len(value) in (0, 3) and all(are_in)
 
 
 def _range(value: Sequence[float]) -> bool:
@@ -335,14 +347,14 @@ RULES: tuple[Rule, ...] = (
         "must name the data set, e.g. oxford_iiit_pet",
     ),
     (
-        "model.image_mean model.image_std",
-        lambda v, c: not v or len(v) == 3 and all(_is_in(i, 0, 255) for i in v),
-        "must be three numbers (red, green, blue) in grey levels, 0..255, or none",
+        "model.image_mean",
+        lambda v, c: _are_levels(v, 0) and (not any(v) or max(v) > 1),
+        "must be three grey levels (red, green, blue) in 0..255, no fractions of 255, or none",
     ),
     (
         "model.image_std",
-        lambda v, c: all(_is_in(i, 1, 255) for i in v),
-        "must be at least 1: grey levels, no fractions of 255",
+        lambda v, c: _are_levels(v, 1),
+        "must be three grey levels (red, green, blue) in 1..255, no fractions of 255, or none",
     ),
     (
         "model.channel_order",

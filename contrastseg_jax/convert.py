@@ -91,12 +91,11 @@ def _summary(weights: Weights, tensors: Tensors, variables: Variables) -> list[s
     else:
         what = f"the backbone of {', '.join(weights.networks)}"
     left_out = Counter(unused(tensors).values())
-    image = weights.image_format
     lines = [
         f"{weights.source}: {what}",
         f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(variables['params'])):,}",
         "left out: " + (", ".join(f"{n} {name}" for name, n in left_out.items()) or "nothing"),
-        f"images: {image.channel_order}; red, green, blue have mean {image.mean}, std {image.std}",
+        f"images: {pretrained.described(weights.image_format)}",
     ]
     pixels = np.random.default_rng(0).standard_normal((1, 64, 96, 3)).astype(np.float32)
     expected = peers.peer_output(weights.networks, tensors, pixels)

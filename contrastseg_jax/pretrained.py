@@ -104,6 +104,14 @@ def read(folder: Path, network: str) -> Weights:
     return weights
 
 
+def described(image_format: ImageFormat) -> str:
+    """How images are given to a network, for people."""
+    return (
+        f"{image_format.channel_order}; red, green, blue have mean {image_format.mean},"
+        f" std {image_format.std}"
+    )
+
+
 def require_intact(folder: Path) -> None:
     """Raise an InputError where the arrays are not, byte for byte, what the conversion wrote.
 

@@ -148,6 +148,9 @@ def test_all_broken_rules_are_listed():
         ["model.image_std=('a', 'b', 'c')"],
         ["model.image_std=(0.229, 0.224, 0.225)"],
         ["model.image_mean=(-5.0, 300.0, 0.0)"],
+        ["model.image_mean=(0.485, 0.456, 0.406)"],
+        ["model.image_std=(300.0, 1.0, 1.0)"],
+        ["model.image_std=(-1.0, 1.0, 1.0)"],
         ["model.dropout_rate=1.0"],
         ["model.channel_order=rgb"],
         ["model.proj_dim=0"],
@@ -169,8 +172,29 @@ def test_each_rule_holds(overrides):
     name = {"data.name=camvid": "data.root", "data.name=tfds": "data.tfds.dataset"}.get(
         overrides[0], name
     )
-    with pytest.raises(InputError, match=re.escape(name)):
+    with pytest.raises(InputError, match=re.escape(name)) as error:
         check_rules(*overrides)
+    assert str(error.value).startswith("1 problem in the config:")
+
+
+@pytest.mark.parametrize("mean", [(), (0.0, 0.0, 0.0), (127.5, 127.5, 127.5), (0.0, 2.0, 0.0)])
+def test_means_in_grey_levels_are_taken(mean):
+    check_rules(f"model.image_mean={mean}")
+
+
+def test_folders_are_the_same_by_whatever_path(tmp_path, monkeypatch):
+    """Or a run could not be started again from another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w").mkdir()
+    (tmp_path / "link").symlink_to("w")
+    for spelling in ("w", "./w", "~/w", "link", tmp_path / "w"):
+        assert load(f"model.init_from={spelling}").model.init_from == str(tmp_path / "w")
+    assert load("data.root=~/w").data.root == str(tmp_path / "w")
+    assert load("data.root=w").data.root == "w"
+    assert load().model.init_from == load().data.root == ""
+    stored = config_lib.from_json('{"model": {"init_from": "w"}}', load(), "config.json")
+    assert stored.model.init_from == str(tmp_path / "w")
 
 
 def test_recipes_have_the_weights_of_their_classes():

@@ -96,7 +96,7 @@ def test_the_state_and_its_averages_start_from_the_weights(whole):
     assert_same(jax.device_get(state.ema), given)
 
 
-def test_images_are_as_the_weights_need_them(whole, tmp_path):
+def test_images_are_as_the_weights_need_them(whole, tmp_path, caplog):
     """The original's HRNet reads BGR, with statistics in the order of RGB."""
     config = build.follow_weights(make_config(f"model.init_from={whole}"), None)
     image_format = build.image_format(config)
@@ -105,9 +105,13 @@ def test_images_are_as_the_weights_need_them(whole, tmp_path):
     assert image_format.std == (57.375, 57.12, 58.395)
     assert build.pad_color(config) == (104, 116, 124)
 
-    said = make_config(f"model.init_from={whole}", "model.image_std=(1.0, 2.0, 3.0)")
+    caplog.set_level("INFO", build.log.name)
+    settings = ["model.image_std=(1.0, 2.0, 3.0)", "model.image_mean=(103.53, 116.28, 123.675)"]
+    said = make_config(f"model.init_from={whole}", *settings)
     image_format = build.image_format(build.follow_weights(said, None))
     assert image_format.std == (1.0, 2.0, 3.0) and image_format.channel_order == "BGR"
+    assert "BGR; red, green, blue have mean (103.53, 116.28, 123.675), std (57.375" in caplog.text
+    assert "but model.image_std = (1.0, 2.0, 3.0), as the config says" in caplog.text
 
     of_imagenet = converted(tmp_path, backbone_of("hrnet_tiny"))
     config = build.follow_weights(make_config(f"model.init_from={of_imagenet}"), None)
@@ -123,6 +127,22 @@ def test_a_run_that_goes_on_needs_the_weights_no_longer(tmp_path):
     assert build.image_format(followed) == build.image_format(run)
     with pytest.raises(InputError, match="model.init_from = '/gone': must be a folder"):
         build.follow_weights(config, None)
+
+
+def test_a_setting_that_overruled_the_weights_must_not_be_dropped(whole, tmp_path):
+    config = make_config(f"model.init_from={whole}")
+    said = config_lib.override(config, ["model.image_std=(1.0, 2.0, 3.0)"])
+    run = build.follow_weights(said, None)
+    config_lib.refuse_differences(build.follow_weights(said, run), run, tmp_path)
+    followed = build.follow_weights(config, run)
+    with pytest.raises(InputError, match=r"model.image_std = \(57.*: the run has \(1.0, 2.0"):
+        config_lib.refuse_differences(followed, run, tmp_path)
+
+
+def test_weights_must_be_on_a_disk():
+    config = make_config("model.init_from=gs://bucket/x")
+    with pytest.raises(InputError, match="model.init_from = 'gs://bucket/x': must be on a local"):
+        build.check(config, mode="eval")
 
 
 def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):

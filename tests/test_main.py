@@ -1,0 +1,66 @@
+"""Flags of the command line: what is said of them before anything is read or written."""
+
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+from small import ROOT, SETTINGS, make_config
+
+import main
+from contrastseg_jax import config as config_lib
+from contrastseg_jax.errors import InputError
+
+CONFIG = f"--config={ROOT / 'configs' / 'default.py'}:hrnet_tiny,memory"
+
+
+@pytest.fixture(autouse=True)
+def flags():
+    with flagsaver.flagsaver():
+        yield main.FLAGS
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--mode=convert", "--input=x", "--output=gs://bucket/x"],
+        ["--mode=train", "--workdir=s3://bucket/x"],
+        ["--mode=predict", "--workdir=w", "--input=gs://x", "--output=y"],
+    ],
+)
+def test_folders_must_be_on_a_disk(flags, arguments):
+    flags(["main.py", *arguments])
+    with pytest.raises(InputError, match="--(output|workdir|input)=.*://.*: must be on a local"):
+        main.require_flags([])
+
+
+@pytest.mark.parametrize("sub", ["", "/sub", "/sub/sub"])
+@pytest.mark.parametrize("name", ["workdir", "output"])
+def test_a_file_cannot_hold_results(flags, tmp_path, name, sub):
+    (tmp_path / "file").write_text("x")
+    folders = {"workdir": tmp_path, "output": tmp_path, name: f"{tmp_path / 'file'}{sub}"}
+    arguments = [f"--{flag}={path}" for flag, path in folders.items()]
+    flags(["main.py", "--mode=predict", "--input=x", *arguments])
+    with pytest.raises(InputError, match=f"--{name}=.*: .*/file is a file, not a folder"):
+        main.require_flags([])
+
+
+def test_the_home_folder_is_spelt_out(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags(["main.py", "--mode=convert", "--input=~/x.pth", "--output=~/w"])
+    main.require_flags([])
+    assert main.path_of("input") == tmp_path / "x.pth"
+    assert main.path_of("output") == tmp_path / "w"
+    assert main.path_of("workdir") == Path()
+
+
+def test_init_is_refused_in_the_folder_of_another_run(flags, tmp_path):
+    """Its scores would stand among those of the run."""
+    flags(["main.py", "--mode=eval", "--checkpoint=init", f"--workdir={tmp_path}", CONFIG])
+    config = main.load_config([*SETTINGS, "model.init_from=/other"])  # before there is a run
+    assert config.model.init_from == "/other"
+    run = make_config("model.init_from=/mine", "model.channel_order=BGR")
+    config_lib.claim(tmp_path, run)
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    assert main.load_config([*SETTINGS, "model.init_from=/mine"]) == run
+    with pytest.raises(InputError, match="model.init_from = '/other': the run has '/mine'"):
+        main.load_config([*SETTINGS, "model.init_from=/other"])
