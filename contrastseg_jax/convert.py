@@ -13,7 +13,7 @@ from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.models.recognize import Recognized, recognize
 from contrastseg_jax.models.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import NETWORKS, Variables
-from contrastseg_jax.models.weights import flax_variables, unused
+from contrastseg_jax.models.weights import flax_paths, flax_variables, unused
 from contrastseg_jax.pretrained import Weights
 from contrastseg_jax.structs import IMAGENET, ImageFormat
 from contrastseg_jax.weight_files import Tensors, read_tensors
@@ -38,7 +38,7 @@ def convert(source: Path, output: Path) -> None:
     tensors = read_tensors(source)
     recognized = recognize(tensors, source=str(source))
     variables = flax_variables(tensors)
-    _require_sound(variables, source)
+    _require_sound(tensors, source)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     weights = Weights(
@@ -70,15 +70,17 @@ def _image_format(recognized: Recognized, tensors: Tensors) -> ImageFormat:
     return ORIGINAL_HRNET if is_part else IMAGENET
 
 
-def _require_sound(variables: Variables, source: Path) -> None:
+def _require_sound(tensors: Tensors, source: Path) -> None:
     """Raise an error for numbers that no training leaves behind."""
     problems = []
-    for path, array in jax.tree.leaves_with_path(variables):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not np.isfinite(array).all():
-            problems.append(f"{name}: holds numbers that are not finite")
-        elif name.endswith("/var") and (array < 0).any():
-            problems.append(f"{name}: holds a negative variance")
+    for key in flax_paths({key: array.shape for key, array in tensors.items()}):
+        array = tensors[key]
+        if array.dtype != np.float32:
+            problems.append(f"{key}: holds {array.dtype}, must hold floating-point numbers")
+        elif not np.isfinite(array).all():
+            problems.append(f"{key}: holds numbers that are not finite")
+        elif key.endswith("running_var") and (array < 0).any():
+            problems.append(f"{key}: holds a negative variance")
     if problems:
         raise listed(str(source), problems)
 
@@ -91,10 +93,13 @@ def _summary(weights: Weights, tensors: Tensors, variables: Variables) -> list[s
     else:
         what = f"the backbone of {', '.join(weights.networks)}"
     left_out = Counter(unused(tensors).values())
+    has_aux = "aux_head" in variables["params"]
+    lacks_aux = bool(weights.num_classes and NETWORKS[weights.networks[0]].aux_head and not has_aux)
     lines = [
         f"{weights.source}: {what}",
         f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(variables['params'])):,}",
         "left out: " + (", ".join(f"{n} {name}" for name, n in left_out.items()) or "nothing"),
+        *(["not there: the auxiliary head, which training starts anew"] if lacks_aux else []),
         f"images: {pretrained.described(weights.image_format)}",
     ]
     pixels = np.random.default_rng(0).standard_normal((1, 64, 96, 3)).astype(np.float32)

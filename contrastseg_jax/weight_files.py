@@ -34,7 +34,7 @@ class _Ignored:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a `.safetensors` file, or of any other file as `torch.save` writes it.
+    """The tensors of a safetensors file or one that `torch.save` wrote, whatever its name ends in.
 
     Floating-point ones are float32, whatever they were. A checkpoint's state dict may be the whole
     file or one of its CONTAINERS.
@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> Tensors:
     """
     if not path.is_file():
         raise InputError(f"--input={path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         tensors = _read_safetensors(path)
     else:
         tensors = _state_dict(_read_torch(path), path)
@@ -54,10 +54,26 @@ def read_tensors(path: Path) -> Tensors:
     return {key: _as_float32(array, f"{path}: {key}") for key, array in tensors.items()}
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By the first bytes; of a file that is of neither kind, by its name."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # after the header's length, its JSON
+        return True
+    return path.suffix.lower() == ".safetensors" and not start.startswith((b"PK", b"\x80"))
+
+
 def _read_safetensors(path: Path) -> Tensors:
+    tensors = {}
     try:
         with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118
+                try:
+                    tensors[key] = file.get_tensor(key)
+                except AttributeError as error:  # NumPy has no such type
+                    kind = file.get_slice(key).get_dtype()
+                    raise TypeError(f"{key} holds {kind}, a type that NumPy lacks") from error
+        return tensors
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
 
@@ -73,7 +89,8 @@ def _read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, before the error
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path PyTorch judges by its suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -83,6 +100,10 @@ def _read_torch(path: Path) -> Any:
             raise InputError(
                 f"{path}: holds {code[1]}, which is no tensor; nothing but tensors and numbers is"
                 " ever unpickled, because doing so may run code"
+            ) from error
+        if "TorchScript" in str(error):
+            raise InputError(
+                f"{path}: is a TorchScript program; save the state_dict() of its model instead"
             ) from error
         raise InputError(
             f"{path}: cannot be read as a PyTorch file; it is damaged, cut short or of another kind"

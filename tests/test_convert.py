@@ -76,8 +76,8 @@ def test_conventions_of_images_go_with_the_weights(tmp_path, tensors, channel_or
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("backbone.conv1.weight", np.nan, "params/backbone/conv1/kernel: .* not finite"),
-        ("backbone.bn1.running_var", -1.0, "batch_stats/backbone/bn1/var: .* negative variance"),
+        ("backbone.conv1.weight", np.nan, "backbone.conv1.weight: .* not finite"),
+        ("backbone.bn1.running_var", -1.0, "backbone.bn1.running_var: .* negative variance"),
         ("extra.weight", 0.0, "extra.weight .*no place for it"),
     ],
 )
@@ -87,6 +87,16 @@ def test_weights_that_cannot_be_used_leave_nothing_behind(tmp_path, key, value, 
     with pytest.raises(InputError, match=message):
         convert(source_of(tmp_path, tensors), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    """But counters are whole numbers; quantised weights lack the scale that they need."""
+    tensors = tiny() | {"backbone.bn1.num_batches_tracked": np.array(3)}
+    tensors["backbone.conv1.weight"] = tensors["backbone.conv1.weight"].astype(np.int8)
+    with pytest.raises(InputError) as error:
+        convert(source_of(tmp_path, tensors), tmp_path / "out")
+    (line,) = str(error.value).splitlines()[1:]
+    assert line == "  backbone.conv1.weight: holds int8, must hold floating-point numbers"
 
 
 def test_what_is_in_the_output_is_not_overwritten(tmp_path):

@@ -58,8 +58,38 @@ def test_what_does_not_fit_the_nearest_is_listed():
     assert str(error.value).splitlines() == [
         "2 problems in x.pth, read as hrnet_tiny:",
         "  - neck.weight (3,): the network has no place for it",
-        "  + params/cls_head/bn1/bias (120,): no tensor fills it",
+        "  + cls_head.bn1.bias (120,): no tensor fills it",
     ]
+
+
+def torchvision_name(path):
+    part, _, module = path.partition("/")
+    heads = {"cls_head": "classifier", "aux_head": "aux_classifier"}
+    if part in heads:
+        return f"{heads[part]}.{ {'conv1': 0, 'bn1': 1, 'conv2': 4}[module] }"
+    return f"backbone.{bare_name(path)}"
+
+
+def test_an_auxiliary_head_that_only_training_needs_may_be_missing():
+    """torchvision builds none unless it is asked to, or loads its own weights."""
+    tensors = spelt_out("fcn_r18", torchvision_name, num_classes=7)
+    without = {key: array for key, array in tensors.items() if "aux" not in key}
+    assert len(without) < len(tensors)
+    for state in (tensors, without):
+        assert recognize(state, source="x.pth") == Recognized(("fcn_r18",), 7, 0)
+    some = without | {key: array for key, array in tensors.items() if "aux_classifier.0" in key}
+    with pytest.raises(InputError, match=r"\+ aux_head.conv2.weight \(7, 64, 1, 1\): no tensor"):
+        recognize(some, source="x.pth")
+
+
+def test_an_auxiliary_head_that_guides_must_be_there():
+    tensors = {
+        key: state_dicts.empty((), tuple(shape))
+        for key, (_, shape) in golden.keys("hrnet_w48_ocr").items()
+        if not key.startswith("aux_head")
+    }
+    with pytest.raises(InputError, match="aux_head.conv1.weight .*no tensor fills it"):
+        recognize(tensors, source="x.pth")
 
 
 def test_another_architecture_is_refused():

@@ -4,6 +4,7 @@ import collections
 import importlib.util
 import os
 import pickle
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,38 @@ def test_fractions_become_float32(tmp_path, dtype):
     tensors = read_tensors(tmp_path / "x.safetensors")
     assert tensors["x"].dtype == np.float32
     np.testing.assert_array_equal(tensors["x"], [0.5, -2.0])
+
+
+def test_numbers_of_eight_bits_are_refused(tmp_path):
+    """safetensors knows them; NumPy does not."""
+    save_jax({"x": jnp.zeros(2, jnp.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="x.safetensors: cannot be read .*x holds F8_E4M3"):
+        read_tensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.SAFETENSORS", "x"])
+def test_safetensors_of_any_name(tmp_path, name):
+    save_file({key: np.asarray(array) for key, array in ARRAYS.items()}, tmp_path / name)
+    assert_arrays(read_tensors(tmp_path / name))
+
+
+@needs_torch
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_pytorch_files_of_any_name(tmp_path, is_zip):
+    torch = importlib.import_module("torch")
+    path = tmp_path / "x.safetensors"
+    torch.save(torch_state(), path, _use_new_zipfile_serialization=is_zip)
+    assert_arrays(read_tensors(path))
+
+
+@needs_torch
+def test_programs_of_pytorch_are_refused(tmp_path):
+    torch = importlib.import_module("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is old
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"x.pth: is a TorchScript program; save the state_dict"):
+        read_tensors(tmp_path / "x.pth")
 
 
 @needs_torch

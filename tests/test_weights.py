@@ -151,18 +151,46 @@ def test_kernels_are_transposed_and_the_rest_is_as_it_was():
 def test_all_that_does_not_fit_is_listed_at_once():
     expected = {"params": {"cls_head": {"conv1": {"kernel": empty((3, 3, 2, 4))}}}}
     expected["params"]["cls_head"]["conv2"] = {"kernel": empty((1, 1, 4, 5))}
-    tensors = {"cls_head.0.weight": empty((4, 2, 1, 1)), "module.neck.weight": empty((7,))}
+    tensors = {"cls_head.0.weight": empty((4, 2, 1, 1)), "module.neck.weight": empty((7, 3, 1, 1))}
     with pytest.raises(InputError) as error:
         weights.fill(tensors, expected, source="x.pth")
     lines = str(error.value).splitlines()
     assert lines[0] == "3 problems in x.pth:"
-    assert "! cls_head.0.weight: gives (1, 1, 2, 4), must be (3, 3, 2, 4)" in lines[1]
-    assert "- module.neck.weight (7,): the network has no place for it" in lines[2]
-    assert "+ params/cls_head/conv2/kernel (1, 1, 4, 5): no tensor fills it" in lines[3]
+    assert "! cls_head.0.weight: is (4, 2, 1, 1), must be (4, 2, 3, 3)" in lines[1]
+    assert "- module.neck.weight (7, 3, 1, 1): the network has no place for it" in lines[2]
+    assert "+ cls_head.conv2.weight (5, 4, 1, 1): no tensor fills it" in lines[3]
+
+
+def test_what_is_missing_of_a_backbone_has_its_name_in_pytorch():
+    tensors = spelt_out("hrnet_tiny", state_dicts.original_name)
+    of_backbone = sorted(key for key in tensors if key.startswith("backbone."))
+    heads = {key: array for key, array in tensors.items() if key not in of_backbone}
+    problems = weights.misfits(heads, expected_of("hrnet_tiny"))
+    assert sorted(problems) == [
+        f"+ {key} {tensors[key].shape}: no tensor fills it" for key in of_backbone
+    ]
+
+
+def test_a_long_list_is_cut():
+    with pytest.raises(InputError) as error:
+        weights.fill({"x": empty((1,))}, expected_of("hrnet_tiny"), source="x.pth")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 22 and lines[-1].startswith("  and ")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "module._orig_mod.", "model.net."])
+def test_wrappers_of_a_model_are_taken_off(prefix):
+    tensors = {
+        f"{prefix}{key}": array
+        for key, array in spelt_out("hrnet_tiny", state_dicts.original_name).items()
+    }
+    weights.fill(tensors, expected_of("hrnet_tiny"), source="x.pth")
 
 
 def test_one_leaf_is_not_filled_twice():
     expected = {"params": {"cls_head": {"conv1": {"bias": empty((4,))}}}}
     tensors = {"cls_head.0.bias": empty((4,)), "module.cls_head.0.bias": empty((4,))}
-    with pytest.raises(InputError, match="module.cls_head.0.bias: params/.* filled by another"):
+    with pytest.raises(
+        InputError, match="module.cls_head.0.bias: its place is that of cls_head.0.bias"
+    ):
         weights.fill(tensors, expected, source="x.pth")

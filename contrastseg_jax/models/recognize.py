@@ -27,8 +27,10 @@ class Recognized:
 def recognize(tensors: Mapping[str, np.ndarray], *, source: str) -> Recognized:
     """The network whose leaves the tensors fill, every one of them and nothing else.
 
+    An auxiliary head that only training needs may be missing.
+
     Raises:
-        InputError: there is none; it lists all that keeps the nearest from fitting. `source` is the
+        InputError: there is none; it lists what keeps the nearest from fitting. `source` is the
             file it names.
     """
     shapes = weights.flax_shapes(tensors)
@@ -45,12 +47,12 @@ def recognize(tensors: Mapping[str, np.ndarray], *, source: str) -> Recognized:
     if not num_classes:
         candidates = candidates[:1]  # they share the backbone
     misfits = {
-        name: weights.misfits(tensors, _expected(name, num_classes, proj_dim))
+        name: weights.misfits(tensors, _expected(name, num_classes, proj_dim, shapes))
         for name in candidates
     }
     network, problems = min(misfits.items(), key=lambda item: len(item[1]))
     if problems:
-        raise listed(f"{source}, read as {network}", problems, limit=len(problems))
+        raise listed(f"{source}, read as {network}", problems)
     networks = (network,) if num_classes else segmenter.sharing_backbone(network)
     return Recognized(networks, num_classes, proj_dim)
 
@@ -75,12 +77,16 @@ def _has_stages(spec: HRNetSpec | ResNetSpec, shapes: Shapes) -> bool:
     return (found, is_deep, is_bottleneck) == expected
 
 
-def _expected(network: str, num_classes: int, proj_dim: int) -> Any:
-    """The leaves to fill: those of the backbone alone where there is no head."""
+def _expected(network: str, num_classes: int, proj_dim: int, shapes: Shapes) -> Any:
+    """The leaves to fill: those of the backbone alone where there is no head, else of all parts."""
     model = segmenter.build(
         network, num_classes=max(num_classes, 1), proj_dim=proj_dim, dropout_rate=0.0
     )
     leaves = segmenter.variable_shapes(model)
-    if num_classes:
-        return leaves
-    return {collection: {"backbone": parts["backbone"]} for collection, parts in leaves.items()}
+    parts = set(leaves["params"]) if num_classes else {"backbone"}
+    if not NETWORKS[network].aux_guides and not any(path[1] == "aux_head" for path in shapes):
+        parts.discard("aux_head")
+    return {
+        collection: {part: found[part] for part in found if part in parts}
+        for collection, found in leaves.items()
+    }

@@ -67,8 +67,9 @@ TORCHVISION_DEEPLAB: Table = (
 # Of the heads, that give logits or embeddings; in this order, for a head may have more than one.
 LAST_LAYERS = ("classifier", "refine_2", "conv3", "conv2")
 
-# Around a whole model: of DistributedDataParallel, and of the original's model with memory.
-WRAPPERS = re.compile(r"(module\.)?(encoder_q\.)?")
+# Around a whole model: of DistributedDataParallel, of torch.compile, the usual names of a Lightning
+# module's network, and of the original's model with memory.
+WRAPPERS = re.compile(r"((module|_orig_mod|model|net|network|encoder_q)\.)*")
 
 # What has no place here by rule: counters, ImageNet classifiers, the original's memory.
 UNUSED = re.compile(
@@ -133,30 +134,32 @@ def fill(tensors: Mapping[str, np.ndarray], expected: Any, *, source: str) -> di
     """
     problems = misfits(tensors, expected)
     if problems:
-        raise listed(source, problems, limit=len(problems))
+        raise listed(source, problems)
     return flax_variables(tensors)
 
 
 def misfits(tensors: Mapping[str, np.ndarray], expected: Any) -> list[str]:
     """Every leaf that is not filled, every tensor without a place, every shape that is another one.
 
+    In PyTorch's layouts and names; only of heads, whose names there are many, leaves have ours.
+
     `expected`: arrays or shapes, as `segmenter.variable_shapes` gives them.
     """
-    filled: set[Path] = set()
+    filled: dict[Path, str] = {}
     problems = []
     wanted: dict[Path, Any] = dict(flatten_dict(expected))
     paths = flax_paths({key: array.shape for key, array in tensors.items()})
     for key, path in paths.items():
-        array = _flax_layout(tensors[key])
+        shape = tensors[key].shape
         if path not in wanted:
-            problems.append(f"- {key} {tuple(array.shape)}: the network has no place for it")
+            problems.append(f"- {key} {shape}: the network has no place for it")
         elif path in filled:
-            problems.append(f"- {key}: {'/'.join(path)} is filled by another tensor already")
-        elif array.shape != wanted[path].shape:
-            problems.append(f"! {key}: gives {array.shape}, must be {wanted[path].shape}")
-        filled.add(path)
+            problems.append(f"- {key}: its place is that of {filled[path]} too")
+        elif shape != _torch_shape(wanted[path].shape):
+            problems.append(f"! {key}: is {shape}, must be {_torch_shape(wanted[path].shape)}")
+        filled[path] = key
     return problems + [
-        f"+ {'/'.join(path)} {tuple(leaf.shape)}: no tensor fills it"
+        f"+ {_torch_name(path)} {_torch_shape(leaf.shape)}: no tensor fills it"
         for path, leaf in wanted.items()
         if path not in filled
     ]
@@ -180,6 +183,7 @@ def merge(
         if parts is None or path[1] in parts
     }
     taken, kept, problems = {path[1] for path in known}, {}, []
+    there = {path[1] for path in flatten_dict(given)}
     merged: dict[Path, Any] = dict(flatten_dict(fresh))
     for path, leaf in merged.items():
         part, name = path[1], "/".join(path)
@@ -188,7 +192,7 @@ def merge(
         if shape == leaf.shape:
             merged[path] = known[path]
         elif shape is None and part not in taken and part != "backbone":
-            kept[part] = "not there"
+            kept[part] = "there of another network" if part in there else "not there"
         elif shape is not None and is_last and shape[:-1] == leaf.shape[:-1]:
             kept["/".join(path[1:-1])] = f"{leaf.shape[-1]} wide, there {shape[-1]}"
         else:
@@ -214,6 +218,18 @@ def _leaf_path(module: str, tensor: str, ndim: int) -> Path:
         return "batch_stats", *modules, tensor.removeprefix("running_")
     weight = "kernel" if ndim == 4 else "scale"
     return "params", *modules, weight if tensor == "weight" else tensor
+
+
+def _torch_name(path: Path) -> str:
+    _, part, *modules, leaf = path
+    names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    if part == "backbone":
+        modules = [re.sub(r"_(\d+)", r".\1", module) for module in modules]
+    return ".".join([part, *modules, names.get(leaf, leaf)])
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(shape)
 
 
 def _flax_layout(array: np.ndarray) -> Float[np.ndarray, "..."]:
