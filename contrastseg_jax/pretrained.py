@@ -76,9 +76,14 @@ def read(folder: Path, network: str) -> Weights:
     """
     path = folder / "weights.json"
     if not path.is_file():
+        reason = f"{path} does not exist"
+        if folder.is_file():
+            reason = f"python main.py --mode=convert --input={folder} --output=FOLDER makes one"
+        elif (folder / "checkpoints").is_dir():
+            reason = "this is the folder of a run"
         raise InputError(
             f"model.init_from = '{folder}': must be a folder that --mode=convert has written;"
-            f" {path} does not exist"
+            f" {reason}"
         )
     try:
         values = json.loads(path.read_text())

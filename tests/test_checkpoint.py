@@ -71,7 +71,10 @@ def test_the_newest_and_the_best_are_kept(run, tmp_path):
         assert checkpoint.find_step(manager, "latest") == 7
         assert checkpoint.find_step(manager, "6") == 6
         for which in ("5", "newest", "-1"):
-            with pytest.raises(InputError, match=f"--checkpoint={which}: must be .* 3, 6, 7"):
+            with pytest.raises(
+                InputError,
+                match=f"--checkpoint={which}: must be latest, best, init or one of 3, 6, 7",
+            ):
                 checkpoint.find_step(manager, which)
 
 

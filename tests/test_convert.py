@@ -89,6 +89,24 @@ def test_weights_that_cannot_be_used_leave_nothing_behind(tmp_path, key, value, 
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_a_missing_auxiliary_head_is_reported(tmp_path, capsys):
+    tensors = {
+        f"backbone.{key}": array for key, array in backbone_of("fcn_r18").items()
+    } | of_torchvisions_fcn(width=128, num_classes=7)
+    convert(source_of(tmp_path, tensors), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "fcn_r18 with 7 classes" in said
+    assert "not there: the auxiliary head, which training starts anew" in said
+
+
+def of_torchvisions_fcn(width, num_classes):
+    """The tensors of its head, for a ResNet-18."""
+    shapes = {"0.weight": (width, 512, 3, 3), "4.weight": (num_classes, width, 1, 1)}
+    shapes |= {f"1.{name}": (width,) for name in ("weight", "bias", "running_mean", "running_var")}
+    shapes["4.bias"] = (num_classes,)
+    return {f"classifier.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+
+
 def test_whole_numbers_are_no_weights(tmp_path):
     """But counters are whole numbers; quantised weights lack the scale that they need."""
     tensors = tiny() | {"backbone.bn1.num_batches_tracked": np.array(3)}

@@ -205,6 +205,15 @@ def test_layers_of_another_width_that_are_not_the_last_are_refused(whole):
         merge(given, fresh, parts=None, source="folder")
 
 
+def test_what_is_no_folder_of_weights_is_told_what_it_is(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"--mode=convert --input=\S+x.pth --output=FOLDER makes"):
+        pretrained.read(tmp_path / "x.pth", "hrnet_tiny")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="convert has written; this is the folder of a run"):
+        pretrained.read(tmp_path, "hrnet_tiny")
+
+
 def test_arrays_that_do_not_fit_their_record_are_refused(tmp_path):
     folder = converted(tmp_path, backbone_of("hrnet_tiny"))
     record = json.loads((folder / "weights.json").read_text())
