@@ -67,21 +67,24 @@ def train(config: Config, workdir: Path) -> None:
     log.info(f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate")
     log.info(label_table(label_map(spec)))
     with contextlib.ExitStack() as held:
-        begun = processes.together(lambda: _begin(config, workdir, held))
+        run = processes.together(lambda: run_in(workdir, config))  # all look before one writes
+        begun = processes.together(lambda: _begin(config, workdir, run, held))
         processes.require_shared(workdir)
         _train_on(*begun, workdir, source, val_source)
 
 
 def _begin(
-    config: Config, workdir: Path, held: contextlib.ExitStack
+    config: Config, workdir: Path, run: Config | None, held: contextlib.ExitStack
 ) -> tuple[Config, Segmenter, Variables | None]:
-    """Make the workdir the run's: its config, the network, and what that starts from if fresh."""
-    if processes.is_first():
-        held.enter_context(lock(workdir / ".lock"))
-    run = run_in(workdir, config)
+    """Make the workdir the run's: its config, the network, and what that starts from if fresh.
+
+    `run`: the config of the run that is there, if there is one.
+    """
     config = follow_weights(config, run)
     model = build_model(config, len(label_map(dataset_spec(config)).names))
     variables = None if run else initial_variables(config, model)
+    if processes.is_first():  # with nothing left that may fail, as this makes the folder
+        held.enter_context(lock(workdir / ".lock"))
     claim(workdir, config, write=processes.is_first())
     return config, model, variables
 
