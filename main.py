@@ -64,7 +64,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("num_processes", None, "How many there are.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
-flags.DEFINE_integer("start_timeout", 300, "Seconds in which all of them must have started.")
+flags.DEFINE_integer(
+    "start_timeout", 300, "Seconds in which all of them must have started.", lower_bound=1
+)
 flags.DEFINE_string("topology", None, "plan: cpu:8, v5e:2x4 and the like; else the own devices.")
 flags.DEFINE_boolean("quick", False, "plan: what is known without compiling.")
 flags.DEFINE_float("time_limit", 1800, "plan: seconds of compiling.", lower_bound=0)
@@ -120,6 +122,8 @@ def require_flags(settings: list[str]) -> None:
         is_folder = name == "workdir" or (name == "output" and mode != "plan")
         if is_folder and not found.is_dir():
             raise InputError(f"--{name}={FLAGS[name].value}: {found} is a file, not a folder")
+        if name == "output" and mode == "plan" and FLAGS[name].value and path.is_dir():
+            raise InputError(f"--output={FLAGS[name].value}: is a folder, not a file")
 
 
 def path_of(name: str) -> Path:

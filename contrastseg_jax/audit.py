@@ -89,7 +89,10 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
         report.save_sheet(sheet, examples, classes, f"{spec.name} {spec.root}")
     print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if examples else ""))
     if results["num_errors"]:
-        raise InputError(f"{results['num_errors']} errors in the data; training would go wrong")
+        number = results["num_errors"]
+        raise InputError(
+            f"{number} error{'s' if number > 1 else ''} in the data; training would go wrong"
+        )
 
 
 def audit_results(

@@ -79,8 +79,9 @@ def report(plan: Plan, config: Config) -> str:
         f" {n} x {plan.device} with {_size(plan.device_bytes)} each",
         "",
         *_rows({"parameters": f"{plan.parameters / 1e6:.2f} M"}),
-        *_rows({"operations of a step": _flops(total_flops), "of each device": _flops(own)}),
+        *_rows({"operations of a step": _flops(total_flops)}),
         *_rows({"contrast loss, computed": _flops(plan.contrast_flops)}, indent=2),
+        *_rows({"operations of a device": _flops(own)}),
         "",
         "held by each device",
         *_rows({name: _size(size) for name, size in plan.bytes_held.items()}, indent=2),
@@ -134,24 +135,40 @@ def verdict(plan: Plan, config: Config) -> list[str]:
 
 
 def advice(plan: Plan, config: Config) -> list[str]:
-    """Settings that save memory, the first first."""
+    """Settings that save memory, the first first; the bank's first where it alone is too large.
+
+    Those that would save less than a hundredth of a device's memory are left out.
+    """
     images, net, bank = plan.batch_size // plan.num_devices, config.model, config.memory
-    size, n = plan.bytes_held["bank"], plan.num_devices
+    size, n, held = plan.bytes_held["bank"], plan.num_devices, plan.bytes_held
+    counts = plan.device_bytes // 100
     names = ", ".join(f"'{stage}'" for stage in stage_names(net.name))
-    steps = {
+    for_activations = {
         f"train.batch_size={plan.batch_size // 2 // n * n}, or more devices: {images} images on"
         " each now": images > 1,
         f"model.remat=({names}): computes activations again": not net.remat,
         "model.dtype=bfloat16: halves activations": net.dtype == "float32",
+        f"augment.crop_size, now {tuple(config.augment.crop_size)}: activations grow with it": True,
+    }
+    for_bank = {
         f"memory.sharding=slots: {_size(size // n)} of bank on each device instead of"
-        f" {_size(size)}": size and bank.sharding == "replicated" and n > 1,
+        f" {_size(size)}": size > counts and bank.sharding == "replicated" and n > 1,
+        "memory.dtype=bfloat16: halves the bank": size > counts and bank.dtype == "float32",
         f"memory.pixel_size, now {bank.pixel_size}, and memory.segment_size, now"
-        f" {bank.segment_size}: fewer slots": size,
+        f" {bank.segment_size}: fewer slots": size > counts,
+    }
+    for_state = {
         "parallel.fsdp=True: parameters and optimiser state in parts, where they come out even": (
-            n > 1 and not config.parallel.fsdp
+            n > 1
+            and not config.parallel.fsdp
+            and held["parameters"] + held["optimiser state"] > counts
         ),
     }
-    return ["change, in this order:", *(f"  {text}" for text, helps in steps.items() if helps)]
+    order = (for_activations, for_bank, for_state)
+    if size > BANK_SHARE * plan.device_bytes:
+        order = (for_bank, for_activations, for_state)
+    steps = [f"  {text}" for part in order for text, helps in part.items() if helps]
+    return ["change, in this order:", *steps]
 
 
 def _rows(values: dict[str, str], *, indent: int = 0) -> list[str]:

@@ -102,8 +102,11 @@ def _checked(
             f"--process_id={process_id}: must be in 0..{num_processes - 1}, for"
             f" --num_processes={num_processes}"
         )
-    if not coordinator.rpartition(":")[2].isdecimal() or coordinator.startswith(":"):
-        raise InputError(f"--coordinator={coordinator}: must be HOST:PORT, of process 0")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) < 2**16:
+        raise InputError(
+            f"--coordinator={coordinator}: must be HOST:PORT of process 0, with a port in 1..65535"
+        )
     return f"process {process_id} of {num_processes}", coordinator
 
 
@@ -228,7 +231,7 @@ def require_same(facts: Mapping[str, object]) -> None:
     """Raise an InputError in all processes that names what one has other than process 0."""
     everyone = [json.loads(text) for text in gather(json.dumps(facts, default=str))]
     problems = [
-        f"{name} = {value!r}: process 0 has {everyone[0].get(name)!r}, process {other} another"
+        f"{name}: process 0 has {everyone[0].get(name)!r}, process {other} has {value!r}"
         for other, theirs in enumerate(everyone)
         for name, value in theirs.items()
         if value != everyone[0].get(name)

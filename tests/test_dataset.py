@@ -123,7 +123,8 @@ def test_a_changed_time_or_label_setting_prepares_again(folder):
 
 
 def test_an_absent_split_is_an_error_that_lists_the_others(folder):
-    with pytest.raises(InputError, match="'folder' has no split 'test', only train, val"):
+    message = f"'folder' in {folder.root} has no split 'test', only train, val; .*--mode=audit"
+    with pytest.raises(InputError, match=message):
         open_split(folder, "test")
 
 
@@ -240,8 +241,9 @@ def test_all_problems_come_in_one_error_the_first_of_them_spelt_out(folder):
     (Path(folder.root) / "images" / "train" / "00.jpg").write_bytes(b"")
     lines = problems(folder).splitlines()
     assert lines[0] == f"24 problems in the data of {folder.root}:"
-    assert len(lines) == 1 + 20 + 1
-    assert lines[-1].strip() == "and 4 more"
+    assert len(lines) == 1 + 20 + 2
+    assert lines[-2].strip() == "and 4 more"
+    assert lines[-1].startswith("--mode=audit lists all")
 
 
 def test_two_images_of_one_name_are_refused(folder):

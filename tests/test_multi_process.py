@@ -169,7 +169,7 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
     [
         (
             {1: ["--config.optim.learning_rate=0.5"]},
-            "optim.learning_rate = 0.5: process 0 has 0.01, process 1 another",
+            "optim.learning_rate: process 0 has 0.01, process 1 has 0.5",
         ),
         ({1: ["--workdir=ELSEWHERE"]}, "process 1 does not see what process 0 writes there"),
         (
@@ -178,7 +178,7 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
         ),
         (
             {1: ["--config.data.synthetic.num_examples=(7, 3)"]},
-            "data.synthetic.num_examples = [7, 3]: process 0 has [6, 3]",
+            "data.synthetic.num_examples: process 0 has [6, 3], process 1 has [7, 3]",
         ),
     ],
     ids=["settings", "workdir", "batch size", "data"],
@@ -212,7 +212,7 @@ def test_code_that_differs_is_named_by_all(prepared_dir, tmp_path, start):
     statuses, messages = ended(group)
     assert statuses == [1, 1]
     for text in messages:
-        assert "code = " in text and "process 1 another" in text and "Traceback" not in text
+        assert "code: process 0 has" in text and "process 1 has" in text and "Traceback" not in text
 
 
 def test_numbers_of_devices_and_processes_that_differ(prepared_dir, tmp_path, start):
@@ -220,7 +220,7 @@ def test_numbers_of_devices_and_processes_that_differ(prepared_dir, tmp_path, st
     statuses, messages = ended(start(arguments, num_processes=2, devices_of={1: 2}))
     assert statuses == [1, 1]
     for text in messages:
-        assert "devices of a process = 2: process 0 has 1, process 1 another" in text
+        assert "devices of a process: process 0 has 1, process 1 has 2" in text
 
     group = start(arguments, num_processes=2, of_process={1: ["--num_processes=3"]})
     statuses, messages = ended(group, timeout=AFTER_A_KILL)

@@ -189,15 +189,22 @@ def test_missing_weights_do_not_matter_to_a_plan():
 def test_what_does_not_fit_comes_with_the_settings_to_change(two_devices):
     config, _, values, _ = two_devices
     large = Compiled(1.0, 1e12, 10, 10, 10, GIB, {})
-    small = Plan(**figures_of(values) | {"device_bytes": GIB // 2, "compiled": large})
+    held = values["bytes_held"] | {"bank": GIB // 8}
+    small = Plan(
+        **figures_of(values) | {"device_bytes": GIB // 2, "compiled": large, "bytes_held": held}
+    )
     assert small.fits is False
     text = report(small, config)
-    assert "does not fit: 200% of a device's memory" in text
-    order = ("train.batch_size=4", "remat=('layer1'", "bfloat16", "sharding=slots", "pixel_size")
+    assert "does not fit: 200% of a device's memory" in text and "fsdp" not in text
+    order = ["train.batch_size=4", "remat=('layer1'", "model.dtype=bfloat16", "crop_size, now (32"]
+    order += ["sharding=slots", "memory.dtype=bfloat16", "memory.pixel_size"]
     places = [text.index(word) for word in order]
     assert places == sorted(places)
+
+    text = report(dataclasses.replace(small, bytes_held=held | {"bank": GIB}), config)
+    assert text.index("memory.pixel_size") < text.index("train.batch_size=4")
     changed = make_config(*BANK, "model.dtype=bfloat16", "memory.sharding=slots", variant="ce")
-    rest = report(dataclasses.replace(small, bytes_held={"bank": 0}), changed)
+    rest = report(dataclasses.replace(small, bytes_held=held | {"bank": 0}), changed)
     assert not re.search("bfloat16|slots|pixel_size", rest)
 
 

@@ -16,6 +16,7 @@ from contrastseg_jax.errors import InputError
         ((None, None, 0), "all three or none"),
         (("host:1", 2, 2), "--process_id=2: must be in 0..1, for --num_processes=2"),
         (("host", 2, 0), "--coordinator=host: must be HOST:PORT"),
+        (("host:99999", 2, 0), "--coordinator=host:99999: .* with a port in 1..65535"),
         ((":80", 2, 0), "--coordinator=:80: must be HOST:PORT"),
     ],
 )

@@ -97,8 +97,11 @@ def _open(
     builder: tfds.core.DatasetBuilder, spec: DatasetSpec, split: str
 ) -> Sequence[dict[str, bytes]]:
     if split not in builder.info.splits:
-        existing = ", ".join(builder.info.splits)
-        raise InputError(f"data set '{spec.name}' has no split '{split}', only {existing}")
+        existing, where = ", ".join(builder.info.splits), f" in {spec.root}" if spec.root else ""
+        raise InputError(
+            f"data set '{spec.name}'{where} has no split '{split}', only {existing};"
+            " README.md has its layout, and --mode=audit shows what each split holds"
+        )
     decoders = dict.fromkeys(("image", "label"), tfds.decode.SkipDecoding())
     source = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
     published = SPLIT_SIZES.get(spec.name, {}).get(split, len(source))

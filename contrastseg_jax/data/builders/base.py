@@ -274,7 +274,8 @@ def check_splits(title: str, splits: Splits) -> None:
         findings += found
     problems = dict.fromkeys(finding.message for finding in findings if finding.is_error)
     if problems:
-        raise listed(title, list(problems))
+        text = listed(title, list(problems))
+        raise InputError(f"{text}\n--mode=audit lists all, with what mends each kind")
 
 
 def file_stamp(path: Path) -> tuple[str, int, int]:
