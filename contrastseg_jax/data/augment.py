@@ -5,6 +5,8 @@ random_crop, random_hflip, random_brightness, then padding at a random offset), 
 the resized images. Like the original's bicubic resizes it does not blur before it shrinks.
 """
 
+import math
+
 import cv2
 import numpy as np
 from jaxtyping import UInt8
@@ -15,6 +17,8 @@ Image = UInt8[np.ndarray, "h w 3"]
 Label = UInt8[np.ndarray, "h w"]
 NewImage = UInt8[np.ndarray, "h2 w2 3"]
 NewLabel = UInt8[np.ndarray, "h2 w2"]
+
+TOLERANCE = 0.01  # pixels by which a crop may lie beside that of the whole image, resized
 
 
 def augment(
@@ -66,22 +70,26 @@ def augment(
         first_row = _containing(int(row), scaled_height, num_rows, class_rng)
         first_column = _containing(int(column), scaled_width, num_columns, class_rng)
 
-    # Pixel centres of the view -> pixel centres of the image.
-    step_y, step_x = np.divide(label.shape, (scaled_height, scaled_width))
-    start_y = (first_row + 0.5) * step_y - 0.5
-    start_x = (first_column + 0.5) * step_x - 0.5
+    scaled, first = (scaled_height, scaled_width), (first_row, first_column)
+    pixels = _crop_resized(image, scaled, first, (num_rows, num_columns))
+    # Pixel centres of the view -> pixel centres of the label.
+    step_y, step_x = np.divide(label.shape, scaled)
+    start_y, start_x = (first_row + 0.5) * step_y - 0.5, (first_column + 0.5) * step_x - 0.5
     if flip:
+        pixels = cv2.flip(pixels, 1)
         start_x, step_x = start_x + (num_columns - 1) * step_x, -step_x
     matrix = np.array([[step_x, 0, start_x], [0, step_y, start_y]])
+    classes = _nearest(label, matrix, (num_rows, num_columns))
+    pixels = _brighten(pixels, shift)
+    if color_distortion > 0:
+        pixels = distort_colors(pixels, color_rng, strength=color_distortion)
+    if (num_rows, num_columns) == crop_size:
+        return pixels, classes
 
     view = np.s_[top : top + num_rows, left : left + num_columns]
     image_crop = np.full((*crop_size, 3), pad_color, np.uint8)
-    pixels = _brighten(_warp(image, matrix, (num_rows, num_columns), cv2.INTER_CUBIC), shift)
-    if color_distortion > 0:
-        pixels = distort_colors(pixels, color_rng, strength=color_distortion)
-    image_crop[view] = pixels
     label_crop = np.full(crop_size, IGNORE_LABEL, np.uint8)
-    label_crop[view] = _warp(label, matrix, (num_rows, num_columns), cv2.INTER_NEAREST)
+    image_crop[view], label_crop[view] = pixels, classes
     return image_crop, label_crop
 
 
@@ -154,9 +162,44 @@ def _containing(place: int, scaled: int, crop: int, rng: np.random.Generator) ->
     return int(rng.integers(earliest, latest, endpoint=True))
 
 
-def _warp(pixels: np.ndarray, matrix: np.ndarray, size: tuple[int, int], how: int) -> np.ndarray:
-    flags = how | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(pixels, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+def _crop_resized(
+    image: Image, scaled: tuple[int, int], first: tuple[int, int], size: tuple[int, int]
+) -> NewImage:
+    """Of the image resized to `scaled`, bicubic, `size` pixels from `first` on, and no others made.
+
+    All (height, width).
+    """
+    parts, steps, crops = [], [], []
+    for axis in (0, 1):
+        length, start, number = image.shape[axis], first[axis], size[axis]
+        step = length / scaled[axis]
+        begin, skipped = _aligned(start, step)
+        end = min(length, math.ceil((start + number) * step) + 2)
+        parts.append(slice(begin, end))
+        steps.append(step)
+        crops.append(slice(skipped, skipped + number))
+    resized = cv2.resize(
+        image[*parts], None, fx=1 / steps[1], fy=1 / steps[0], interpolation=cv2.INTER_CUBIC
+    )
+    return np.ascontiguousarray(resized[*crops])
+
+
+def _aligned(first: int, step: float) -> tuple[int, int]:
+    """Along one axis: where to begin to resize, and how many output pixels come before `first`.
+
+    The edge of an output pixel must lie at the edge of the input pixel where resizing begins. Taken
+    is the last such place before those that bicubic weights reach; 0, the edge of both, is one.
+    """
+    latest = max(0, math.floor((first + 0.5) * step - 0.5) - 1)
+    places = np.arange(latest, -1, -1)
+    skipped = first - places / step
+    chosen = int(np.argmax(np.abs(skipped - np.rint(skipped)) <= TOLERANCE))
+    return int(places[chosen]), round(skipped[chosen])
+
+
+def _nearest(label: Label, matrix: np.ndarray, size: tuple[int, int]) -> NewLabel:
+    flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(label, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _brighten(image: Image, shift: int) -> Image:
