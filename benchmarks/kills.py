@@ -94,7 +94,9 @@ def start(workdir: Path) -> Group:
                     f"--num_processes={FLAGS.num_processes}",
                     f"--start_timeout={START_TIMEOUT}",
                 ],
-                env=os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "32"},
+                env=os.environ
+                | {"JAX_PLATFORMS": "cpu", "NPROC": "32"}
+                | {"JAX_COMPILATION_CACHE_DIR": str(workdir.with_name("compiled"))},
                 stdout=log,
                 stderr=log,
             )
