@@ -27,8 +27,9 @@ ROOT = Path(__file__).parents[1]
 START_TIMEOUT = 60  # seconds after which a process ends that has not met the others
 ENDS_WITHIN = 90  # seconds in which those that are left must have ended
 SETTINGS = (
-    *("train.batch_size=4", "train.num_steps=400", "train.log_steps=1", "eval.num_pictures=1"),
+    *("train.batch_size=4", "train.num_steps=300", "train.log_steps=1", "eval.num_pictures=1"),
     *("train.checkpoint_steps=10", "train.eval_steps=50", "contrast.warmup_steps=10"),
+    "augment.crop_size=(32, 32)",
 )
 
 FLAGS = flags.FLAGS
