@@ -119,11 +119,12 @@ def sent_bytes(config: Config, state: TrainState, num_classes: int, mesh: Any) -
     """Bytes that must travel in a step, on each device, whatever the number of devices above one.
 
     gradients: those of all parameters, summed. parameters: those of which each device keeps a part,
-    whole. BatchNorm: sums over the batch of every channel,
-    two in the forward pass and two in the backward pass: 2 |statistics|. anchors, of b images with
-    s each, d long: b s (4 d + 5), embedding, label and mask, where other devices contrast theirs
-    with them. anchors' gradient: b s 4 d; with the bank in parts five sums per anchor more. keys:
-    b k (v + 1) (4 d + 1), rows and masks of v pixels and one mean per class and image.
+    whole. BatchNorm: sums over the batch of every channel, two in the forward pass and two in the
+    backward pass: 2 |statistics|. anchors, of b images with s each, d long: b s (4 d + 5),
+    embedding, label and mask, where other devices contrast theirs with them; 4 d more for those
+    that are contrasted with a bank in parts. anchors' gradient: b s 4 d; with the bank in parts
+    five sums per anchor more. keys: b k (v + 1) (4 d + 1), rows and masks of v pixels and one mean
+    per class and image.
     """
     if mesh.size == 1:
         return {}
@@ -137,9 +138,10 @@ def sent_bytes(config: Config, state: TrainState, num_classes: int, mesh: Any) -
     sent["BatchNorm"] = 2 * _bytes(state.batch_stats)
     settings, dim = config.contrast, config.model.proj_dim
     batch_size, split_bank = config.train.batch_size, build.splits_memory(config)
-    if settings.candidates in ("batch", "both") or split_bank:
+    in_batch = settings.candidates in ("batch", "both")
+    if in_batch or split_bank:
         anchors = batch_size * settings.anchors_per_image
-        sent["anchors"] = anchors * (4 * dim + 5)
+        sent["anchors"] = anchors * (4 * dim + 5 + 4 * dim * (in_batch and split_bank))
         sent["anchors' gradient"] = anchors * 4 * (dim + 5 * split_bank)
     if uses_memory(config):
         rows = batch_size * num_classes * (config.memory.pixels_per_class + 1)

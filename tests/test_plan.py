@@ -170,7 +170,7 @@ def test_the_config_is_checked_for_the_devices_planned_for(capsys):
 
 def test_parameters_in_parts_are_gathered():
     """What comes with `parallel.fsdp` is what the compiled step gathers besides."""
-    config = make_config(*BANK, "parallel.fsdp=True")
+    config = make_config(*BANK, "parallel.fsdp=True", "memory.sharding=slots")
     where = find_topology(None)
     found = plan.compiled_plan(plan.quick_plan(config, where), config, where, 500)
     computed = sum(found.bytes_sent.values())
