@@ -20,8 +20,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import app, flags
+
+from contrastseg_jax import build, checkpoint, distributed
+from contrastseg_jax import config as config_lib
+from contrastseg_jax.data.dataset import label_map
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT = 60  # seconds after which a process ends that has not met the others
@@ -147,8 +150,13 @@ def checkpoints(workdir: Path) -> list[int]:
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, by its path."""
-    with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    config = config_lib.stored(workdir, config_lib.load(str(ROOT / "configs" / "default.py")))
+    model = build.build_model(config, len(label_map(build.dataset_spec(config)).names))
+    state = build.abstract_state(config, model, build.build_optimizer(config)[0])
+    everywhere = distributed.replicated(distributed.make_mesh())
+    with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
+        step = checkpoint.find_step(manager, "latest")
+        state = checkpoint.restore(manager, step, state, everywhere)
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
 
 
