@@ -20,6 +20,7 @@ from absl import app, flags
 from contrastseg_jax import config as config_lib
 from contrastseg_jax.config import Config
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.workdir import find_run, read_config, refuse_differences
 
 SETTING = "--config."
 SCHEMA = Path(__file__).parent / "configs" / "default.py"
@@ -140,14 +141,14 @@ def load_config(settings: list[str]) -> Config:
     if not FLAGS.config:
         if FLAGS.mode == "train":
             raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
-        return config_lib.stored(workdir, schema, settings)
+        return read_config(workdir, schema, settings)
     config = config_lib.load(FLAGS.config, settings)
     if FLAGS.mode in ("eval", "predict"):
         of_init = FLAGS.checkpoint == "init"  # for which there need not be a run
-        run = (config_lib.run_in if of_init else config_lib.stored)(workdir, schema)
+        run = (find_run if of_init else read_config)(workdir, schema)
         if run is not None:
             config = config_lib.filled_in(config, run)
-            config_lib.refuse_differences(config, run, workdir)
+            refuse_differences(config, run, workdir)
     return config
 
 
@@ -170,16 +171,17 @@ def start_and_run(config: Config, workdir: Path) -> None:
 def run(config: Config, workdir: Path) -> None:
     """Calls the mode's function."""
     # JAX and the networks take seconds to import: not before the config has been read.
-    from contrastseg_jax import build
+    from contrastseg_jax.build import follow_weights
+    from contrastseg_jax.check import check
 
-    begun = config_lib.run_in(workdir, config) if FLAGS.mode == "train" else config
+    begun = find_run(workdir, config) if FLAGS.mode == "train" else config
     if FLAGS.checkpoint == "init":
         begun = None
-    build.check(config, mode=FLAGS.mode, run=begun)
+    check(config, mode=FLAGS.mode, run=begun)
     if FLAGS.checkpoint == "init":
         if not config.model.init_from:
             raise InputError("--checkpoint=init: needs --config.model.init_from=FOLDER")
-        config = build.follow_weights(config, None)
+        config = follow_weights(config, None)
     if FLAGS.mode == "train":
         from contrastseg_jax.train import train
 

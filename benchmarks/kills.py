@@ -25,6 +25,7 @@ from absl import app, flags
 from contrastseg_jax import build, checkpoint, distributed
 from contrastseg_jax import config as config_lib
 from contrastseg_jax.data.dataset import label_map
+from contrastseg_jax.workdir import read_config
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT = 60  # seconds after which a process ends that has not met the others
@@ -150,7 +151,7 @@ def checkpoints(workdir: Path) -> list[int]:
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, by its path."""
-    config = config_lib.stored(workdir, config_lib.load(str(ROOT / "configs" / "default.py")))
+    config = read_config(workdir, config_lib.load(str(ROOT / "configs" / "default.py")))
     model = build.build_model(config, len(label_map(build.dataset_spec(config)).names))
     state = build.abstract_state(config, model, build.build_optimizer(config)[0])
     everywhere = distributed.replicated(distributed.make_mesh())

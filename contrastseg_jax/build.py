@@ -13,7 +13,6 @@ from contrastseg_jax import distributed, memory, pretrained
 from contrastseg_jax.config import (
     LEFT_OPEN,
     Config,
-    broken_rules,
     filled_in,
     leaves,
     replaced,
@@ -22,150 +21,11 @@ from contrastseg_jax.config import (
     uses_memory,
 )
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import dataset_names, label_map
-from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.logging import log
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.models.segmenter import Segmenter, Variables, model_names, stage_names
+from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.optim import Schedule, poly_schedule, sgd
-from contrastseg_jax.selection import POOLED, RANK_BITS
 from contrastseg_jax.structs import IMAGENET, ImageFormat, TrainState
-
-BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
-
-
-def check(
-    config: Config,
-    *,
-    mode: str,
-    run: Config | None = None,
-    num_devices: int | None = None,
-) -> None:
-    """Raise one error for all settings that do not fit each other, this package or the machine.
-
-    `run`: the config of the run that goes on or is read, if there is one. `num_devices`: those to
-    train on, of a plan, which itself says what does not fit them; else this machine's.
-    """
-    trains = mode in ("train", "plan")
-    if num_devices is None:
-        num_devices = jax.device_count() if trains else 1
-    problems = broken_rules(
-        config,
-        choices={"model.name": model_names(), "data.name": dataset_names()},
-        num_devices=num_devices,
-    )
-    if mode == "plan":  # reads neither data nor weights
-        problems = [problem for problem in problems if not problem.startswith("data.root")]
-    if config.model.name in model_names():
-        problems += [] if mode == "plan" else weights_problems(config, run)
-        stages = stage_names(config.model.name)
-        problems += [
-            f"model.remat names {stage!r}: must be stages of {config.model.name}: "
-            + ", ".join(stages)
-            for stage in config.model.remat
-            if stage not in stages
-        ]
-    if not any(problem.startswith("data.") for problem in problems):
-        classes = label_map(dataset_spec(config)).names
-        weights = config.loss.class_weights
-        if weights and len(weights) != len(classes):
-            problems.append(
-                f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
-                f" {len(classes)} classes {', '.join(classes)}, or none"
-            )
-        if trains:
-            problems += contrast_problems(
-                config,
-                num_classes=len(classes),
-                num_devices=num_devices,
-                device_bytes=distributed.device_bytes() if mode == "train" else None,
-            )
-    if problems:
-        raise listed("the config", problems)
-
-
-def weights_problems(config: Config, run: Config | None) -> list[str]:
-    """What keeps training from starting with `model.init_from`; a run that goes on has started."""
-    net = config.model
-    if not net.init_from or (run is not None and run.model.init_from == net.init_from):
-        return []
-    if "://" in net.init_from:
-        return [f"model.init_from = {net.init_from!r}: must be on a local or mounted disk"]
-    try:
-        pretrained.read(Path(net.init_from), net.name)
-        pretrained.require_intact(Path(net.init_from))
-    except InputError as error:
-        return [str(error)]
-    return []
-
-
-def contrast_problems(
-    config: Config, *, num_classes: int, num_devices: int, device_bytes: int | None
-) -> list[str]:
-    """What the bank cannot hold, and what cannot hold the bank; each with its figures.
-
-    `device_bytes`: memory of one device; None: does not matter.
-    """
-    if not uses_contrast(config):
-        return []
-    settings, bank, batch_size = config.contrast, config.memory, config.train.batch_size
-    problems, slots, anchors = [], 0, 0
-    if uses_memory(config):
-        slots = bank.pixel_size + bank.segment_size
-        problems += bank_problems(config, num_devices=num_devices)
-        parts = num_devices if bank.sharding == "slots" else 1
-        size = num_classes * slots * config.model.proj_dim * jnp.dtype(bank.dtype).itemsize
-        if device_bytes is not None and size // parts > BANK_SHARE * device_bytes:
-            problems.append(
-                f"memory: {num_classes} classes x {slots} slots x {config.model.proj_dim}"
-                f" {bank.dtype} take {size // parts / 2**30:.1f} GiB of a device's"
-                f" {device_bytes / 2**30:.1f}: must be at most {BANK_SHARE:.0%}; make the queues"
-                " smaller, or use memory.dtype = 'bfloat16' or memory.sharding = 'slots'"
-            )
-    if settings.candidates in ("batch", "both"):
-        anchors = settings.anchors_per_image
-    own = min(anchors, settings.max_views)  # of one class in an image, of which one is the anchor
-    most = {
-        "positives": slots + max(batch_size * own - 1, 0),
-        "negatives": (num_classes - 1) * slots
-        + batch_size * min(anchors, (num_classes - 1) * settings.max_views),
-    }
-    for side, limit in most.items():
-        number = settings[f"num_{side}"]
-        if settings[side] != "all" and number > limit:
-            problems.append(
-                f"contrast.num_{side} = {number}: an anchor has at most {limit}, of {num_classes}"
-                f" classes, {slots} slots a class and {batch_size * anchors} anchors in the batch"
-            )
-    total = num_classes * slots + batch_size * anchors
-    if total > 1 << RANK_BITS and POOLED & {settings.positives, settings.negatives}:
-        problems.append(
-            f"contrast.positives = {settings.positives!r}, contrast.negatives ="
-            f" {settings.negatives!r}: can draw from at most {1 << RANK_BITS} candidates; there are"
-            f" {total}, of {num_classes} classes, {slots} slots a class and {batch_size * anchors}"
-            " anchors in the batch"
-        )
-    return problems
-
-
-def bank_problems(config: Config, *, num_devices: int) -> list[str]:
-    """Queues that are too short for a step, or that do not come out even over the devices."""
-    problems, bank = [], config.memory
-    for queue, per_image in (("pixel", bank.pixels_per_class), ("segment", 1)):
-        size, rows = bank[f"{queue}_size"], per_image * config.train.batch_size
-        if 0 < size < rows:
-            problems.append(
-                f"memory.{queue}_size = {size}: one step may enqueue {rows} rows of a class"
-                f" ({per_image} for each of {config.train.batch_size} images); it must be at least"
-                " that, or 0"
-            )
-        if bank.sharding == "slots" and size % num_devices:
-            problems.append(
-                f"memory.{queue}_size = {size}: memory.sharding = 'slots' splits it over"
-                f" {num_devices} devices; it must be a multiple, e.g."
-                f" {size + num_devices - size % num_devices}"
-            )
-    return problems
 
 
 def dataset_spec(config: Config) -> DatasetSpec:

@@ -13,29 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from contrastseg_jax.errors import InputError, listed
-from contrastseg_jax.files import write_atomically
 
 Config = Any  # a ConfigDict, whose settings have no types that a checker could see
-
-# Settings of the machine and of the watching, not of the experiment: a run may resume with others.
-OPERATIONAL = (
-    "data.root",
-    "data.prepared_dir",
-    "data.cache_size",
-    "data.num_threads",
-    "data.num_workers",
-    "data.prefetch",
-    "train.log_steps",
-    "train.eval_steps",
-    "train.checkpoint_steps",
-    "train.keep_checkpoints",
-    "eval.batch_size",
-    "eval.num_pictures",
-    "memory.sharding",
-    "parallel.fsdp",
-    "parallel.compilation_cache",
-)
-
 
 # Settings that are those of the weights a run starts from, where a config does not say.
 LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
@@ -141,57 +120,6 @@ def from_json(text: str, default: Config, source: str) -> Config:
     if problems:
         raise listed(source, problems)
     return replaced(default, _located(known))
-
-
-def stored(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Config:
-    """The config of the run in a workdir; only OPERATIONAL settings can be overridden."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise InputError(f"--workdir={workdir}: has no config.json; train a run there first")
-    run = from_json(path.read_text(), default, str(path))
-    config = override(run, overrides)
-    refuse_differences(config, run, workdir)
-    return config
-
-
-def claim(workdir: Path, config: Config, *, write: bool = True) -> None:
-    """Make the workdir that of this config, unless it holds the run of another one.
-
-    `write`: as one process of a run does; the others look alone.
-    """
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir}: is a file, not a folder")
-    run = run_in(workdir, config)
-    if run is not None:
-        refuse_differences(config, run, workdir)
-    if write:
-        write_atomically(workdir / "config.json", to_json(config))
-
-
-def run_in(workdir: Path, default: Config) -> Config | None:
-    """The config of the run that a workdir holds; `default` is the schema.
-
-    What counts as a run is a finished checkpoint: one that stopped before may be begun again with
-    other settings.
-    """
-    path = workdir / "config.json"
-    if not any(name.name.isdecimal() for name in (workdir / "checkpoints").glob("*")):
-        return None
-    if not path.exists():
-        raise InputError(f"--workdir={workdir}: has checkpoints but no config.json")
-    return from_json(path.read_text(), default, str(path))
-
-
-def refuse_differences(config: Config, run: Config, workdir: Path) -> None:
-    """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ."""
-    values = dict(leaves(run))
-    different = [
-        f"{path} = {value!r}: the run has {values[path]!r}"
-        for path, value in leaves(config)
-        if path not in OPERATIONAL and value != values[path]
-    ]
-    if different:
-        raise listed(f"--workdir={workdir}, which holds a run of another config", different)
 
 
 def broken_rules(

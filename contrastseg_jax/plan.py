@@ -15,7 +15,8 @@ import jax
 from jax.sharding import AbstractMesh
 
 from contrastseg_jax import build, distributed, hlo
-from contrastseg_jax.config import Config, uses_contrast, uses_memory
+from contrastseg_jax.check import check
+from contrastseg_jax.config import Config, splits_memory, uses_contrast, uses_memory
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.logging import log
@@ -38,7 +39,7 @@ def plan_run(
     and the compiler may still be at work.
     """
     where = find_topology(topology, count_only=quick)
-    build.check(config, mode="plan", num_devices=where.num_devices)
+    check(config, mode="plan", num_devices=where.num_devices)
     plan = quick_plan(config, where)
     if quick:
         plan = dataclasses.replace(plan, note="--quick: not compiled")
@@ -137,7 +138,7 @@ def sent_bytes(config: Config, state: TrainState, num_classes: int, mesh: Any) -
         )
     sent["BatchNorm"] = 2 * _bytes(state.batch_stats)
     settings, dim = config.contrast, config.model.proj_dim
-    batch_size, split_bank = config.train.batch_size, build.splits_memory(config)
+    batch_size, split_bank = config.train.batch_size, splits_memory(config)
     in_batch = settings.candidates in ("batch", "both")
     if in_batch or split_bank:
         anchors = batch_size * settings.anchors_per_image

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from contrastseg_jax.build import BANK_SHARE
+from contrastseg_jax.check import BANK_SHARE
 from contrastseg_jax.config import Config
 from contrastseg_jax.models.segmenter import stage_names
 

@@ -2,16 +2,15 @@
 
 import contextlib
 import functools
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
+import optax
+import orbax.checkpoint as ocp
 from clu import parameter_overview
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
@@ -31,12 +30,13 @@ from contrastseg_jax.build import (
     pad_color,
     state_sharding,
 )
-from contrastseg_jax.config import Config, claim, leaves, run_in
+from contrastseg_jax.config import Config, leaves
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_splits
 from contrastseg_jax.data.labels import label_table
-from contrastseg_jax.data.pipeline import Source
+from contrastseg_jax.data.pipeline import EvalGroup, Source
 from contrastseg_jax.evaluate import (
+    EvalStep,
     compile_eval_step,
     evaluate,
     group_examples,
@@ -45,12 +45,12 @@ from contrastseg_jax.evaluate import (
 from contrastseg_jax.files import lock
 from contrastseg_jax.logging import log, open_board, write_metrics
 from contrastseg_jax.models.segmenter import Segmenter, Variables
+from contrastseg_jax.progress import Interval, data_advice, log_interval, require_finite
 from contrastseg_jax.structs import Batch, TrainState
 from contrastseg_jax.train_step import Metrics, batch_shape, compile_step
+from contrastseg_jax.workdir import claim, find_run
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
 
 
 def is_due(step: int, period: int, num_steps: int) -> bool:
@@ -67,7 +67,7 @@ def train(config: Config, workdir: Path) -> None:
     log.info(f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate")
     log.info(label_table(label_map(spec)))
     with contextlib.ExitStack() as held:
-        run = processes.together(lambda: run_in(workdir, config))  # all look before one writes
+        run = processes.together(lambda: find_run(workdir, config))  # all look before one writes
         begun = processes.together(lambda: _begin(config, workdir, run, held))
         processes.require_shared(workdir)
         _train_on(*begun, workdir, source, val_source)
@@ -98,12 +98,11 @@ def _train_on(
     val_source: Source,
 ) -> None:
     """Train from `variables`, or where there are none from the newest checkpoint."""
-    # State.
+    # Where the run is.
     keep_compiled(config, workdir)
     mesh = distributed.make_mesh()
     tx, schedule = build_optimizer(config)
     num_steps = config.train.num_steps
-    of_state = state_sharding(config, abstract_state(config, model, tx), mesh)
     manager = checkpoint.open_manager(workdir, keep_checkpoints=config.train.keep_checkpoints)
     start_step = manager.latest_step() or 0
     processes.require_same({"begins": variables is not None, "newest checkpoint": start_step})
@@ -111,43 +110,22 @@ def _train_on(
     if start_step >= num_steps and scored:
         log.info(f"{workdir}: is trained to its end, step {start_step}")
         return
-    if variables is None:
-        log.info(f"going on after step {start_step} of {num_steps}")
-        state = abstract_state(config, model, tx)
-        state = checkpoint.restore(manager, start_step, state, of_state)
-    else:
-        state = jax.device_put(init_state(config, model, tx, variables), of_state)
-    num_params = parameter_overview.count_parameters(state.params)
-    log.info(
-        f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {mesh.size}"
-        f" {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
-    )
+    state = _placed_state(config, model, tx, variables, manager, start_step, mesh)
 
     # Scores.
     board = open_board(workdir, start_step) if processes.is_first() else None
-    eval_fn = compile_eval_step(config, model, mesh)
-    groups = group_examples(config, val_source, "val", mesh)
-
-    def score(state: TrainState, step: int, before_batch: Callable[[], None]) -> float:
-        """Mean IoU on the validation split; all scores go where the run's numbers go."""
-        weights = jax.device_put(inference_variables(state), distributed.replicated(mesh))
-        results = evaluate(
-            config,
-            eval_fn,
-            weights,
-            val_source,
-            groups,
-            "val",
-            step,
-            mesh=mesh,
-            folder=workdir / "eval" / str(step),
-            before_batch=before_batch,
-        )
-        _log_scores(workdir, board, step, results)
-        return results["mean_iou"]
-
+    score = functools.partial(
+        _score,
+        config,
+        compile_eval_step(config, model, mesh),
+        val_source,
+        group_examples(config, val_source, "val", mesh),
+        mesh=mesh,
+        workdir=workdir,
+        board=board,
+    )
     if not scored:
-        score(state, start_step, lambda: None)
+        score(state, start_step)
 
     # Steps.
     log.info("compiling")
@@ -172,53 +150,106 @@ def _train_on(
         stack.enter_context(logging_redirect_tqdm([log]))
         ask = functools.partial(_any_came, sigterm_came, mesh)
         stop_asked = ask()
-        history, waited, since, advice = [], 0.0, time.monotonic(), ""
+        interval, advice = Interval(time.monotonic()), ""
         step, stopping = start_step, False
         steps = take_steps(step_fn, state, batches, mesh)
         del state  # each step uses up the one before
-        for step, (state, metrics, seconds) in enumerate(steps, start_step + 1):
-            history.append(metrics)
-            waited += seconds
+        for step, (state, metrics, waited) in enumerate(steps, start_step + 1):
+            interval.metrics.append(metrics)
+            interval.waited += waited
             bar.update()
             # Of the step before, so that nothing waits: all processes stop after the same step.
             stopping = bool(stop_asked)
             stop_asked = ask()
 
             if stopping or is_due(step, config.train.log_steps, num_steps):
-                _require_finite(history, step)
-                seconds = time.monotonic() - since
-                values = _means(history) | {
-                    "learning_rate": float(schedule(step - 1)),
-                    "images_per_second": len(history) * config.train.batch_size / seconds,
-                    "data_wait": waited / seconds,
-                }
-                if board:
-                    numbers = {f"train/{k}": v for k, v in values.items()}
-                    write_metrics(workdir, board, step, numbers)
-                log.info(_line(step, num_steps, values, len(history) / seconds))
-                if not advice and step > start_step + len(history):  # the first line: data start up
-                    advice = data_advice(values["data_wait"], config)
+                require_finite(interval.metrics, step)
+                data_wait = log_interval(config, workdir, board, step, interval, schedule)
+                is_first_line = step == start_step + len(interval.metrics)  # data still start up
+                if not (advice or is_first_line):
+                    advice = data_advice(data_wait, config)
                     if advice:
                         log.warning(advice)
-                history, waited, since = [], 0.0, time.monotonic()
+                interval = Interval(time.monotonic())
 
             mean_iou, paused = None, time.monotonic()
             if not stopping and is_due(step, config.train.eval_steps, num_steps):
                 try:
-                    mean_iou = score(state, step, functools.partial(_stop_if, ask))
+                    mean_iou = score(state, step, before_batch=functools.partial(_stop_if, ask))
                 except processes.Stopped:
                     stopping = True
             saving = mean_iou is not None or is_due(step, config.train.checkpoint_steps, num_steps)
             if saving or stopping:
-                _require_finite([metrics], step)  # a lost state must not replace a good one
+                require_finite([metrics], step)  # a lost state must not replace a good one
                 checkpoint.save(manager, step, state, mean_iou)
-            since += time.monotonic() - paused
+            interval.began += time.monotonic() - paused
             if stopping:
                 break
     if stopping:
         log.warning(f"SIGTERM: stopped after step {step}, which is saved; run again to go on")
         sys.exit(processes.TERMINATED)
     log.info(f"scores and pictures: {workdir / 'eval' / str(num_steps) / 'index.html'}")
+
+
+def _placed_state(
+    config: Config,
+    model: Segmenter,
+    tx: optax.GradientTransformation,
+    variables: Variables | None,
+    manager: ocp.CheckpointManager,
+    step: int,
+    mesh: Mesh,
+) -> TrainState:
+    """The state at step 0, of `variables`, or that of the checkpoint after `step`; on the mesh."""
+    abstract = abstract_state(config, model, tx)
+    of_state = state_sharding(config, abstract, mesh)
+    if variables is None:
+        log.info(f"going on after step {step} of {config.train.num_steps}")
+        state = checkpoint.restore(manager, step, abstract, of_state)
+    else:
+        state = jax.device_put(init_state(config, model, tx, variables), of_state)
+    num_params = parameter_overview.count_parameters(state.params)
+    log.info(
+        f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {mesh.size}"
+        f" {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
+    )
+    return state
+
+
+def _score(
+    config: Config,
+    eval_fn: EvalStep,
+    source: Source,
+    groups: Sequence[EvalGroup],
+    state: TrainState,
+    step: int,
+    *,
+    mesh: Mesh,
+    workdir: Path,
+    board: SummaryWriter | None,
+    before_batch: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean IoU on the validation split; all scores go where the run's numbers go."""
+    variables = jax.device_put(inference_variables(state), distributed.replicated(mesh))
+    results = evaluate(
+        config,
+        eval_fn,
+        variables,
+        source,
+        groups,
+        "val",
+        step,
+        mesh=mesh,
+        folder=workdir / "eval" / str(step),
+        before_batch=before_batch,
+    )
+    if board:
+        scores = {key: results[key] for key in ("mean_iou", "pixel_accuracy")}
+        scores |= {f"iou_{name}": value for name, value in results["iou"].items()}
+        write_metrics(workdir, board, step, {f"val/{key}": value for key, value in scores.items()})
+        report.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
+        log.info(f"step {step}  val mIoU {results['mean_iou']:.4f}")
+    return results["mean_iou"]
 
 
 def _any_came(sigterm_came: Callable[[], bool], mesh: Mesh) -> jax.Array:
@@ -266,18 +297,6 @@ def _time_of_end(metrics: Metrics) -> float:
     return time.monotonic()
 
 
-def data_advice(data_wait: float, config: Config) -> str:
-    """What to change in a run that spends the share `data_wait` of its time waiting for data."""
-    if data_wait <= DATA_BOUND:
-        return ""
-    data = config.data
-    return (
-        f"the run waits for data {data_wait:.0%} of the time; what may help, on {os.cpu_count()}"
-        f" CPU cores: more data.num_threads (now {data.num_threads}) or data.num_workers (now"
-        f" {data.num_workers}), or, where memory allows, data.cache_size (now {data.cache_size})"
-    )
-
-
 def make_batches(config: Config, source: Source, start_step: int) -> pipeline.Batches:
     """This process's rows of the training batches after `start_step`."""
     return pipeline.train_batches(
@@ -296,44 +315,4 @@ def make_batches(config: Config, source: Source, start_step: int) -> pipeline.Ba
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         **config.augment,
-    )
-
-
-def _log_scores(
-    workdir: Path, board: SummaryWriter | None, step: int, results: dict[str, Any]
-) -> None:
-    """An evaluation's scores, wherever the run's numbers go; without a board, nowhere."""
-    if board is None:
-        return
-    scores = {key: results[key] for key in ("mean_iou", "pixel_accuracy")}
-    scores |= {f"iou_{name}": value for name, value in results["iou"].items()}
-    write_metrics(workdir, board, step, {f"val/{key}": value for key, value in scores.items()})
-    report.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
-    log.info(f"step {step}  val mIoU {results['mean_iou']:.4f}")
-
-
-def _means(history: list[Metrics]) -> dict[str, float]:
-    """Means of the steps since the last line of the log."""
-    stacked = distributed.fetch(history)
-    return {key: float(np.mean([metrics[key] for metrics in stacked])) for key in stacked[0]}
-
-
-def _require_finite(history: list[Metrics], step: int) -> None:
-    """Stop a run whose loss is lost; `history` ends with `step`."""
-    losses = [float(metrics["loss"]) for metrics in history]
-    if not np.isfinite(losses).all():
-        raise FloatingPointError(
-            f"the loss of the last {len(history)} steps before step {step + 1} is not finite:"
-            f" {losses}; lower optim.learning_rate or look at the data"
-        )
-
-
-def _line(step: int, num_steps: int, values: dict[str, float], steps_per_second: float) -> str:
-    """One line of the log."""
-    left = int((num_steps - step) / steps_per_second)
-    losses = [f"{k} {values[k]:.4f}" for k in ("loss", "cross_entropy", "contrast") if k in values]
-    return (
-        f"step {step}/{num_steps}  {'  '.join(losses)}  lr {values['learning_rate']:.2e}"
-        f"  {values['images_per_second']:.1f} img/s  waiting for data {values['data_wait']:.0%}"
-        f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     )

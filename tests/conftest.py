@@ -14,7 +14,9 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 import small
+from raw_data import write_example
 
+from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -33,3 +35,24 @@ def trained(tmp_path_factory):
     config = small.make_config(f"data.prepared_dir={folder / 'prepared'}")
     train(config, folder / "run")
     return config, folder / "run"
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Where `spec_of` looks for raw data."""
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def spec_of(tmp_path, raw):
+    """Specs of data sets in `raw`, by name."""
+    settings = {"root": str(raw), "prepared_dir": str(tmp_path / "prepared")}
+    return lambda name, **changes: DatasetSpec(name=name, **settings, **changes)
+
+
+@pytest.fixture
+def root(raw):
+    """A data set in the layout of `folder`: three examples to train on, two to validate."""
+    for seed, name in enumerate("abcde"):
+        write_example(raw, "train" if name < "d" else "val", name, seed)
+    return raw

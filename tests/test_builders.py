@@ -2,22 +2,19 @@
 
 import io
 import logging
-import shutil
-from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
+from raw_data import classes_of, names, write, write_image, write_mask
 from scipy.io import savemat
 
 from contrastseg_jax.data import dataset
 from contrastseg_jax.data.audit import audit_split, general_findings
-from contrastseg_jax.data.builders import camvid, coco_stuff, pascal_context
+from contrastseg_jax.data.builders import coco_stuff, pascal_context
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split, raw_splits
-from contrastseg_jax.data.images import decode_image, decode_mask, encode_jpeg, encode_png
+from contrastseg_jax.data.images import decode_mask
 from contrastseg_jax.data.labels import to_mask_values, to_train_ids
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -30,37 +27,6 @@ BENCHMARKS = {
     "camvid": 11,
     "ade20k": 150,
 }
-REAL_CAMVID = Path(__file__).parents[1].parent / "shared" / "camvid"
-
-
-@pytest.fixture
-def spec_of(tmp_path):
-    """Specs of data sets in tmp_path/raw."""
-
-    def make(name, **settings):
-        root, prepared = str(tmp_path / "raw"), str(tmp_path / "prepared")
-        return DatasetSpec(name=name, root=root, prepared_dir=prepared, **settings)
-
-    return make
-
-
-@pytest.fixture
-def raw(tmp_path):
-    return tmp_path / "raw"
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def write_image(path, size=(2, 3)):
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    write(path, encode_jpeg(pixels, 95) if path.suffix == ".jpg" else encode_png(pixels))
-
-
-def write_mask(path, values):
-    write(path, encode_png(np.array(values, np.uint8)))
 
 
 def palette_png(values):
@@ -77,15 +43,6 @@ def mat(**variables):
     return file.getvalue()
 
 
-def names(records):
-    return [record["name"].decode() for record in records]
-
-
-def classes_of(spec, record):
-    """The class ids of a record."""
-    return to_train_ids(decode_mask(record["label"], "a"), label_map(spec), "a").tolist()
-
-
 def named(spec, value):
     """The class of a mask value by name, or None."""
     found = label_map(spec)
@@ -96,7 +53,9 @@ def named(spec, value):
 # All of them
 
 
-@pytest.mark.parametrize(("name", "num_classes"), BENCHMARKS.items())
+@pytest.mark.parametrize(
+    ("name", "num_classes"), [*BENCHMARKS.items(), ("landcover", 8), ("synthetic", 5)]
+)
 def test_label_maps_have_the_published_number_of_classes(name, num_classes):
     found = label_map(DatasetSpec(name=name))
     assert len(found.names) == len(set(found.names)) == num_classes
@@ -357,213 +316,3 @@ def test_ade20k_ignores_zero(spec_of, raw):
     (record,) = open_split(spec, "train")
     assert classes_of(spec, record) == [[255, 0, 1], [148, 149, 255]]
     assert names(open_split(spec, "val")) == ["ADE_val_00000001"]
-
-
-# camvid
-
-
-def write_original_camvid(raw, *stems, colors=((128, 128, 128), (0, 0, 192), (0, 0, 0))):
-    for stem in stems:
-        write_image(raw / "701_StillsRaw_full" / f"{stem}.png")
-        mask = np.array([colors, colors], np.uint8)
-        write(raw / "LabeledApproved_full" / f"{stem}_L.png", encode_png(mask))
-
-
-def test_the_original_camvid_becomes_segnets_classes_and_splits(spec_of, raw):
-    write_original_camvid(
-        *(raw, "0001TP_006690", "0001TP_008520", "0001TP_008550", "0006R0_f00930", "0016E5_00390"),
-        *("0016E5_07959", "0016E5_08159", "0016E5_08250", "Seq05VD_f00000"),
-    )
-    spec = spec_of("camvid")
-    train, val, test = (open_split(spec, split) for split in ("train", "val", "test"))
-    assert names(train) == [
-        *("0001TP_006690", "0001TP_008520", "0006R0_f00930", "0016E5_00390", "0016E5_08250")
-    ]
-    assert names(val) == ["0016E5_07959", "0016E5_08159"]
-    assert names(test) == ["0001TP_008550", "Seq05VD_f00000"]
-    assert classes_of(spec, train[0]) == [[0, 4, 255]] * 2
-    assert decode_mask(train[0]["label"], "a").tolist() == [[0, 4, camvid.VOID]] * 2
-
-
-@pytest.mark.parametrize("line", ["Seq05VD_f00000", "test/Seq05VD_f00000.png testannot/x.png"])
-def test_lists_decide_the_original_camvids_splits(line, spec_of, raw):
-    write_original_camvid(raw, "Seq05VD_f00000", "elsewhere")
-    (raw / "train.txt").write_text(f"{line}\n")
-    (raw / "val.txt").write_text("elsewhere.png\n")
-    assert names(open_split(spec_of("camvid"), "train")) == ["Seq05VD_f00000"]
-    assert names(open_split(spec_of("camvid"), "val")) == ["elsewhere"]
-    for name in ("train", "val"):
-        (raw / f"{name}.txt").unlink()
-    with pytest.raises(InputError, match=r"elsewhere\.png: not a frame of CamVid .*train\.txt"):
-        open_split(spec_of("camvid"), "train")
-
-
-def test_frames_of_no_split_stop_the_preparing_and_not_the_audit(spec_of, raw):
-    write_original_camvid(raw, "0001TP_006690", "0016E5_07959", "stray", "other")
-    splits = raw_splits(spec_of("camvid"))
-    assert {split: len(found.checks) for split, found in splits.items()} == {"train": 1, "val": 1}
-    assert [Path(found.file).stem for found in splits["train"].findings] == ["other", "stray"]
-    assert splits["val"].findings == []
-    with pytest.raises(InputError, match="2 problems"):
-        open_split(spec_of("camvid"), "train")
-
-
-def test_the_32_colors_are_each_of_one_class():
-    assert list(camvid.COLORS) == [*camvid.CLASSES, "Void"]
-    assert list(camvid.COLORS).index("Void") == camvid.VOID
-    colors = [color for group in camvid.COLORS.values() for color in group.values()]
-    assert len(colors) == len(set(colors)) == 32
-    mask = camvid.read_color_mask(encode_png(np.array([colors], np.uint8)), "a")
-    names = list(camvid.COLORS)
-    expected = [names.index(name) for name, group in camvid.COLORS.items() for _ in group]
-    assert mask.tolist() == [expected]
-
-
-def test_changed_colors_prepare_again(spec_of, raw, monkeypatch):
-    write_original_camvid(raw, "0001TP_006690")
-    assert classes_of(spec_of("camvid"), open_split(spec_of("camvid"), "train")[0])[0][0] == 0
-    sky, building = camvid.COLORS["Sky"], camvid.COLORS["Building"]
-    monkeypatch.setattr(camvid, "COLORS", {**camvid.COLORS, "Sky": building, "Building": sky})
-    assert classes_of(spec_of("camvid"), open_split(spec_of("camvid"), "train")[0])[0][0] == 1
-
-
-def test_a_few_unknown_colors_are_void_and_many_an_error():
-    """The published Seq05VD_f02610_L.png has 175 of them in 691,200."""
-    mask = np.full((720, 960, 3), 128, np.uint8)
-    mask[0, :175] = 26
-    values = camvid.read_color_mask(encode_png(mask), "a.png")
-    assert np.bincount(values.ravel()).tolist() == [691_200 - 175, *[0] * 10, 175]
-    mask[:10] = 26
-    with pytest.raises(InputError, match=r"a\.png: 9600 of 691200 pixels have a colour of none"):
-        camvid.read_color_mask(encode_png(mask), "a.png")
-
-
-def test_masks_are_never_taken_for_images(spec_of, raw):
-    """D37: the original's loader takes every folder below `test` for images, labels too."""
-    for folder in ("train", "test"):
-        write_image(raw / folder / "0001TP_008550.png")
-        write_mask(raw / f"{folder}annot" / "0001TP_008550.png", [[0, 3, 11]] * 2)
-    (record,) = open_split(spec_of("camvid"), "test")
-    assert record["image"] == (raw / "test" / "0001TP_008550.png").read_bytes()
-    assert decode_image(record["image"], "a").shape == (2, 3, 3)
-
-
-@pytest.mark.skipif(not REAL_CAMVID.exists(), reason="the real CamVid is not here")
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_the_rule_of_segnets_split_agrees_with_its_lists(split):
-    lines = (REAL_CAMVID / f"{split}.txt").read_text().splitlines()
-    assert len(lines) == dataset.SPLIT_SIZES["camvid"][split]
-    assert {camvid.split_of(Path(line.split()[0]).stem) for line in lines} == {split}
-
-
-# tfds
-
-
-class TinyMasks(tfds.core.GeneratorBasedBuilder):
-    """What a data set of TFDS may look like."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos = None
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "segmentation_mask": tfds.features.Image(shape=(None, None, 1)),
-            "file_name": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(4), "test": self._generate_examples(2)}
-
-    def _generate_examples(self, num_examples):
-        for i in range(num_examples):
-            image = encode_jpeg(np.full((2, 3, 3), 50 * i, np.uint8), 95)
-            mask = cv2.imencode(".png", np.full((2, 3), 1 + i % 3, np.uint8))[1].tobytes()
-            yield i, {"image": image, "segmentation_mask": mask, "file_name": f"{i}.jpg"}
-
-
-@pytest.fixture
-def tfds_spec(spec_of):
-    return lambda **changes: spec_of(
-        "tfds",
-        **{
-            "dataset": "tiny_masks",
-            "label_feature": "segmentation_mask",
-            "train_split": "train[:75%]",
-            "val_split": "test",
-            "class_names": ("pet", "background", "border"),
-            "ignore_values": (0, 255),
-            **changes,
-        },
-    )
-
-
-def test_a_data_set_of_tfds_by_its_name(tfds_spec):
-    spec = tfds_spec()
-    train, val = open_split(spec, "train"), open_split(spec, "val")
-    assert (names(train), len(val)) == (["000000", "000001", "000002"], 2)
-    found = sorted(classes_of(spec, record)[0][0] for record in val)
-    assert found == [0, 1]
-    assert decode_image(train[0]["image"], "a").shape == (2, 3, 3)
-    assert train[0]["image"].startswith(b"\xff\xd8")  # as it was, not decoded and encoded again
-
-
-def test_a_prepared_data_set_of_tfds_is_used_as_it_is(tfds_spec, raw):
-    tfds.builder("tiny_masks", data_dir=raw).download_and_prepare(file_format="array_record")
-    before = {path: path.stat().st_mtime_ns for path in raw.rglob("*") if path.is_file()}
-    assert len(open_split(tfds_spec(train_split="train"), "train")) == 4
-    assert {path: path.stat().st_mtime_ns for path in raw.rglob("*") if path.is_file()} == before
-
-
-def test_images_and_masks_of_tfds_are_checked_as_files_are(tfds_spec, monkeypatch):
-    def generate(self, num_examples):
-        for i, example in whole(self, num_examples):
-            if i == 0:
-                example["image"] = example["image"][:-30]
-            if i == 1:
-                example["segmentation_mask"] = encode_png(np.ones((1, 3), np.uint8))
-            yield i, example
-
-    whole = TinyMasks._generate_examples
-    monkeypatch.setattr(TinyMasks, "_generate_examples", generate)
-    splits = raw_splits(tfds_spec(train_split="train"))
-    found = [finding for check in splits["train"].checks for finding in check().findings]
-    assert sorted(finding.kind for finding in found) == ["size", "unreadable"]
-    with pytest.raises(InputError, match="4 problems") as error:
-        open_split(tfds_spec(train_split="train"), "train")
-    for finding in found:
-        assert finding.message in str(error.value)
-        assert finding.message.startswith("tiny_masks/1.0.0 train, example 00000")
-
-
-def test_a_changed_data_set_of_tfds_is_prepared_again(tfds_spec, raw, monkeypatch):
-    spec = tfds_spec(train_split="train")
-    before = open_split(spec, "train")[0]["image"]
-    assert open_split(spec, "train")[0]["image"] == before
-    folder = Path(spec.prepared_dir) / "from_tfds"
-    assert len(list(folder.glob("*/1.0.0"))) == 1
-
-    shutil.rmtree(raw)
-    monkeypatch.setattr("test_builders.encode_jpeg", lambda pixels, _: encode_png(pixels))
-    assert open_split(spec, "train")[0]["image"] != before
-    assert len(list(folder.glob("*/1.0.0"))) == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dataset": "no_such_data"}, r"data\.tfds\.dataset = 'no_such_data': .*not found"),
-        (
-            {"label_feature": "file_name"},
-            r"data\.tfds\.label_feature = 'file_name': .* pictures, image, segmentation_mask",
-        ),
-        ({"val_split": "valid"}, "tiny_masks/1.0.0 of TFDS, valid: Unknown split 'valid'"),
-        ({"class_names": ("pet",)}, r"test, example 00000\d, mask: unknown mask value\(s\)"),
-    ],
-)
-def test_what_tfds_does_not_have_is_said_with_the_setting(changes, message, tfds_spec):
-    with pytest.raises(InputError, match=message):
-        open_split(tfds_spec(**changes), "train")
-    prepared = Path(tfds_spec().prepared_dir)
-    assert {path.name for path in prepared.rglob("*") if path.is_file()} <= {".lock"}

@@ -9,7 +9,10 @@ ROOT = Path(__file__).parents[1]
 def test_every_fault_of_the_original_has_its_test():
     text = (ROOT / "docs" / "upstream.md").read_text()
     rows = re.findall(r"^\| D(\d+) \|.*\| (.*) \|$", text, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == [*range(1, 19), *range(34, 38)]
+    of_what_is_not_here = {20, 22, 25, 30, 32, 33}
+    assert [int(number) for number, _ in rows] == [
+        number for number in range(1, 38) if number not in of_what_is_not_here
+    ]
     for number, cell in rows:
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", cell)
         assert named, f"D{number} names no test"

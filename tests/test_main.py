@@ -7,8 +7,8 @@ from absl.testing import flagsaver
 from small import ROOT, SETTINGS, make_config
 
 import main
-from contrastseg_jax import config as config_lib
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.workdir import claim
 
 CONFIG = f"--config={ROOT / 'configs' / 'default.py'}:hrnet_tiny,memory"
 
@@ -59,7 +59,7 @@ def test_init_is_refused_in_the_folder_of_another_run(flags, tmp_path):
     config = main.load_config([*SETTINGS, "model.init_from=/other"])  # before there is a run
     assert config.model.init_from == "/other"
     run = make_config("model.init_from=/mine", "model.channel_order=BGR")
-    config_lib.claim(tmp_path, run)
+    claim(tmp_path, run)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     assert main.load_config([*SETTINGS, "model.init_from=/mine"]) == run
     with pytest.raises(InputError, match="model.init_from = '/other': the run has '/mine'"):

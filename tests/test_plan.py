@@ -13,6 +13,7 @@ import pytest
 from small import ROOT, make_config, start
 
 from contrastseg_jax import build, plan
+from contrastseg_jax.check import check
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.plan import plan_run
 from contrastseg_jax.plan_report import Compiled, Plan, report
@@ -181,9 +182,9 @@ def test_parameters_in_parts_are_gathered():
 
 def test_missing_weights_do_not_matter_to_a_plan():
     config = make_config(*BANK, "model.init_from=/nowhere")
-    build.check(config, mode="plan", num_devices=2)
+    check(config, mode="plan", num_devices=2)
     with pytest.raises(InputError, match="nowhere"):
-        build.check(config, mode="train")
+        check(config, mode="train")
 
 
 def test_what_does_not_fit_comes_with_the_settings_to_change(two_devices):

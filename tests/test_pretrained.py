@@ -13,10 +13,12 @@ from state_dicts import backbone_of, tiny
 
 from contrastseg_jax import build, pretrained
 from contrastseg_jax import config as config_lib
+from contrastseg_jax.check import check, weights_problems
 from contrastseg_jax.convert import convert
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.weights import flax_variables, merge
+from contrastseg_jax.workdir import refuse_differences
 
 
 def converted(folder, tensors):
@@ -136,16 +138,16 @@ def test_a_setting_that_overruled_the_weights_must_not_be_dropped(whole, tmp_pat
     config = make_config(f"model.init_from={whole}")
     said = config_lib.override(config, ["model.image_std=(1.0, 2.0, 3.0)"])
     run = build.follow_weights(said, None)
-    config_lib.refuse_differences(build.follow_weights(said, run), run, tmp_path)
+    refuse_differences(build.follow_weights(said, run), run, tmp_path)
     followed = build.follow_weights(config, run)
     with pytest.raises(InputError, match=r"model.image_std = \(57.*: the run has \(1.0, 2.0"):
-        config_lib.refuse_differences(followed, run, tmp_path)
+        refuse_differences(followed, run, tmp_path)
 
 
 def test_weights_must_be_on_a_disk():
     config = make_config("model.init_from=gs://bucket/x")
     with pytest.raises(InputError, match="model.init_from = 'gs://bucket/x': must be on a local"):
-        build.check(config, mode="eval")
+        check(config, mode="eval")
 
 
 def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
@@ -193,7 +195,7 @@ def test_damaged_arrays_are_refused_before_they_are_read(whole, tmp_path, damage
     message = f"variables: {path.relative_to(folder / 'variables')} is missing or not as converted"
     with pytest.raises(InputError, match=message):
         start(folder)
-    (problem,) = build.weights_problems(make_config(f"model.init_from={folder}"), None)
+    (problem,) = weights_problems(make_config(f"model.init_from={folder}"), None)
     assert re.search(message, problem)
 
 

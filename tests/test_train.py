@@ -16,27 +16,11 @@ from contrastseg_jax import distributed, processes
 from contrastseg_jax import evaluate as evaluate_module
 from contrastseg_jax import train as train_module
 from contrastseg_jax.structs import TrainState
-from contrastseg_jax.train import _require_finite, data_advice, is_due, take_steps
-
-
-def test_a_loss_that_is_not_finite_stops_the_run():
-    history = [{"loss": jnp.asarray(1.0)}, {"loss": jnp.asarray(np.inf)}]
-    with pytest.raises(FloatingPointError, match="last 2 steps before step 11"):
-        _require_finite(history, 10)
-    _require_finite(history[:1], 9)
+from contrastseg_jax.train import is_due, take_steps
 
 
 def test_is_due_every_period_and_at_the_end():
     assert [step for step in range(1, 8) if is_due(step, 3, 7)] == [3, 6, 7]
-
-
-def test_a_run_that_waits_for_data_is_told_what_to_raise():
-    config = make_config("data.num_workers=3", "data.cache_size=40")
-    assert data_advice(0.2, config) == ""
-    advice = data_advice(0.43, config)
-    assert "waits for data 43% of the time" in advice
-    for setting in ("num_threads (now 2)", "num_workers (now 3)", "cache_size (now 40)"):
-        assert f"data.{setting}" in advice
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,8 @@
 
 from pathlib import Path
 
-from contrastseg_jax.data.builders.base import (
-    DatasetSpec,
-    Found,
-    PairsBuilder,
-    find_splits,
-    match_files,
-    pairs_config,
-)
+from contrastseg_jax.data.builders.base import DatasetSpec, PairsBuilder, find_splits, pairs_config
+from contrastseg_jax.data.builders.pairs import Found, match_files
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
 from contrastseg_jax.structs import IGNORE_LABEL
 

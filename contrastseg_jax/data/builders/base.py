@@ -8,7 +8,6 @@ files) are turned into such.
 
 import dataclasses
 import hashlib
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
+from contrastseg_jax.data.builders.pairs import Found, Pair
 from contrastseg_jax.data.checks import (
     Checked,
     Finding,
@@ -26,7 +26,7 @@ from contrastseg_jax.data.checks import (
     check_files,
     in_parallel,
 )
-from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_mask, encode_png
+from contrastseg_jax.data.images import decode_mask, encode_png
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
@@ -74,23 +74,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """An image file and its mask file, as they should be: one of them may be missing."""
-
-    name: str
-    image: Path
-    mask: Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """The files of a split: clear pairs, and what is wrong with those that make none."""
-
-    pairs: list[Pair] = dataclasses.field(default_factory=list)
-    findings: list[Finding] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -191,73 +174,6 @@ def find_splits(
     return found
 
 
-def match_files(
-    images: Path,
-    masks: Path,
-    *,
-    image_endings: tuple[str, ...] = IMAGE_SUFFIXES,
-    mask_ending: str = ".png",
-) -> Found:
-    """Pairs of equal path without ending below the two folders, sorted by that path.
-
-    Links to folders are followed, hidden files and folders left out. What makes no pair is a
-    finding: folders that are absent or cannot be read, names that two images share or that are no
-    UTF-8, files of another suffix where one is missing.
-    """
-    findings: list[Finding] = []
-    of_images = _read_side("images", images, image_endings, findings)
-    of_masks = _read_side("masks", masks, (mask_ending,), findings)
-    names = of_images.files.keys() | of_masks.files.keys()
-    if findings:  # what is missing may lie in a folder that cannot be read
-        names = of_images.files.keys() & of_masks.files.keys()
-    for side, other in ((of_images, of_masks), (of_masks, of_images)):
-        if names and not findings and not side.folder.is_dir():
-            message = f"{side.folder}: no such folder, for the {side.what} of {other.folder}"
-            return Found(findings=[Finding("unpaired", str(side.folder), message)])
-    missing = image_endings[0] if len(image_endings) == 1 else ".*"
-    pairs = []
-    for name in sorted(names):
-        faults = _faults(name, of_images, of_masks)
-        if not faults:
-            image = of_images.files.get(name, [images / f"{name}{missing}"])[0]
-            mask = of_masks.files.get(name, [masks / f"{name}{mask_ending}"])[0]
-            pairs.append(Pair(name, image, mask))
-        findings += faults
-    return Found(pairs, findings)
-
-
-def list_files(
-    listing: Path,
-    images: Path,
-    masks: Path,
-    *,
-    image_ending: str,
-    mask_ending: str,
-    name_of: Callable[[str], str] = str,
-) -> Found:
-    """The pairs whose names a list has, in its order; `name_of` is the name in a line."""
-    lines, findings = read_lines(listing)
-    names = [name_of(line) for line in lines if line]
-    pairs = [
-        Pair(name, images / f"{name}{image_ending}", masks / f"{name}{mask_ending}")
-        for name in names
-    ]
-    return Found(pairs, findings)
-
-
-def read_lines(path: Path) -> tuple[list[str], list[Finding]]:
-    """The lines of a list of files, and why it cannot be read; neither if there is no such list."""
-    try:  # with or without the mark that some editors put first
-        return [line.strip() for line in path.read_text("utf-8-sig").splitlines()], []
-    except (FileNotFoundError, NotADirectoryError):
-        return [], []
-    except PermissionError:
-        return [], [_no_permission(path)]
-    except UnicodeDecodeError as error:
-        message = f"{path}: must be text in UTF-8, byte {error.start} is not"
-        return [], [Finding("encoding", str(path), message)]
-
-
 def check_splits(title: str, splits: Splits) -> None:
     """Reads every example of a data set to its end.
 
@@ -286,76 +202,3 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
     except OSError:  # which the checks name
         return location, 0, 0
     return location, status.st_size, status.st_mtime_ns
-
-
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """The images of a split, or its masks."""
-
-    what: str  # "images" or "masks"
-    folder: Path
-    endings: tuple[str, ...]
-    files: dict[str, list[Path]]  # by path below the folder without ending; more than one: unclear
-    others: dict[str, Path]  # of another suffix
-
-
-def _read_side(what: str, folder: Path, endings: tuple[str, ...], findings: list[Finding]) -> _Side:
-    """Sorts the files below a folder; appends to `findings`."""
-    side = _Side(what, folder, endings, {}, {})
-    for path in _walk(folder, findings):
-        below = path.relative_to(folder).as_posix()
-        ending = next((e for e in endings if below.lower().endswith(e.lower())), "")
-        if ending:
-            side.files.setdefault(below[: -len(ending)], []).append(path)
-        elif path.suffix:
-            stem = below.removesuffix(path.suffix)
-            base = endings[0][: endings[0].rindex(".")]  # "_L" of "_L.png"
-            if stem.endswith(base):
-                side.others.setdefault(stem.removesuffix(base), path)
-    return side
-
-
-def _walk(folder: Path, findings: list[Finding], above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files below a folder. Links are followed, but not back to a folder they lie in."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        names = sorted(os.listdir(folder))
-        os.stat(os.path.join(folder, "."))  # the names may be readable and the files not
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except PermissionError:
-        findings.append(_no_permission(folder))
-        return
-    for path in (folder / name for name in names if not name.startswith(".")):
-        if os.path.isdir(path):
-            yield from _walk(path, findings, (*above, real))
-        else:
-            yield path
-
-
-def _no_permission(path: Path) -> Finding:
-    """Names the folder on the way that may not be entered, or else the path itself."""
-    closed = next((p for p in reversed(path.parents) if not os.access(p, os.X_OK)), path)
-    message = f"{closed}: cannot be read (Permission denied)"
-    return Finding("permission", str(closed), message)
-
-
-def _faults(name: str, *sides: _Side) -> list[Finding]:
-    """Why the files of a name make no clear pair."""
-    if name.encode(errors="ignore").decode() != name:
-        files = [file for side in sides for file in side.files.get(name, [])]
-        shown = [os.fsencode(file).decode(errors="backslashreplace") for file in files]
-        return [Finding("encoding", file, f"{file}: the name must be UTF-8") for file in shown]
-    faults = []
-    for side in sides:
-        files = side.files.get(name, [])
-        for file in files[1:]:
-            message = f"{file}: same name without suffix as {files[0]}"
-            faults.append(Finding("layout", str(file), message))
-        if not files and name in side.others:
-            file = side.others[name]
-            message = f"{file}: is a {file.suffix}; {side.what} must be {', '.join(side.endings)}"
-            faults.append(Finding("suffix", str(file), message))
-    return faults

@@ -10,15 +10,11 @@ from jaxtyping import UInt8
 from contrastseg_jax.data.builders.base import (
     SPLITS,
     DatasetSpec,
-    Found,
-    Pair,
     PairsBuilder,
     find_splits,
-    list_files,
-    match_files,
     pairs_config,
-    read_lines,
 )
+from contrastseg_jax.data.builders.pairs import Found, Pair, list_files, match_files, read_lines
 from contrastseg_jax.data.checks import Finding
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
 from contrastseg_jax.data.labels import LabelMap

@@ -10,12 +10,11 @@ from pathlib import Path
 from contrastseg_jax.data.builders.base import (
     SPLITS,
     DatasetSpec,
-    Found,
     PairsBuilder,
     find_splits,
-    match_files,
     pairs_config,
 )
+from contrastseg_jax.data.builders.pairs import Found, match_files
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 

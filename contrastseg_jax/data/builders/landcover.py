@@ -6,12 +6,8 @@ Blue Marble images and MODIS land cover, both NASA, in blocks of 512x512 pixels 
 
 from pathlib import Path
 
-from contrastseg_jax.data.builders.base import (
-    DatasetSpec,
-    PairsBuilder,
-    match_files,
-    pairs_config,
-)
+from contrastseg_jax.data.builders.base import DatasetSpec, PairsBuilder, pairs_config
+from contrastseg_jax.data.builders.pairs import match_files
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 

@@ -12,14 +12,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.builders.base import (
-    DatasetSpec,
-    Found,
-    PairsBuilder,
-    find_splits,
-    list_files,
-    pairs_config,
-)
+from contrastseg_jax.data.builders.base import DatasetSpec, PairsBuilder, find_splits, pairs_config
+from contrastseg_jax.data.builders.pairs import Found, list_files
 from contrastseg_jax.data.images import decode_mask, decode_mat
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
 from contrastseg_jax.structs import IGNORE_LABEL

@@ -1,0 +1,83 @@
+"""What a run says of itself with each line of the log: how far, how fast, whether sound."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from contrastseg_jax import distributed
+from contrastseg_jax.config import Config
+from contrastseg_jax.logging import log, write_metrics
+from contrastseg_jax.optim import Schedule
+from contrastseg_jax.train_step import Metrics
+
+DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
+
+
+@dataclass
+class Interval:
+    """The steps since the last line of the log."""
+
+    began: float  # by the monotonic clock; later by the pauses that do not count
+    metrics: list[Metrics] = field(default_factory=list)
+    waited: float = 0.0  # seconds in which the devices had no work
+
+
+def log_interval(
+    config: Config,
+    workdir: Path,
+    board: SummaryWriter | None,
+    step: int,
+    interval: Interval,
+    schedule: Schedule,
+) -> float:
+    """A line of means over the interval, which ends after `step`; the share of it without work."""
+    seconds, size = time.monotonic() - interval.began, len(interval.metrics)
+    history = distributed.fetch(interval.metrics)
+    values = {key: float(np.mean([metrics[key] for metrics in history])) for key in history[0]}
+    values |= {
+        "learning_rate": float(schedule(step - 1)),
+        "images_per_second": size * config.train.batch_size / seconds,
+        "data_wait": interval.waited / seconds,
+    }
+    if board:
+        write_metrics(workdir, board, step, {f"train/{key}": v for key, v in values.items()})
+    log.info(_line(step, config.train.num_steps, values, size / seconds))
+    return values["data_wait"]
+
+
+def require_finite(history: Sequence[Metrics], step: int) -> None:
+    """Stop a run whose loss is lost; `history` ends with `step`."""
+    losses = [float(metrics["loss"]) for metrics in history]
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(
+            f"the loss of the last {len(history)} steps before step {step + 1} is not finite:"
+            f" {losses}; lower optim.learning_rate or look at the data"
+        )
+
+
+def data_advice(data_wait: float, config: Config) -> str:
+    """What to change in a run that spends the share `data_wait` of its time waiting for data."""
+    if data_wait <= DATA_BOUND:
+        return ""
+    data = config.data
+    return (
+        f"the run waits for data {data_wait:.0%} of the time; what may help, on {os.cpu_count()}"
+        f" CPU cores: more data.num_threads (now {data.num_threads}) or data.num_workers (now"
+        f" {data.num_workers}), or, where memory allows, data.cache_size (now {data.cache_size})"
+    )
+
+
+def _line(step: int, num_steps: int, values: dict[str, float], steps_per_second: float) -> str:
+    """One line of the log."""
+    left = int((num_steps - step) / steps_per_second)
+    losses = [f"{k} {values[k]:.4f}" for k in ("loss", "cross_entropy", "contrast") if k in values]
+    return (
+        f"step {step}/{num_steps}  {'  '.join(losses)}  lr {values['learning_rate']:.2e}"
+        f"  {values['images_per_second']:.1f} img/s  waiting for data {values['data_wait']:.0%}"
+        f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    )

@@ -1,0 +1,78 @@
+"""The folder of a run: the config that it has, and which others may go on in it. No JAX here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from contrastseg_jax.config import Config, from_json, leaves, override, to_json
+from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.files import write_atomically
+
+# Settings of the machine and of the watching, not of the experiment: a run may resume with others.
+OPERATIONAL = (
+    "data.root",
+    "data.prepared_dir",
+    "data.cache_size",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch",
+    "train.log_steps",
+    "train.eval_steps",
+    "train.checkpoint_steps",
+    "train.keep_checkpoints",
+    "eval.batch_size",
+    "eval.num_pictures",
+    "memory.sharding",
+    "parallel.fsdp",
+    "parallel.compilation_cache",
+)
+
+
+def read_config(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Config:
+    """The config of the run in a workdir; only OPERATIONAL settings can be overridden."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"--workdir={workdir}: has no config.json; train a run there first")
+    run = from_json(path.read_text(), default, str(path))
+    config = override(run, overrides)
+    refuse_differences(config, run, workdir)
+    return config
+
+
+def claim(workdir: Path, config: Config, *, write: bool = True) -> None:
+    """Make the workdir that of this config, unless it holds the run of another one.
+
+    `write`: as one process of a run does; the others look alone.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir}: is a file, not a folder")
+    run = find_run(workdir, config)
+    if run is not None:
+        refuse_differences(config, run, workdir)
+    if write:
+        write_atomically(workdir / "config.json", to_json(config))
+
+
+def find_run(workdir: Path, default: Config) -> Config | None:
+    """The config of the run that a workdir holds; `default` is the schema.
+
+    What counts as a run is a finished checkpoint: one that stopped before may be begun again with
+    other settings.
+    """
+    path = workdir / "config.json"
+    if not any(name.name.isdecimal() for name in (workdir / "checkpoints").glob("*")):
+        return None
+    if not path.exists():
+        raise InputError(f"--workdir={workdir}: has checkpoints but no config.json")
+    return from_json(path.read_text(), default, str(path))
+
+
+def refuse_differences(config: Config, run: Config, workdir: Path) -> None:
+    """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ."""
+    values = dict(leaves(run))
+    different = [
+        f"{path} = {value!r}: the run has {values[path]!r}"
+        for path, value in leaves(config)
+        if path not in OPERATIONAL and value != values[path]
+    ]
+    if different:
+        raise listed(f"--workdir={workdir}, which holds a run of another config", different)

@@ -1,0 +1,46 @@
+"""Audits of a folder's data set, and what preparing says of the same."""
+
+import json
+
+from small import make_config
+
+from contrastseg_jax import audit, build
+from contrastseg_jax.data.dataset import open_split
+from contrastseg_jax.errors import InputError
+
+NAMES = ("sky", "road", "tree")
+
+
+def settings(root, class_names=NAMES, ignore_values=(255,)):
+    return (
+        "data.name=folder",
+        f"data.root={root}",
+        f"data.class_names={class_names}",
+        f"data.ignore_values={ignore_values}",
+        f"data.prepared_dir={root.parent / 'prepared'}",
+    )
+
+
+def folder_spec(root):
+    return build.dataset_spec(make_config(*settings(root)))
+
+
+def run(root, *overrides, split=None, **changed):
+    """What `audit.json` has; the error, if any, must be the summary's."""
+    config = make_config(*settings(root, **changed), *overrides)
+    workdir = root.parent / "run"
+    try:
+        audit.audit_run(config, workdir, split)
+        failed = False
+    except InputError as error:
+        assert "training would go wrong" in str(error)
+        failed = True
+    results = json.loads((workdir / "audit" / "audit.json").read_text())
+    assert failed == (results["num_errors"] > 0)
+    assert not (root.parent / "prepared").exists()
+    assert [path.name for path in workdir.iterdir()] == ["audit"]
+    return results
+
+
+def prepare(root):
+    return open_split(folder_spec(root), "train")
