@@ -46,6 +46,7 @@ KINDS = {
     "unknown_value": ("masks with values that are no class", "correct the masks"),
     "unlabelled": ("splits without a labelled pixel", "see whether the ignored values are right"),
     "absent_class": ("classes that never occur", "nothing can be learnt of them, or scored"),
+    "turned": ("images that viewers turn", "see whether their masks fit the pixels as stored"),
     "duplicate": ("images in two splits", "delete one; scores on seen images are too good"),
 }
 

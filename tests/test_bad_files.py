@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from audited import NAMES, prepare, run
-from PIL import Image
+from PIL import ExifTags, Image
 from raw_data import noise, write, write_example
 
 from contrastseg_jax.data import images
@@ -162,6 +162,19 @@ def test_an_image_that_is_too_large_is_to_be_cut_not_exported_again(root, monkey
     assert "-> convert them as the message says" in capsys.readouterr().out
     with pytest.raises(InputError, match=re.escape(message)):
         prepare(root)
+
+
+@pytest.mark.parametrize("note", [b"", b"Exif\0\0damaged"], ids=["sound", "damaged"])
+def test_an_image_that_viewers_turn_is_a_warning_and_used_as_it_is_stored(root, note):
+    pixels, file, exif = noise(0), io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).save(file, "JPEG", exif=note or exif)
+    write(root / IMAGE, file.getvalue())
+    findings = run(root)["findings"]
+    expected = [] if note else [("turned", str(root / IMAGE), False)]
+    assert [(f["kind"], f["file"], f["is_error"]) for f in findings] == expected
+    (record, *_) = prepare(root)
+    assert images.decode_image(record["image"], "a").shape == pixels.shape
 
 
 def test_unknown_values_are_listed_and_the_remedy_mends_them(root):

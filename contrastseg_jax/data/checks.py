@@ -20,6 +20,7 @@ from contrastseg_jax.data.images import (
     decode_image,
     decode_mask,
     file_format,
+    is_turned,
 )
 from contrastseg_jax.data.labels import LabelMap, to_train_ids
 from contrastseg_jax.errors import InputError
@@ -110,7 +111,11 @@ def check_encoded(
     """
     findings, image, mask = [], None, None
     try:
-        image = decode_image(_readable(image_data, image_file), image_file)
+        content = _readable(image_data, image_file)
+        image = decode_image(content, image_file)
+        if is_turned(content, image_file):
+            message = f"{image_file}: EXIF data ask viewers to turn it; it is used as it is stored"
+            findings.append(Finding("turned", image_file, message, is_error=False))
     except FormatError as error:
         findings.append(Finding("image_format", image_file, str(error)))
     except InputError as error:

@@ -7,6 +7,7 @@ drawn on the pixels as stored.
 """
 
 import io
+import struct
 import sys
 import zlib
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 import cv2
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from scipy.io import loadmat
 
 from contrastseg_jax.errors import InputError
@@ -128,23 +129,6 @@ def decode_mat(data: bytes, name: str, variable: str, largest: int) -> UInt16[np
     return array.astype(np.uint16)
 
 
-def _colors(image: Image.Image) -> str:
-    """The colours of a mask that should have none, and what makes an index mask of it."""
-    red, green, blue = np.moveaxis(np.array(image.convert("RGB")).astype(np.int64), -1, 0)
-    codes, counts = np.unique(red << 16 | green << 8 | blue, return_counts=True)
-    common = np.argsort(-counts, kind="stable")[:COLORS_NAMED]
-    named = [
-        f"({codes[i] >> 16}, {codes[i] >> 8 & 255}, {codes[i] & 255}) {counts[i] / red.size:.1%}"
-        for i in common
-    ]
-    more = ", ..." if len(codes) > len(named) else ""
-    if np.array_equal(red, green) and np.array_equal(red, blue):
-        remedy = "all colours are grey, so save one channel of them alone"
-    else:
-        remedy = "write the class id of each colour into one channel"
-    return f"in {len(codes)} colours: {', '.join(named)}{more}; {remedy}"
-
-
 def check_checksums(data: bytes, name: str) -> None:
     """Holds each part of a PNG against its checksum, which Pillow does not do for the pixels.
 
@@ -182,6 +166,21 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     """
     with _opened(data, name) as image:
         return image.height, image.width
+
+
+def is_turned(data: bytes, name: str) -> bool:
+    """Whether a JPEG notes in EXIF that viewers are to turn or mirror it, which nothing here does.
+
+    Raises:
+        InputError: the header cannot be read.
+    """
+    with _opened(data, name) as image:
+        if image.format != "JPEG":
+            return False
+        try:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        except (OSError, SyntaxError, ValueError, struct.error):  # a damaged note says nothing
+            return False
 
 
 def encode_png(array: np.ndarray) -> bytes:
@@ -222,6 +221,23 @@ def _refuse_lost_values(data: bytes, name: str) -> None:
             f"{name}: has 16 bits per channel, but values in {_range(deep)} alone, which in 8 bits"
             " are black; save it with 8 bits per channel"
         )
+
+
+def _colors(image: Image.Image) -> str:
+    """The colours of a mask that should have none, and what makes an index mask of it."""
+    red, green, blue = np.moveaxis(np.array(image.convert("RGB")).astype(np.int64), -1, 0)
+    codes, counts = np.unique(red << 16 | green << 8 | blue, return_counts=True)
+    common = np.argsort(-counts, kind="stable")[:COLORS_NAMED]
+    named = [
+        f"({codes[i] >> 16}, {codes[i] >> 8 & 255}, {codes[i] & 255}) {counts[i] / red.size:.1%}"
+        for i in common
+    ]
+    more = ", ..." if len(codes) > len(named) else ""
+    if np.array_equal(red, green) and np.array_equal(red, blue):
+        remedy = "all colours are grey, so save one channel of them alone"
+    else:
+        remedy = "write the class id of each colour into one channel"
+    return f"in {len(codes)} colours: {', '.join(named)}{more}; {remedy}"
 
 
 def _range(array: np.ndarray) -> str:
