@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 from small import ROOT, SETTINGS, make_config
@@ -91,7 +92,7 @@ def losses(workdir):
     }
 
 
-def final_bank(workdir):
+def final_state(workdir):
     """Read here, on other devices than those that wrote it."""
     config = make_config(*RUN)
     state = build.abstract_state(
@@ -99,7 +100,7 @@ def final_bank(workdir):
     )
     everywhere = distributed.replicated(distributed.make_mesh())
     with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
-        return checkpoint.restore(manager, 12, state, everywhere).memory
+        return checkpoint.restore(manager, 12, state, everywhere)
 
 
 def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
@@ -150,7 +151,7 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
     assert got.keys() == expected.keys() and got_scores.keys() == scores.keys()
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-4)
     np.testing.assert_allclose(list(got_scores.values()), list(scores.values()), atol=5e-3)
-    expected, got = (final_bank(folder) for folder in (whole, workdir))
+    expected, got = (final_state(folder).memory for folder in (whole, workdir))
     for counter in ("pixel_head", "pixel_count", "segment_head", "segment_count"):
         np.testing.assert_array_equal(getattr(got, counter), getattr(expected, counter))
     np.testing.assert_allclose(got.pixel, expected.pixel, atol=1e-3)
@@ -162,6 +163,25 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
     statuses, messages = ended(start(evaluate, num_processes=2))
     assert statuses == [0, 0], messages
     assert json.loads((evaluation / "metrics.json").read_text())["confusion"] == before["confusion"]
+
+
+def test_a_run_of_which_a_process_was_killed_ends_bit_for_bit_as_if_it_was_not(
+    prepared_dir, tmp_path, start
+):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    statuses, messages = ended(start(command(prepared_dir, whole, *TRAIN, settings=RUN), 2))
+    assert statuses == [0, 0], messages
+    arguments = command(prepared_dir, killed, *TRAIN, settings=RUN)
+    group = start(arguments, num_processes=2)
+    wait_for_step(killed, 5, group)
+    group[0].kill()
+    statuses, messages = ended(group, timeout=AFTER_A_KILL)
+    assert all(statuses), messages
+    statuses, messages = ended(start(arguments, num_processes=2))
+    assert statuses == [0, 0], messages
+    assert "going on after step" in messages[0]
+    assert losses(killed) == losses(whole)
+    jax.tree.map(np.testing.assert_array_equal, final_state(killed), final_state(whole))
 
 
 @pytest.mark.parametrize(
