@@ -23,7 +23,6 @@ from contrastseg_jax.errors import InputError
 from contrastseg_jax.workdir import find_run, read_config, refuse_differences
 
 SETTING = "--config."
-SCHEMA = Path(__file__).parent / "configs" / "default.py"
 
 START = ("coordinator", "num_processes", "process_id", "start_timeout")
 # The flags of each mode: those it needs, and others that it reads.
@@ -41,7 +40,7 @@ OPTIONAL = {
     "predict": ("config", "checkpoint"),
     "audit": ("config", "split"),
     "plan": ("output", "topology", "quick", "time_limit"),
-    "convert": (),
+    "convert": ("checkpoint",),
 }
 
 FLAGS = flags.FLAGS
@@ -51,13 +50,16 @@ flags.DEFINE_enum("mode", "train", list(NEEDED), "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
-    "eval, predict: latest, best, a step, or init: the weights of model.init_from as they are.",
+    "eval, predict, convert: latest, best or a step; eval, predict: or init, the weights of"
+    " model.init_from as they are.",
 )
 flags.DEFINE_string(
     "split", None, "eval: the split of the data set, val by default; audit: it alone, not all."
 )
 flags.DEFINE_string(
-    "input", None, "predict: image or folder of images; convert: .pth, .safetensors."
+    "input",
+    None,
+    "predict: image or folder of images; convert: .pth, .safetensors, folder of a run.",
 )
 flags.DEFINE_string("output", None, "predict, convert: folder for the results; plan: JSON file.")
 flags.DEFINE_string(
@@ -80,11 +82,7 @@ def main(argv: list[str], settings: list[str]) -> None:
             raise InputError(f"{' '.join(argv[1:])}: not understood; write --NAME=VALUE")
         require_flags(settings)
         if FLAGS.mode == "convert":
-            from contrastseg_jax.convert import convert
-            from contrastseg_jax.logging import start_logging
-
-            start_logging()
-            convert(path_of("input"), path_of("output"))
+            convert_weights(path_of("input"), path_of("output"))
         elif FLAGS.mode == "plan":
             plan(load_config(settings))
         else:
@@ -137,15 +135,15 @@ def path_of(name: str) -> Path:
 
 def load_config(settings: list[str]) -> Config:
     """The config of the command line, or that of the run in the workdir."""
-    workdir, schema = path_of("workdir"), config_lib.load(str(SCHEMA))
+    workdir = path_of("workdir")
     if not FLAGS.config:
         if FLAGS.mode == "train":
             raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
-        return read_config(workdir, schema, settings)
+        return read_config(workdir, settings)
     config = config_lib.load(FLAGS.config, settings)
     if FLAGS.mode in ("eval", "predict"):
         of_init = FLAGS.checkpoint == "init"  # for which there need not be a run
-        run = (find_run if of_init else read_config)(workdir, schema)
+        run = find_run(workdir) if of_init else read_config(workdir)
         if run is not None:
             config = config_lib.filled_in(config, run)
             refuse_differences(config, run, workdir)
@@ -174,11 +172,10 @@ def run(config: Config, workdir: Path) -> None:
     from contrastseg_jax.build import follow_weights
     from contrastseg_jax.check import check
 
-    begun = find_run(workdir, config) if FLAGS.mode == "train" else config
-    if FLAGS.checkpoint == "init":
-        begun = None
-    check(config, mode=FLAGS.mode, run=begun)
-    if FLAGS.checkpoint == "init":
+    of_init = FLAGS.checkpoint == "init"
+    begins = FLAGS.mode == "train" and find_run(workdir) is None
+    check(config, mode=FLAGS.mode, reads_weights=of_init or begins)
+    if of_init:
         if not config.model.init_from:
             raise InputError("--checkpoint=init: needs --config.model.init_from=FOLDER")
         config = follow_weights(config, None)
@@ -198,6 +195,23 @@ def run(config: Config, workdir: Path) -> None:
         from contrastseg_jax.audit import audit_run
 
         audit_run(config, workdir, FLAGS.split)
+
+
+def convert_weights(source: Path, output: Path) -> None:
+    """Converts a file, or a checkpoint of the run in a folder."""
+    run = None
+    if (source / "config.json").is_file():
+        run = read_config(source)
+    elif FLAGS["checkpoint"].present:
+        raise InputError(f"--checkpoint={FLAGS.checkpoint}: --input={source} is no folder of a run")
+    from contrastseg_jax.convert import convert, convert_run
+    from contrastseg_jax.logging import start_logging
+
+    start_logging()
+    if run is None:
+        convert(source, output)
+    else:
+        convert_run(run, source, FLAGS.checkpoint, output)
 
 
 def plan(config: Config) -> None:

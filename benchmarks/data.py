@@ -94,7 +94,7 @@ def make_batches(
     records: list[Record], crop_size: tuple[int, int], *, num_threads: int, num_workers: int = 0
 ) -> pipeline.Batches:
     """The loader of a run, with the settings of configs/default.py."""
-    config = config_lib.load(str(Path(__file__).parents[1] / "configs" / "default.py"))
+    config = config_lib.schema()
     return pipeline.train_batches(
         records,
         label_map=LABEL_MAP,

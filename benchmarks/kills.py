@@ -23,7 +23,6 @@ import numpy as np
 from absl import app, flags
 
 from contrastseg_jax import build, checkpoint, distributed
-from contrastseg_jax import config as config_lib
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.workdir import read_config
 
@@ -151,7 +150,7 @@ def checkpoints(workdir: Path) -> list[int]:
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, by its path."""
-    config = read_config(workdir, config_lib.load(str(ROOT / "configs" / "default.py")))
+    config = read_config(workdir)
     model = build.build_model(config, len(label_map(build.dataset_spec(config)).names))
     state = build.abstract_state(config, model, build.build_optimizer(config)[0])
     everywhere = distributed.replicated(distributed.make_mesh())

@@ -24,7 +24,6 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -42,7 +41,6 @@ from contrastseg_jax.resize import resize_bilinear
 from contrastseg_jax.structs import Batch
 from contrastseg_jax.train_step import compile_step
 
-DEFAULT = Path(__file__).parents[1] / "configs" / "default.py"
 CLASSES, PROJ_DIM = 19, 256
 TIMED = (
     *("hrnet_tiny", "hrnet_w18_small", "hrnet_w18", "hrnet_w48", "hrnet_w48_ocr"),
@@ -178,7 +176,7 @@ def rematted(names: Sequence[str], size: tuple[int, int]) -> None:
 def make_config(name: str, size: tuple[int, int], *overrides: str) -> Config:
     """A user's config with contrast in the batch, past its warm-up."""
     own = ("train.batch_size=2", f"augment.crop_size={size}", "contrast.warmup_steps=0")
-    return config_lib.load(f"{DEFAULT}:{name},contrast", (*own, *overrides))
+    return config_lib.load(f"{config_lib.SCHEMA}:{name},contrast", (*own, *overrides))
 
 
 def forward_programs(config: Config) -> tuple[Program, Program]:

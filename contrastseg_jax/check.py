@@ -1,4 +1,4 @@
-"""Whether settings fit each other, the network, the data set and the machine: before all else."""
+"""Whether settings fit each other, network, data set and machine: before anything is written."""
 
 from pathlib import Path
 
@@ -20,13 +20,14 @@ def check(
     config: Config,
     *,
     mode: str,
-    run: Config | None = None,
+    reads_weights: bool = False,
     num_devices: int | None = None,
 ) -> None:
     """Raise one error for all settings that do not fit each other, this package or the machine.
 
-    `run`: the config of the run that goes on or is read, if there is one. `num_devices`: those to
-    train on, of a plan, which itself says what does not fit them; else this machine's.
+    `reads_weights`: whether those of `model.init_from`, if it names any, are to be started from.
+    `num_devices`: those to train on, of a plan, which itself says what does not fit them; else this
+    machine's.
     """
     trains = mode in ("train", "plan")
     if num_devices is None:
@@ -36,10 +37,10 @@ def check(
         choices={"model.name": model_names(), "data.name": dataset_names()},
         num_devices=num_devices,
     )
-    if mode == "plan":  # reads neither data nor weights
+    if mode == "plan":  # reads no data
         problems = [problem for problem in problems if not problem.startswith("data.root")]
     if config.model.name in model_names():
-        problems += [] if mode == "plan" else weights_problems(config, run)
+        problems += weights_problems(config) if reads_weights else []
         stages = stage_names(config.model.name)
         problems += [
             f"model.remat names {stage!r}: must be stages of {config.model.name}: "
@@ -66,10 +67,10 @@ def check(
         raise listed("the config", problems)
 
 
-def weights_problems(config: Config, run: Config | None) -> list[str]:
-    """What keeps training from starting with `model.init_from`; a run that goes on has started."""
+def weights_problems(config: Config) -> list[str]:
+    """What keeps a network from starting with `model.init_from`."""
     net = config.model
-    if not net.init_from or (run is not None and run.model.init_from == net.init_from):
+    if not net.init_from:
         return []
     if "://" in net.init_from:
         return [f"model.init_from = {net.init_from!r}: must be on a local or mounted disk"]

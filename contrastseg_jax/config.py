@@ -1,4 +1,4 @@
-"""Loading, storing and checking configs. No JAX here: problems show before it starts."""
+"""Loading and overriding configs, and the rules that settings must obey. No JAX here."""
 
 import ast
 import difflib
@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from contrastseg_jax.errors import InputError, listed
 
 Config = Any  # a ConfigDict, whose settings have no types that a checker could see
+
+SCHEMA = Path(__file__).parents[1] / "configs" / "default.py"
 
 # Settings that are those of the weights a run starts from, where a config does not say.
 LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
@@ -42,6 +44,11 @@ def load(path_and_spec: str, overrides: Sequence[str] = ()) -> Config:
         where = f"{path}, line {lines[-1]}" if lines else path
         raise InputError(f"--config={path_and_spec}: {message} ({where})") from error
     return override(config, overrides)
+
+
+def schema() -> Config:
+    """Every setting with its default."""
+    return load(str(SCHEMA))
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -100,11 +107,12 @@ def to_json(config: Config) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(text: str, default: Config, source: str) -> Config:
+def from_json(text: str, source: str) -> Config:
     """A config read back; `source` is the file that errors name.
 
-    `default` is the schema. A setting that came after the file was written has its default.
+    A setting that came after the file was written has its default.
     """
+    default = schema()
     try:
         stored = dict(leaves(ConfigDict(json.loads(text))))
     except (ValueError, TypeError) as error:

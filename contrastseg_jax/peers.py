@@ -84,7 +84,7 @@ def own_output(
 
 
 def _timm_backbone(network: str) -> Any:
-    """The backbone in timm, which gives a list of maps; torchvision's ResNet-18 has no dilation."""
+    """The backbone in timm, as a list of maps; torchvision's ResNet-18 cannot be dilated."""
     timm = _imported("timm")
     if timm is None:
         return None

@@ -5,6 +5,7 @@ variables/     `params` and `batch_stats`, as Orbax stores them
 report.txt     every array with its shape, mean and standard deviation
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -34,8 +35,8 @@ class Weights:
     num_classes: int  # 0: no head
     proj_dim: int  # 0: no projection head
     image_format: ImageFormat
-    source: str  # name of the file that they come from
-    sha256: str  # of that file
+    source: str  # name of the file, or of the run, that they come from
+    sha256: str  # of that file; empty: they come from a run
 
 
 def save(folder: Path, weights: Weights, variables: Variables, report: str) -> None:
@@ -48,6 +49,7 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
     # One that is there may be a mount point, or have nothing writable around it: it is filled.
     is_there = target.exists()
     partial = (target if is_there else target.parent) / f".{target.name}.{os.getpid()}.partial"
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         _require_room(partial, variables)
@@ -66,6 +68,9 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
         raise InputError(f"--output={folder}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # it holds the folder
+                parent.rmdir()
 
 
 def read(folder: Path, network: str) -> Weights:
@@ -77,10 +82,8 @@ def read(folder: Path, network: str) -> Weights:
     path = folder / "weights.json"
     if not path.is_file():
         reason = f"{path} does not exist"
-        if folder.is_file():
+        if folder.is_file() or (folder / "checkpoints").is_dir():
             reason = f"python main.py --mode=convert --input={folder} --output=FOLDER makes one"
-        elif (folder / "checkpoints").is_dir():
-            reason = "this is the folder of a run"
         raise InputError(
             f"model.init_from = '{folder}': must be a folder that --mode=convert has written;"
             f" {reason}"
@@ -148,16 +151,17 @@ def start_from(folder: Path, network: str, fresh: Variables, *, whole: bool) -> 
         given: Any = checkpointer.restore(folder.absolute() / "variables")
     parts = None if network in weights.networks else ("backbone",)
     variables, kept = weights_lib.merge(given, fresh, parts=parts, source=str(folder))
-    missing = [f"{name} ({reason})" for name, reason in kept.items()]
+    fresh_parts = {name: f"{name} ({reason})" for name, reason in kept.items()}
     for_training = ("proj_head",) if NETWORKS[network].aux_guides else ("proj_head", "aux_head")
-    if whole and any(name.split("/")[0] not in for_training for name in kept):
+    needed = [text for name, text in fresh_parts.items() if name.split("/")[0] not in for_training]
+    if whole and needed:
         raise InputError(
-            f"--checkpoint=init: model.init_from = '{folder}' does not hold all of {network} as it"
-            f" is configured, but not {', '.join(missing)}"
+            f"--checkpoint=init: model.init_from = '{folder}' lacks what the logits of {network},"
+            f" as it is configured, depend on: {', '.join(needed)}"
         )
     log.info(f"starting from {weights.source} ({folder})")
-    if missing:
-        log.info(f"starting anew: {', '.join(missing)}")
+    if fresh_parts:
+        log.info(f"starting anew: {', '.join(fresh_parts.values())}")
     unread = sorted(given["params"].keys() - variables["params"].keys())
     if unread:
         log.info(f"left out: {', '.join(unread)}")

@@ -67,7 +67,7 @@ def train(config: Config, workdir: Path) -> None:
     log.info(f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate")
     log.info(label_table(label_map(spec)))
     with contextlib.ExitStack() as held:
-        run = processes.together(lambda: find_run(workdir, config))  # all look before one writes
+        run = processes.together(lambda: find_run(workdir))  # all look before one writes
         begun = processes.together(lambda: _begin(config, workdir, run, held))
         processes.require_shared(workdir)
         _train_on(*begun, workdir, source, val_source)

@@ -44,7 +44,8 @@ def read_tensors(path: Path) -> Tensors:
             objects that only running its code could make.
     """
     if not path.is_file():
-        raise InputError(f"--input={path}: {'is a folder' if path.is_dir() else 'no such file'}")
+        reason = "is a folder, and not of a run" if path.is_dir() else "no such file"
+        raise InputError(f"--input={path}: {reason}")
     if _is_safetensors(path):
         tensors = _read_safetensors(path)
     else:

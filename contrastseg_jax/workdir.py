@@ -27,12 +27,12 @@ OPERATIONAL = (
 )
 
 
-def read_config(workdir: Path, default: Config, overrides: Sequence[str] = ()) -> Config:
+def read_config(workdir: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of the run in a workdir; only OPERATIONAL settings can be overridden."""
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"--workdir={workdir}: has no config.json; train a run there first")
-    run = from_json(path.read_text(), default, str(path))
+    run = from_json(path.read_text(), str(path))
     config = override(run, overrides)
     refuse_differences(config, run, workdir)
     return config
@@ -45,15 +45,15 @@ def claim(workdir: Path, config: Config, *, write: bool = True) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir={workdir}: is a file, not a folder")
-    run = find_run(workdir, config)
+    run = find_run(workdir)
     if run is not None:
         refuse_differences(config, run, workdir)
     if write:
         write_atomically(workdir / "config.json", to_json(config))
 
 
-def find_run(workdir: Path, default: Config) -> Config | None:
-    """The config of the run that a workdir holds; `default` is the schema.
+def find_run(workdir: Path) -> Config | None:
+    """The config of the run that a workdir holds, if it holds one.
 
     What counts as a run is a finished checkpoint: one that stopped before may be begun again with
     other settings.
@@ -63,7 +63,7 @@ def find_run(workdir: Path, default: Config) -> Config | None:
         return None
     if not path.exists():
         raise InputError(f"--workdir={workdir}: has checkpoints but no config.json")
-    return from_json(path.read_text(), default, str(path))
+    return from_json(path.read_text(), str(path))
 
 
 def refuse_differences(config: Config, run: Config, workdir: Path) -> None:

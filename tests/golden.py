@@ -1,46 +1,30 @@
-"""What the original computes, as far as it is stored beside this project; tests skip without it."""
+"""What the networks of the original compute with the weights of `recipe.py`."""
 
-import importlib.util
+import gzip
 import json
 from pathlib import Path
 
 import numpy as np
-import pytest
+from recipe import recipe_array
 
-GOLDEN = Path(__file__).parents[2] / "shared/reference/golden"
-
-
-def needs_golden():
-    """Skip the test where the stored figures are not."""
-    if not GOLDEN.exists():
-        pytest.skip(f"{GOLDEN} is not here")
+DATA = Path(__file__).parent / "data" / "networks"
 
 
-def keys(name):
-    """The original's state dict: dtype and shape by key."""
-    needs_golden()
-    return json.loads((GOLDEN / f"models/{name}.keys.json").read_text())["state"]
+def shapes(name):
+    """The shape of each tensor in the original's state dict of a network."""
+    stored = json.loads(gzip.decompress((DATA / "state_dicts.json.gz").read_bytes()))
+    return {key: tuple(shape) for key, shape in stored[name].items()}
+
+
+def tensors(name):
+    """That state dict, with the recipe's weights."""
+    return {key: recipe_array(key, shape) for key, shape in shapes(name).items()}
 
 
 def outputs(name):
-    """Stored outputs of the recipe's weights, in PyTorch's layout."""
-    needs_golden()
-    with np.load(GOLDEN / f"models/{name}.npz") as arrays:
+    """What was stored of a network's outputs and gradients, in PyTorch's layout."""
+    with np.load(DATA / f"{name}.npz") as arrays:
         return dict(arrays)
-
-
-def recipe_array(name, shape, dtype="float32"):
-    """The recipe's weights: a function of the name and shape of a tensor."""
-    needs_golden()
-    spec = importlib.util.spec_from_file_location("recipe", GOLDEN / "recipe.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe.recipe_array(name, shape, dtype)
-
-
-def recipe_tensors(name):
-    """A whole state dict of the recipe's weights."""
-    return {key: recipe_array(key, shape, dtype) for key, (dtype, shape) in keys(name).items()}
 
 
 def image():

@@ -6,6 +6,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from contrastseg_jax.models import segmenter
+from contrastseg_jax.models.weights import flax_variables, misfits
 
 ORIGINAL_FCN = {  # modules here and in the original's HRNet
     "cls_head/conv1": "cls_head.0",
@@ -66,3 +67,9 @@ def backbone_of(name):
     """The state dict of a backbone on its own."""
     tensors = spelt_out(name, bare_name, values=drawn)
     return {key: array for key, array in tensors.items() if "_head" not in key}
+
+
+def filled(tensors, expected):
+    """The variables that a state dict is, which fill `expected`: every leaf and nothing else."""
+    assert misfits(tensors, expected) == []
+    return flax_variables(tensors)

@@ -164,17 +164,34 @@ def test_an_image_that_is_too_large_is_to_be_cut_not_exported_again(root, monkey
         prepare(root)
 
 
-@pytest.mark.parametrize("note", [b"", b"Exif\0\0damaged"], ids=["sound", "damaged"])
-def test_an_image_that_viewers_turn_is_a_warning_and_used_as_it_is_stored(root, note):
-    pixels, file, exif = noise(0), io.BytesIO(), Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    Image.fromarray(pixels).save(file, "JPEG", exif=note or exif)
+def exif(orientation):
+    note = Image.Exif()
+    note[ExifTags.Base.Orientation] = orientation
+    return note
+
+
+@pytest.mark.parametrize(
+    ("kind", "note", "is_turned"),
+    [
+        ("JPEG", exif(6), True),
+        ("MPO", exif(3), True),
+        ("JPEG", exif(1), False),
+        ("JPEG", exif(0), False),  # not set
+        ("JPEG", b"Exif\0\0damaged", False),
+    ],
+)
+def test_an_image_that_viewers_turn_is_a_warning_and_used_as_it_is_stored(
+    root, kind, note, is_turned
+):
+    pixels, file = Image.fromarray(noise(0)), io.BytesIO()
+    more = {"save_all": True, "append_images": [pixels]} if kind == "MPO" else {}
+    pixels.save(file, kind, exif=note, **more)
     write(root / IMAGE, file.getvalue())
     findings = run(root)["findings"]
-    expected = [] if note else [("turned", str(root / IMAGE), False)]
+    expected = [("turned", str(root / IMAGE), False)] if is_turned else []
     assert [(f["kind"], f["file"], f["is_error"]) for f in findings] == expected
     (record, *_) = prepare(root)
-    assert images.decode_image(record["image"], "a").shape == pixels.shape
+    assert images.decode_image(record["image"], "a").shape == (6, 8, 3)
 
 
 def test_unknown_values_are_listed_and_the_remedy_mends_them(root):

@@ -16,6 +16,10 @@ def test_class_weights_must_fit_the_classes():
     assert "contrast.temperature = -1.0" in str(error.value)  # all in one error
 
 
+def test_stages_and_types_that_there_are_pass():
+    check(make_config("model.dtype=bfloat16", "model.remat=('layer1', 'stage4')"), mode="train")
+
+
 def test_stages_that_the_network_does_not_have_are_listed():
     config = make_config("model.remat=('stage4', 'layer4', 5)", "model.dtype=float16")
     with pytest.raises(InputError) as error:

@@ -194,7 +194,7 @@ def test_folders_are_the_same_by_whatever_path(tmp_path, monkeypatch):
     assert load("data.root=~/w").data.root == str(tmp_path / "w")
     assert load("data.root=w").data.root == "w"
     assert load().model.init_from == load().data.root == ""
-    stored = config_lib.from_json('{"model": {"init_from": "w"}}', load(), "config.json")
+    stored = config_lib.from_json('{"model": {"init_from": "w"}}', "config.json")
     assert stored.model.init_from == str(tmp_path / "w")
 
 

@@ -1,6 +1,7 @@
 """Conversion: what is written, what is said of it, and nothing at all where something is wrong."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,13 @@ import pytest
 from safetensors.numpy import save_file
 from state_dicts import backbone_of, tiny
 
-from contrastseg_jax import pretrained
-from contrastseg_jax.convert import convert
+from contrastseg_jax import build, peers, pretrained
+from contrastseg_jax import config as config_lib
+from contrastseg_jax.convert import convert, convert_run
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.evaluate import load_run
 from contrastseg_jax.models.weights import flax_variables
+from contrastseg_jax.structs import IMAGENET
 
 
 def source_of(folder, tensors):
@@ -127,6 +131,31 @@ def test_what_is_in_the_output_is_not_overwritten(tmp_path):
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("factor", "verdict"),
+    [(1.0, r"\d$"), (1.01, ", which is more than rounding$")],
+)
+def test_the_report_judges_the_difference_to_a_peer(tmp_path, monkeypatch, factor, verdict):
+    def peer_output(networks, tensors, pixels):
+        variables = flax_variables(tensors)
+        return factor * peers.own_output(networks[0], 0, variables, pixels)
+
+    monkeypatch.setattr(peers, "peer_output", peer_output)
+    convert(source_of(tmp_path, backbone_of("hrnet_tiny")), tmp_path / "out")
+    (line,) = re.findall("compared .*", (tmp_path / "out" / "report.txt").read_text())
+    assert re.search(verdict, line)
+
+
+def test_a_peer_of_another_version_stops_no_conversion(tmp_path, monkeypatch):
+    def peer_output(*_):
+        raise RuntimeError("Missing key(s) in state_dict: x\nand more")
+
+    monkeypatch.setattr(peers, "peer_output", peer_output)
+    convert(source_of(tmp_path, tiny()), tmp_path / "out")
+    report = (tmp_path / "out" / "report.txt").read_text()
+    assert report.endswith("compared: no, Missing key(s) in state_dict: x\n")
+
+
 def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
     source = source_of(tmp_path, tiny())
 
@@ -135,7 +164,7 @@ def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
     with pytest.raises(InputError, match=r"--output=.*out: cannot be written \(no space left\)"):
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "new" / "newer" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -168,3 +197,22 @@ def test_an_empty_folder_is_filled_not_replaced(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "here").iterdir()} == written
     with pytest.raises(InputError, match=r"--output=\S+sub: cannot be written \(Not a directory\)"):
         convert(source, source / "sub")
+
+
+def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, capsys):
+    config, workdir = trained
+    convert_run(config, workdir, "4", tmp_path / "out")
+    assert "run, step 4: hrnet_tiny with 3 classes and a projection head of 16" in (
+        capsys.readouterr().out
+    )
+    config = config_lib.override(config, [f"model.init_from={tmp_path / 'out'}"])
+    model = build.build_model(config, 3)
+    _, expected, *_ = load_run(config, workdir, "4")
+    started = build.initial_variables(config, model, whole=True)
+    jax.tree.map(np.testing.assert_array_equal, started, jax.device_get(expected))
+    assert pretrained.read(tmp_path / "out", "hrnet_tiny").image_format == IMAGENET
+    with pytest.raises(InputError, match="init: what is converted of a run is latest, best or a"):
+        convert_run(config, workdir, "init", tmp_path / "other")
+    with pytest.raises(InputError, match="--checkpoint=5: must be latest, best"):
+        convert_run(config, workdir, "5", tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -53,6 +53,15 @@ def test_the_home_folder_is_spelt_out(flags, tmp_path, monkeypatch):
     assert main.path_of("workdir") == Path()
 
 
+def test_a_checkpoint_is_converted_of_a_run_alone(flags, tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"x")
+    flags(["main.py", "--mode=convert", "--output=w", "--input=x", "--checkpoint=best"])
+    main.require_flags([])
+    for source in (tmp_path / "x.pth", tmp_path):
+        with pytest.raises(InputError, match=f"best: --input={source} is no folder of a run"):
+            main.convert_weights(source, tmp_path / "w")
+
+
 def test_init_is_refused_in_the_folder_of_another_run(flags, tmp_path):
     """Its scores would stand among those of the run."""
     flags(["main.py", "--mode=eval", "--checkpoint=init", f"--workdir={tmp_path}", CONFIG])

@@ -184,7 +184,7 @@ def test_missing_weights_do_not_matter_to_a_plan():
     config = make_config(*BANK, "model.init_from=/nowhere")
     check(config, mode="plan", num_devices=2)
     with pytest.raises(InputError, match="nowhere"):
-        check(config, mode="train")
+        check(config, mode="train", reads_weights=True)
 
 
 def test_what_does_not_fit_comes_with_the_settings_to_change(two_devices):

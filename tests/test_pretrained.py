@@ -147,7 +147,7 @@ def test_a_setting_that_overruled_the_weights_must_not_be_dropped(whole, tmp_pat
 def test_weights_must_be_on_a_disk():
     config = make_config("model.init_from=gs://bucket/x")
     with pytest.raises(InputError, match="model.init_from = 'gs://bucket/x': must be on a local"):
-        check(config, mode="eval")
+        check(config, mode="eval", reads_weights=True)
 
 
 def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
@@ -195,7 +195,7 @@ def test_damaged_arrays_are_refused_before_they_are_read(whole, tmp_path, damage
     message = f"variables: {path.relative_to(folder / 'variables')} is missing or not as converted"
     with pytest.raises(InputError, match=message):
         start(folder)
-    (problem,) = weights_problems(make_config(f"model.init_from={folder}"), None)
+    (problem,) = weights_problems(make_config(f"model.init_from={folder}"))
     assert re.search(message, problem)
 
 
@@ -207,12 +207,21 @@ def test_layers_of_another_width_that_are_not_the_last_are_refused(whole):
         merge(given, fresh, parts=None, source="folder")
 
 
+def test_arrays_without_a_place_in_a_part_that_is_there_are_refused():
+    fresh = flax_variables(tiny())
+    given = flax_variables(tiny(proj_dim=16))  # a whole part more is left out, which the log says
+    given["params"]["backbone"]["layer1_1"] = {"conv1": {"kernel": np.zeros((1, 1, 2, 3))}}
+    with pytest.raises(InputError, match="layer1_1/conv1/kernel: has no place in") as error:
+        merge(given, fresh, parts=None, source="folder")
+    assert "1 problem in folder" in str(error.value)
+
+
 def test_what_is_no_folder_of_weights_is_told_what_it_is(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"x")
     with pytest.raises(InputError, match=r"--mode=convert --input=\S+x.pth --output=FOLDER makes"):
         pretrained.read(tmp_path / "x.pth", "hrnet_tiny")
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(InputError, match="convert has written; this is the folder of a run"):
+    with pytest.raises(InputError, match=rf"--mode=convert --input={tmp_path} --output=FOLDER mak"):
         pretrained.read(tmp_path, "hrnet_tiny")
 
 

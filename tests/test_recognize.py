@@ -22,8 +22,8 @@ from contrastseg_jax.models.recognize import Recognized, recognize
 )
 def test_the_originals_networks(original, name, proj_dim):
     tensors = {
-        f"module.{key}": state_dicts.empty((), tuple(shape))
-        for key, (_, shape) in golden.keys(original).items()
+        f"module.{key}": state_dicts.empty((), shape)
+        for key, shape in golden.shapes(original).items()
     }
     assert recognize(tensors, source="x.pth") == Recognized((name,), 19, proj_dim)
 
@@ -84,8 +84,8 @@ def test_an_auxiliary_head_that_only_training_needs_may_be_missing():
 
 def test_an_auxiliary_head_that_guides_must_be_there():
     tensors = {
-        key: state_dicts.empty((), tuple(shape))
-        for key, (_, shape) in golden.keys("hrnet_w48_ocr").items()
+        key: state_dicts.empty((), shape)
+        for key, shape in golden.shapes("hrnet_w48_ocr").items()
         if not key.startswith("aux_head")
     }
     with pytest.raises(InputError, match="aux_head.conv1.weight .*no tensor fills it"):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from recipe import recipe_array
 from small import quick_jit
 
 from contrastseg_jax.models import segmenter
@@ -307,7 +308,7 @@ def stored(case):
 
 @pytest.fixture(scope="module")
 def tensors(case):
-    return golden.recipe_tensors(case[0])
+    return golden.tensors(case[0])
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +384,7 @@ def test_gradients_are_those_of_the_original(model, tensors, stored, case):
         loss = 0.0
         for key, value in outputs.items():
             _, h, w, c = value.shape
-            weight = golden.recipe_array(f"R.{key}.probe", (1, c, h, w)).transpose(0, 2, 3, 1)
+            weight = recipe_array(f"R.{key}.probe", (1, c, h, w)).transpose(0, 2, 3, 1)
             loss += jnp.vdot(jnp.broadcast_to(weight, value.shape), value) / len(image)
         return loss
 

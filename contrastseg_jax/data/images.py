@@ -175,10 +175,10 @@ def is_turned(data: bytes, name: str) -> bool:
         InputError: the header cannot be read.
     """
     with _opened(data, name) as image:
-        if image.format != "JPEG":
+        if image.format not in ("JPEG", "MPO"):  # several pictures in one JPEG, as of phones
             return False
         try:
-            return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
         except (OSError, SyntaxError, ValueError, struct.error):  # a damaged note says nothing
             return False
 

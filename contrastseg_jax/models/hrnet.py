@@ -28,6 +28,7 @@ class HRNetSpec:
     stem_width: int = 64  # of the stem; layer1 has four times as many channels
 
 
+# As published, but for hrnet_tiny: this project's own, for two CPU cores.
 HRNET_SPECS = {
     "hrnet_tiny": HRNetSpec((16, 24, 32, 48), num_modules=(1, 1, 1), num_blocks=1, stem_width=16),
     "hrnet_w18_small": HRNetSpec((18, 36, 72, 144), num_modules=(1, 3, 2), num_blocks=2),

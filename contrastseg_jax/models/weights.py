@@ -126,18 +126,6 @@ def flax_variables(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return unflatten_dict({path: _flax_layout(tensors[key]) for key, path in paths.items()})
 
 
-def fill(tensors: Mapping[str, np.ndarray], expected: Any, *, source: str) -> dict[str, Any]:
-    """`flax_variables`, if they are exactly the leaves of `expected` in name and shape.
-
-    Raises:
-        InputError: there are `misfits`; it lists them all. `source` is the file it names.
-    """
-    problems = misfits(tensors, expected)
-    if problems:
-        raise listed(source, problems)
-    return flax_variables(tensors)
-
-
 def misfits(tensors: Mapping[str, np.ndarray], expected: Any) -> list[str]:
     """Every leaf that is not filled, every tensor without a place, every shape that is another one.
 
@@ -197,6 +185,12 @@ def merge(
             kept["/".join(path[1:-1])] = f"{leaf.shape[-1]} wide, there {shape[-1]}"
         else:
             problems.append(f"{name}: is {shape or 'missing'}, must be {leaf.shape}")
+    parts_here = {path[1] for path in merged}
+    problems += [
+        f"{'/'.join(path)}: has no place in the network"
+        for path in sorted(known.keys() - merged.keys())
+        if path[1] in parts_here
+    ]
     if problems:
         raise listed(source, problems)
     return unflatten_dict(merged), kept

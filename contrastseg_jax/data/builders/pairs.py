@@ -38,9 +38,10 @@ def match_files(
 ) -> Found:
     """Pairs of equal path without ending below the two folders, sorted by that path.
 
-    Links to folders are followed, hidden files and folders left out. What makes no pair is a
-    finding: folders that are absent or cannot be read, names that two images share or that are no
-    UTF-8, files of another suffix where one is missing.
+    Links to folders are followed, hidden files and folders left out. An image or mask alone is a
+    pair too, whose other file will be found missing. What makes no pair is a finding: folders that
+    are absent or cannot be read, names that two images share or that are no UTF-8, files of another
+    suffix where one is missing.
     """
     findings: list[Finding] = []
     of_images = _read_side("images", images, image_endings, findings)
