@@ -59,7 +59,7 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
         return manager.best_step() or steps[-1]
     if not which.isdecimal() or int(which) not in steps:
         known = ", ".join(map(str, steps))
-        raise InputError(f"--checkpoint={which}: must be latest, best, init or one of {known}")
+        raise InputError(f"--checkpoint={which}: must be latest, best or one of {known}")
     return int(which)
 
 

@@ -73,7 +73,7 @@ def test_the_newest_and_the_best_are_kept(run, tmp_path):
         for which in ("5", "newest", "-1"):
             with pytest.raises(
                 InputError,
-                match=f"--checkpoint={which}: must be latest, best, init or one of 3, 6, 7",
+                match=f"--checkpoint={which}: must be latest, best or one of 3, 6, 7",
             ):
                 checkpoint.find_step(manager, which)
 

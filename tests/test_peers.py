@@ -162,7 +162,7 @@ def test_a_library_that_cannot_be_imported_is_no_peer(tensor, monkeypatch):
 
 @pytest.mark.parametrize("tensor", ["conv1.weight", "classifier.4.weight"])
 def test_without_the_libraries_there_is_no_peer(tensor, monkeypatch):
-    for library in ("torch", "torchvision", "timm"):
+    for library in ("torch", "torchvision", "torchvision.models.segmentation", "timm"):
         monkeypatch.setitem(sys.modules, library, None)
     tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
     assert peers.peer_output(("fcn_r50",), tensors, recipe.image()) is None

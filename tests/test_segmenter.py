@@ -1,6 +1,5 @@
 """Whole networks: parity with the original, and what is computed when."""
 
-import os
 from functools import partial
 
 import golden
@@ -368,9 +367,6 @@ def test_training_is_that_of_the_original(model, tensors, stored, case):
     assert np.all(ratio[~of_mean] <= fewest / (fewest - 1))
 
 
-@pytest.mark.skipif(
-    "SLOW_TESTS" not in os.environ, reason="compiles for minutes; runs where SLOW_TESTS is set"
-)
 def test_gradients_are_those_of_the_original(model, tensors, stored, case):
     variables = flax_variables(tensors)
 
