@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 import small
+from program import start_group
 from raw_data import write_example
 
 from contrastseg_jax.data.builders.base import DatasetSpec
@@ -56,3 +57,25 @@ def root(raw):
     for seed, name in enumerate("abcde"):
         write_example(raw, "train" if name < "d" else "val", name, seed)
     return raw
+
+
+@pytest.fixture(scope="module")
+def prepared_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture
+def start():
+    """Starts main.py in several processes; what still runs at a test's end is killed."""
+    started = []
+
+    def start(*arguments, **settings):
+        group = start_group(*arguments, **settings)
+        started.extend(group)
+        return group
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()

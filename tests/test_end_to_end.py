@@ -1,7 +1,6 @@
 """`main.py` as users run it: a process of its own, killed, resumed, given bad input."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,43 +10,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from program import TIMEOUT, TRAIN, command, environment, logged_steps, run
 from safetensors.numpy import save_file
 from small import ROOT, SETTINGS
 from state_dicts import tiny
 
 from contrastseg_jax.data.images import encode_png
-
-TIMEOUT = 240  # seconds
-TRAIN = [f"--config={ROOT / 'configs' / 'default.py'}:hrnet_tiny,memory"]
-
-
-@pytest.fixture(scope="module")
-def prepared_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("prepared")
-
-
-def command(prepared_dir, workdir, *flags, settings=SETTINGS):
-    overrides = [f"--config.{text}" for text in settings]
-    overrides.append(f"--config.data.prepared_dir={prepared_dir}")
-    return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *overrides, *flags]
-
-
-def environment(num_devices=1):
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
-    flags += " --xla_backend_optimization_level=0"  # as in conftest.py
-    cache = str(ROOT / ".cache" / "jax")
-    return os.environ | {"XLA_FLAGS": flags, "NPROC": "32", "JAX_COMPILATION_CACHE_DIR": cache}
-
-
-def run(arguments, num_devices=1):
-    return subprocess.run(
-        arguments,
-        env=environment(num_devices),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 def final_state(workdir):
@@ -55,12 +23,6 @@ def final_state(workdir):
     with ocp.CheckpointManager(workdir / "checkpoints") as manager:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
-
-
-def logged_steps(workdir):
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line)["step"] for line in lines if "train/loss" in line]
 
 
 def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""What a process does alone; with others: test_multi_process.py."""
+"""What a process does alone; with others: test_multi_process.py, test_stops.py."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The training loop's parts; whole runs: test_end_to_end.py, test_multi_process.py."""
+"""The training loop's parts; whole runs: test_end_to_end.py, test_stops.py."""
 
 import contextlib
 import json

@@ -1,0 +1,79 @@
+"""`main.py` as users run it: in a process of its own, or in several."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+from small import ROOT, SETTINGS
+
+TIMEOUT = 240  # seconds, of anything that is waited for
+AFTER_A_KILL = 60  # seconds in which the processes that are left must have ended
+TRAIN = [f"--config={ROOT / 'configs' / 'default.py'}:hrnet_tiny,memory"]
+
+
+def command(prepared_dir, workdir, *flags, settings=SETTINGS):
+    overrides = [f"--config.{text}" for text in settings]
+    overrides.append(f"--config.data.prepared_dir={prepared_dir}")
+    return [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *overrides, *flags]
+
+
+def environment(num_devices=1):
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    flags += " --xla_backend_optimization_level=0"  # as in conftest.py
+    cache = str(ROOT / ".cache" / "jax")
+    return os.environ | {"XLA_FLAGS": flags, "NPROC": "32", "JAX_COMPILATION_CACHE_DIR": cache}
+
+
+def run(arguments, num_devices=1):
+    return subprocess.run(
+        arguments,
+        env=environment(num_devices),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def start_group(
+    arguments, num_processes, num_devices=1, of_process=None, timeout=TIMEOUT, devices_of=None
+):
+    """`main.py` in several processes that meet at a free port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    return [
+        subprocess.Popen(
+            (arguments[index] if isinstance(arguments[0], list) else arguments)
+            + [f"--coordinator={coordinator}", f"--num_processes={num_processes}"]
+            + [f"--process_id={index}", f"--start_timeout={timeout}"]
+            + (of_process or {}).get(index, []),
+            env=environment((devices_of or {}).get(index, num_devices)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(num_processes)
+    ]
+
+
+def logged_steps(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if "train/loss" in line]
+
+
+def ended(group, timeout=TIMEOUT):
+    """Exit status and messages of each process."""
+    messages = [process.communicate(timeout=timeout)[1] for process in group]
+    return [process.returncode for process in group], messages
+
+
+def wait_for_step(workdir, step, group):
+    deadline = time.monotonic() + TIMEOUT
+    while max(logged_steps(workdir), default=0) < step:
+        assert all(process.poll() is None for process in group), ended(group)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
