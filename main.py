@@ -89,6 +89,13 @@ def main(argv: list[str], settings: list[str]) -> None:
             start_and_run(load_config(settings), path_of("workdir"))
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"error: not enough memory: {str(error).strip().splitlines()[0]}\nLower"
+            " augment.crop_size, train.batch_size or eval.batch_size; --mode=plan says what fits"
+        )
     except KeyboardInterrupt:
         outlook = "; a run goes on from its last checkpoint" if FLAGS.mode == "train" else ""
         print(f"interrupted{outlook}", file=sys.stderr)
@@ -115,14 +122,24 @@ def require_flags(settings: list[str]) -> None:
         raise InputError(f"{SETTING}{settings[0]}: --mode=convert has no use for settings")
     if mode == "train" and FLAGS.checkpoint != "latest":
         raise InputError(f"--checkpoint={FLAGS.checkpoint}: training goes on from the latest")
-    for name in ("workdir", "input", "output"):
-        path = path_of(name)
-        found = next(place for place in (path, *path.parents) if place.exists())
-        is_folder = name == "workdir" or (name == "output" and mode != "plan")
-        if is_folder and not found.is_dir():
-            raise InputError(f"--{name}={FLAGS[name].value}: {found} is a file, not a folder")
-        if name == "output" and mode == "plan" and FLAGS[name].value and path.is_dir():
-            raise InputError(f"--output={FLAGS[name].value}: is a folder, not a file")
+    require_places(mode)
+
+
+def require_places(mode: str) -> None:
+    """Raise an error for a file or folder that the mode cannot read or write, before it works."""
+    path_of("input")
+    writes = ("output", "workdir") if mode in ("train", "eval", "audit") else ("output",)
+    for name in ("workdir", "output"):
+        text, path = FLAGS[name].value, path_of(name)
+        is_file = name == "output" and mode == "plan"
+        if is_file and text and path.is_dir():
+            raise InputError(f"--{name}={text}: is a folder, not a file")
+        folder = path.parent if is_file else path
+        found = next(place for place in (folder, *folder.parents) if place.exists())
+        if not found.is_dir():
+            raise InputError(f"--{name}={text}: {found} is a file, not a folder")
+        if text and name in writes and not os.access(found, os.W_OK | os.X_OK):
+            raise InputError(f"--{name}={text}: cannot be written ({found}: Permission denied)")
 
 
 def path_of(name: str) -> Path:

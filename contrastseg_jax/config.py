@@ -322,12 +322,12 @@ RULES: tuple[Rule, ...] = (
 
 
 def _nearest(path: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """ ", did you mean …?" or nothing; the last part of a path counts on its own as well."""
-    found = difflib.get_close_matches(path, known, n=1)
-    by_key = {name.rpartition(".")[2]: name for name in known}
-    found = found or [by_key[k] for k in difflib.get_close_matches(path, by_key, n=1)]
-    key = path.rpartition(".")[2]
-    found = found or [by_key[k] for k in difflib.get_close_matches(key, by_key, n=1)]
+    """ ", did you mean …?" or nothing; the last part of a path counts more than its group."""
+    key, by_key = path.rpartition(".")[2], {name.rpartition(".")[2]: name for name in known}
+    found = difflib.get_close_matches(path, known, n=1, cutoff=0.85)
+    found = found or [by_key[k] for k in difflib.get_close_matches(key, by_key, n=1, cutoff=0.7)]
+    if "." not in path:
+        found = found or difflib.get_close_matches(path, known, n=1)
     return f", did you mean {found[0]}?" if found else ""
 
 

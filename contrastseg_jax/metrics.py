@@ -23,7 +23,7 @@ def iou(confusion: Int[np.ndarray, "k k"]) -> Float[np.ndarray, " k"]:
 
 
 def mean_iou(confusion: Int[np.ndarray, "k k"]) -> float:
-    """Mean IoU over the classes that occur; NaN if none does."""
+    """Mean IoU over the classes that truth or prediction has; NaN if there is none."""
     values = iou(confusion)
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")

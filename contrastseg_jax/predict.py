@@ -14,7 +14,13 @@ from contrastseg_jax.build import dataset_spec, image_format, pad_color
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.augment import padded_size, resize_image, resized_size
 from contrastseg_jax.data.dataset import label_map
-from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, encode_jpeg, encode_png
+from contrastseg_jax.data.images import (
+    IMAGE_SUFFIXES,
+    decode_image,
+    encode_jpeg,
+    encode_png,
+    is_turned,
+)
 from contrastseg_jax.data.labels import to_mask_values
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.evaluate import LogitsFn, load_run, network_logits
@@ -40,20 +46,24 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
     network = functools.partial(network_logits, model=model, image_format=image_format(config))
     logits_fn = jax.jit(network)
     report.save_legend(output / "legend.png", classes)
-    problems = []
+    problems, num_turned = [], 0
     with logging_redirect_tqdm([log]):
         for name, path in tqdm(files.items(), unit="image", disable=None):
             try:
-                image = decode_image(path.read_bytes(), str(path))
+                content = path.read_bytes()
+                image = decode_image(content, str(path))
             except (OSError, InputError) as error:
                 problems.append(str(error))
                 continue
+            num_turned += is_turned(content, str(path))
             prediction = predict_image(config, logits_fn, variables, image)
             mask = encode_png(to_mask_values(prediction, classes))
             write_atomically(output / "masks" / f"{name}.png", mask)
             picture = encode_jpeg(report.overlay(image, prediction, classes), 90)
             write_atomically(output / "overlays" / f"{name}.jpg", picture)
     log.info(f"{len(files) - len(problems)} of {len(files)} images predicted: {output}")
+    if num_turned:
+        log.info(f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn")
     if problems:
         raise listed(str(input_path), problems)
 

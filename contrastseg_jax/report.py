@@ -103,12 +103,15 @@ def save_curves(path: Path, metrics_file: Path) -> None:
     """Losses and validation mIoU over the steps of a run, from its `metrics.jsonl`."""
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     figure = Figure(figsize=(12, 3.5), layout="constrained")
-    keys = ("train/cross_entropy", "train/contrast", "val/mean_iou")
-    for axes, key in zip(figure.subplots(1, 3), keys, strict=True):
-        # A contrast of 0 is one that does not count yet.
-        points = [(line["step"], line[key]) for line in lines if line.get(key)]
-        if points:
-            axes.plot(*np.array(points).T, "." if len(points) == 1 else "-")
+    # A contrast of 0 is one that does not count yet.
+    curves = {
+        key: points
+        for key in ("train/cross_entropy", "train/contrast", "val/mean_iou")
+        if (points := [(line["step"], line[key]) for line in lines if line.get(key)])
+    }
+    cells = figure.subplots(1, max(len(curves), 1), squeeze=False)[0]
+    for axes, (key, points) in zip(cells, curves.items(), strict=False):
+        axes.plot(*np.array(points).T, "." if len(points) == 1 else "-")
         axes.set_title(key)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -100,7 +100,7 @@ def _read_torch(path: Path) -> Any:
         if code:
             raise InputError(
                 f"{path}: holds {code[1]}, which is no tensor; nothing but tensors and numbers is"
-                " ever unpickled, because doing so may run code"
+                " ever unpickled, because doing so may run code; save a model's state_dict()"
             ) from error
         if "TorchScript" in str(error):
             raise InputError(

@@ -123,6 +123,17 @@ def test_classes_that_do_not_occur_are_warnings_and_no_class_at_all_is_an_error(
     assert found["message"] == "split 'val': no pixel has a class" and found["is_error"]
 
 
+def test_what_is_worth_a_warning_is_logged_when_the_data_are_prepared(root, caplog):
+    """A mask of 0 and 255 is the usual export of two classes; 255 is none here."""
+    for name in "abc":
+        mask = np.array([[0] * 8, [255] * 8] * 3, np.uint8)
+        write_example(root, "train", name, ord(name), mask=mask)
+    prepare(root)
+    assert [record.getMessage() for record in caplog.records] == [
+        "split 'train': has no pixel of road, tree; mask values that occur and are no class: [255]"
+    ]
+
+
 def test_an_image_in_two_splits_is_a_warning(root):
     data = (root / "images" / "train" / "b.jpg").read_bytes()
     (root / "images" / "val" / "e.jpg").write_bytes(data)

@@ -194,6 +194,16 @@ def test_an_image_that_viewers_turn_is_a_warning_and_used_as_it_is_stored(
     assert images.decode_image(record["image"], "a").shape == (6, 8, 3)
 
 
+def test_a_mask_drawn_on_what_viewers_show_is_told_so(root):
+    file = io.BytesIO()
+    Image.fromarray(noise(0)).save(file, "JPEG", exif=exif(6))
+    write(root / IMAGE, file.getvalue())
+    write(root / MASK, encode_png(noise(0, (8, 6), 3)))
+    (message,) = [found["message"] for found in run(root)["findings"] if found["is_error"]]
+    assert "mask of 6x8 pixels for an image of 8x6" in message
+    assert message.endswith("ask viewers to turn: save it turned, or the mask unturned")
+
+
 def test_unknown_values_are_listed_and_the_remedy_mends_them(root):
     write_example(root, "val", "d", 3, mask=np.array([[0] * 8, [7] * 8, [4] * 8] * 2, np.uint8))
     results = run(root)

@@ -81,6 +81,17 @@ def test_all_bad_overrides_are_listed_with_the_nearest_name():
 
 
 @pytest.mark.parametrize(
+    ("path", "suggested"),
+    [("train.seed", "seed"), ("trian.num_steps", "train.num_steps"), ("optim.lr", None)],
+)
+def test_the_last_name_of_a_setting_counts_more_than_its_group(path, suggested):
+    with pytest.raises(InputError) as error:
+        load(f"{path}=1")
+    hint = f", did you mean {suggested}?" if suggested else ""
+    assert f"  {path}: no such setting{hint}" in str(error.value).splitlines()
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("optim.learning_rate=1", 1.0),

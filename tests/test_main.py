@@ -44,6 +44,30 @@ def test_a_file_cannot_hold_results(flags, tmp_path, name, sub):
         main.require_flags([])
 
 
+def test_what_cannot_be_written_is_named_before_the_work(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(main.os, "access", lambda path, _: path != tmp_path / "closed")
+    (tmp_path / "closed").mkdir()
+    for arguments in (
+        ["--mode=eval", f"--workdir={tmp_path / 'closed'}"],
+        ["--mode=predict", "--workdir=w", "--input=x", f"--output={tmp_path / 'closed' / 'a'}"],
+        ["--mode=plan", CONFIG, f"--output={tmp_path / 'closed' / 'a.json'}"],
+    ):
+        with flagsaver.flagsaver():
+            flags(["main.py", *arguments])
+            with pytest.raises(InputError, match="closed.*: cannot be written .*ion denied"):
+                main.require_flags([])
+
+
+def test_too_little_memory_is_no_traceback(flags, monkeypatch):
+    def fail(_):
+        raise MemoryError("Unable to allocate 233. GiB")
+
+    monkeypatch.setattr(main, "load_config", fail)
+    flags(["main.py", CONFIG, "--workdir=w"])
+    with pytest.raises(SystemExit, match="(?s)Unable to allocate 233. GiB.*augment.crop_size"):
+        main.main(["main.py"], [])
+
+
 def test_the_home_folder_is_spelt_out(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     flags(["main.py", "--mode=convert", "--input=~/x.pth", "--output=~/w"])

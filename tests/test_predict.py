@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from small import ROOT
 
 from contrastseg_jax import config as config_lib
@@ -52,6 +52,19 @@ def test_a_folder_with_one_corrupt_file(trained, photos, tmp_path):
 def test_one_file(trained, photos, tmp_path):
     predict_run(*trained, "best", photos / "a.png", tmp_path / "out")
     assert (tmp_path / "out" / "masks" / "a.png").exists()
+
+
+def test_a_photograph_that_viewers_turn_is_taken_as_stored_and_said_to_be(
+    trained, tmp_path, caplog
+):
+    caplog.set_level("INFO", "contrastseg_jax")
+    note = Image.Exif()
+    note[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (50, 41)).save(tmp_path / "x.jpg", exif=note)
+    predict_run(*trained, "latest", tmp_path / "x.jpg", tmp_path / "out")
+    assert "1 of them taken as stored, which EXIF data ask viewers to turn" in caplog.text
+    with Image.open(tmp_path / "out" / "masks" / "x.png") as mask:
+        assert mask.size == (50, 41)
 
 
 def test_the_input_folder_may_hold_the_output(trained, photos):

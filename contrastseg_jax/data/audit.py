@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float, Int64, UInt8
 
 from contrastseg_jax.data.checks import Checked, Finding, RawSplit, Splits, in_parallel
 from contrastseg_jax.data.labels import LabelMap, train_id_table, unknown_values, value_counts
+from contrastseg_jax.structs import IGNORE_LABEL
 
 NEEDED = ("train", "val")  # splits that training reads
+NAMED = 10  # classes that a message names
 TILE_SIDE = 480  # pixels, the longer side of an example to show
 
 
@@ -100,8 +102,16 @@ def general_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> l
             is_error = split in NEEDED
             findings.append(Finding("unlabelled", split, message, is_error=is_error))
         elif len(absent):
-            names = ", ".join(label_map.names[class_id] for class_id in absent)
-            message = f"split '{split}': has no pixel of {names}"
+            names = [label_map.names[class_id] for class_id in absent]
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            message = f"split '{split}': has no pixel of {', '.join(names[:NAMED])}{more}"
+            ignored = [
+                value
+                for value in np.flatnonzero(audit.value_pixels).tolist()
+                if label_map.train_ids.get(value) == IGNORE_LABEL
+            ]
+            if ignored:
+                message += f"; mask values that occur and are no class: {ignored}"
             findings.append(Finding("absent_class", split, message, is_error=False))
     for split, other in combinations(audits, 2):
         first, second = audits[split].first_of, audits[other].first_of

@@ -138,6 +138,8 @@ def check_encoded(
             f"{mask_file}: mask of {mask_width}x{mask_height} pixels for an image of "
             f"{width}x{height} ({image_file})"
         )
+        if mask.shape == (width, height) and any(found.kind == "turned" for found in findings):
+            message += ", which EXIF data ask viewers to turn: save it turned, or the mask unturned"
         findings.append(Finding("size", mask_file, message))
     return Checked(
         name=name,

@@ -8,6 +8,7 @@ files) are turned into such.
 
 import dataclasses
 import hashlib
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,21 +17,17 @@ from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
+from contrastseg_jax.data.audit import audit_split, general_findings
 from contrastseg_jax.data.builders.pairs import Found, Pair
-from contrastseg_jax.data.checks import (
-    Checked,
-    Finding,
-    RawSplit,
-    ReadMask,
-    Splits,
-    check_files,
-    in_parallel,
-)
+from contrastseg_jax.data.checks import RawSplit, ReadMask, Splits, check_files
 from contrastseg_jax.data.images import decode_mask, encode_png
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
 SPLITS = ("train", "val", "test")
+WARNINGS_SHOWN = 5  # when a data set is prepared
+
+log = logging.getLogger("contrastseg_jax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +99,7 @@ class PairsBuilder(RecordBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         config = cast(PairsConfig, self.builder_config)
-        check_splits(str(config.description), self.raw_splits())
+        check_splits(str(config.description), self.raw_splits(), config.label_map)
         return {
             split: self._generate_examples(found.pairs) for split, found in config.splits.items()
         }
@@ -174,24 +171,24 @@ def find_splits(
     return found
 
 
-def check_splits(title: str, splits: Splits) -> None:
-    """Reads every example of a data set to its end.
+def check_splits(title: str, splits: Splits, label_map: LabelMap) -> None:
+    """Reads every example of a data set to its end; the log has what is worth a warning.
 
     Raises:
         InputError: lists all that is wrong.
     """
-
-    def findings_of(check: Callable[[], Checked]) -> tuple[Finding, ...]:
-        return check().findings
-
-    findings = [finding for raw in splits.values() for finding in raw.findings]
-    checks = [check for raw in splits.values() for check in raw.checks]
-    for found in in_parallel(findings_of, checks, "Checking images and masks"):
-        findings += found
+    audits = {name: audit_split(raw, label_map, name) for name, raw in splits.items()}
+    findings = [finding for audit in audits.values() for finding in audit.findings]
+    findings += general_findings(audits, label_map)
     problems = dict.fromkeys(finding.message for finding in findings if finding.is_error)
     if problems:
         text = listed(title, list(problems))
         raise InputError(f"{text}\n--mode=audit lists all, with what mends each kind")
+    messages = [finding.message for finding in findings]
+    for message in messages[:WARNINGS_SHOWN]:
+        log.warning(message)
+    if len(messages) > WARNINGS_SHOWN:
+        log.warning(f"and {len(messages) - WARNINGS_SHOWN} more warnings, see --mode=audit")
 
 
 def file_stamp(path: Path) -> tuple[str, int, int]:

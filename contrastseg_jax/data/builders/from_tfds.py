@@ -53,7 +53,7 @@ class FromTfds(RecordBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         config = cast(SourceConfig, self.builder_config)
-        check_splits(str(config.description), self.raw_splits())
+        check_splits(str(config.description), self.raw_splits(), config.label_map)
         return {ours: self._generate_examples(open_source(config, ours)) for ours in config.splits}
 
     def _generate_examples(self, source: Sequence[dict]) -> Iterator[tuple[int, dict]]:
