@@ -217,7 +217,7 @@ def run(config: Config, workdir: Path) -> None:
 def convert_weights(source: Path, output: Path) -> None:
     """Converts a file, or a checkpoint of the run in a folder."""
     run = None
-    if (source / "config.json").is_file():
+    if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
         run = read_config(source)
     elif FLAGS["checkpoint"].present:
         raise InputError(f"--checkpoint={FLAGS.checkpoint}: --input={source} is no folder of a run")

@@ -21,6 +21,7 @@ from contrastseg_jax.config import (
     uses_memory,
 )
 from contrastseg_jax.data.builders.base import DatasetSpec
+from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.logging import log
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.segmenter import Segmenter, Variables
@@ -99,7 +100,8 @@ def initial_variables(config: Config, model: Segmenter, *, whole: bool = False) 
     net, fresh = config.model, segmenter.init_variables(model, config.seed)
     if not net.init_from:
         return fresh
-    return pretrained.start_from(Path(net.init_from), net.name, fresh, whole=whole)
+    class_names = label_map(dataset_spec(config)).names
+    return pretrained.start_from(Path(net.init_from), net.name, class_names, fresh, whole=whole)
 
 
 def follow_weights(config: Config, run: Config | None) -> Config:

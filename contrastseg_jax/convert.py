@@ -9,8 +9,9 @@ import numpy as np
 from clu import parameter_overview
 
 from contrastseg_jax import peers, pretrained
-from contrastseg_jax.build import image_format
+from contrastseg_jax.build import dataset_spec, image_format
 from contrastseg_jax.config import Config
+from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.evaluate import load_run
 from contrastseg_jax.models.recognize import Recognized, recognize
@@ -47,6 +48,7 @@ def convert(source: Path, output: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     weights = Weights(
         **vars(recognized),
+        class_names=(),
         image_format=_image_format(recognized, tensors),
         source=source.name,
         sha256=digest,
@@ -72,6 +74,7 @@ def convert_run(config: Config, workdir: Path, which: str, output: Path) -> None
         networks=(config.model.name,),
         num_classes=model.num_classes,
         proj_dim=model.proj_dim,
+        class_names=label_map(dataset_spec(config)).names,
         image_format=image_format(config),
         source=f"{workdir.absolute().name}, step {step}",
         sha256="",

@@ -189,14 +189,15 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
 
     "init": those that training starts from; of a run there may be nothing yet.
     """
-    keep_compiled(config, workdir)
     mesh = distributed.make_mesh()
     model = build_model(config, len(label_map(dataset_spec(config)).names))
     if which == "init":
         variables = jax.device_put(
             initial_variables(config, model, whole=True), distributed.replicated(mesh)
         )
+        keep_compiled(config, workdir)  # which makes the folder: only now may nothing fail
         return model, variables, 0, mesh
+    keep_compiled(config, workdir)
     tx, _ = build_optimizer(config)
     state = abstract_state(config, model, tx)
     # Laid out as in training, where the devices at hand allow it: whole it may not fit.

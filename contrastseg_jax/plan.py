@@ -42,7 +42,8 @@ def plan_run(
     check(config, mode="plan", num_devices=where.num_devices)
     plan = quick_plan(config, where)
     if quick:
-        plan = dataclasses.replace(plan, note="--quick: not compiled")
+        unknown = ", nor is it known whether there is such a slice" if not where.devices else ""
+        plan = dataclasses.replace(plan, note=f"--quick: not compiled{unknown}")
     else:
         plan = compiled_plan(plan, config, where, time_limit)
     print(report(plan, config), flush=True)

@@ -41,11 +41,9 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
     output = output.resolve()
     files = find_images(input_path.resolve(), output)
     model, variables, _, _ = load_run(config, workdir, which)
-    output.mkdir(parents=True, exist_ok=True)
     classes = label_map(dataset_spec(config))
     network = functools.partial(network_logits, model=model, image_format=image_format(config))
     logits_fn = jax.jit(network)
-    report.save_legend(output / "legend.png", classes)
     problems, num_turned = [], 0
     with logging_redirect_tqdm([log]):
         for name, path in tqdm(files.items(), unit="image", disable=None):
@@ -61,6 +59,8 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
             write_atomically(output / "masks" / f"{name}.png", mask)
             picture = encode_jpeg(report.overlay(image, prediction, classes), 90)
             write_atomically(output / "overlays" / f"{name}.jpg", picture)
+    if len(problems) < len(files):
+        report.save_legend(output / "legend.png", classes)
     log.info(f"{len(files) - len(problems)} of {len(files)} images predicted: {output}")
     if num_turned:
         log.info(f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn")

@@ -34,6 +34,7 @@ class Weights:
     networks: tuple[str, ...]  # one, or of a backbone alone all that stand on it
     num_classes: int  # 0: no head
     proj_dim: int  # 0: no projection head
+    class_names: tuple[str, ...]  # in the order of the logits; empty: not known
     image_format: ImageFormat
     source: str  # name of the file, or of the run, that they come from
     sha256: str  # of that file; empty: they come from a run
@@ -93,6 +94,7 @@ def read(folder: Path, network: str) -> Weights:
         image, files = values.pop("image_format"), values.pop("files")
         weights = Weights(
             networks=tuple(values.pop("networks")),
+            class_names=tuple(values.pop("class_names")),
             image_format=ImageFormat(
                 tuple(image["mean"]), tuple(image["std"]), image["channel_order"]
             ),
@@ -136,14 +138,16 @@ def require_intact(folder: Path) -> None:
         )
 
 
-def start_from(folder: Path, network: str, fresh: Variables, *, whole: bool) -> Variables:
+def start_from(
+    folder: Path, network: str, class_names: tuple[str, ...], fresh: Variables, *, whole: bool
+) -> Variables:
     """`fresh` with all that the weights of a folder have for it; the log says what they have not.
 
     Of another network on the same backbone only the backbone is taken.
 
     Raises:
         InputError: the folder cannot be read, or its weights are of another backbone; with `whole`,
-            something that the logits depend on would stay fresh.
+            something that the logits depend on would stay fresh, or the classes have other names.
     """
     weights = read(folder, network)
     require_intact(folder)
@@ -159,7 +163,14 @@ def start_from(folder: Path, network: str, fresh: Variables, *, whole: bool) -> 
             f"--checkpoint=init: model.init_from = '{folder}' lacks what the logits of {network},"
             f" as it is configured, depend on: {', '.join(needed)}"
         )
+    if whole and weights.class_names and weights.class_names != class_names:
+        raise InputError(
+            f"--checkpoint=init: model.init_from = '{folder}' was trained on the classes"
+            f" {', '.join(weights.class_names)}, the data set has {', '.join(class_names)}"
+        )
     log.info(f"starting from {weights.source} ({folder})")
+    if len(weights.class_names) == len(class_names) and weights.class_names != class_names:
+        log.warning(f"its classes were {', '.join(weights.class_names)}: the last layer is kept")
     if fresh_parts:
         log.info(f"starting anew: {', '.join(fresh_parts.values())}")
     unread = sorted(given["params"].keys() - variables["params"].keys())

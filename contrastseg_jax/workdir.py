@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from contrastseg_jax.config import Config, from_json, leaves, override, to_json
+from contrastseg_jax.config import LEFT_OPEN, Config, from_json, leaves, override, to_json
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import write_atomically
 
@@ -69,10 +69,12 @@ def find_run(workdir: Path) -> Config | None:
 def refuse_differences(config: Config, run: Config, workdir: Path) -> None:
     """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ."""
     values = dict(leaves(run))
+    other_weights = config.model.init_from != run.model.init_from
+    ignored = OPERATIONAL + (LEFT_OPEN if other_weights else ())  # which follow the weights
     different = [
         f"{path} = {value!r}: the run has {values[path]!r}"
         for path, value in leaves(config)
-        if path not in OPERATIONAL and value != values[path]
+        if path not in ignored and value != values[path]
     ]
     if different:
         raise listed(f"--workdir={workdir}, which holds a run of another config", different)

@@ -199,7 +199,7 @@ def test_an_empty_folder_is_filled_not_replaced(tmp_path, monkeypatch):
         convert(source, source / "sub")
 
 
-def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, capsys):
+def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, capsys, caplog):
     config, workdir = trained
     convert_run(config, workdir, "4", tmp_path / "out")
     assert "run, step 4: hrnet_tiny with 3 classes and a projection head of 16" in (
@@ -211,6 +211,12 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
     started = build.initial_variables(config, model, whole=True)
     jax.tree.map(np.testing.assert_array_equal, started, jax.device_get(expected))
     assert pretrained.read(tmp_path / "out", "hrnet_tiny").image_format == IMAGENET
+    names = ["data.name=folder", "data.class_names=('a', 'b', 'c')"]
+    renamed = config_lib.override(config, names)
+    build.initial_variables(renamed, model)
+    assert "its classes were class_0, class_1, class_2: the last layer is kept" in caplog.text
+    with pytest.raises(InputError, match="classes class_0, class_1, class_2, the data set has a, "):
+        build.initial_variables(renamed, model, whole=True)
     with pytest.raises(InputError, match="init: what is converted of a run is latest, best or a"):
         convert_run(config, workdir, "init", tmp_path / "other")
     with pytest.raises(InputError, match="--checkpoint=5: must be latest, best"):

@@ -22,6 +22,9 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
         claim(tmp_path, other)
     assert "seed = 2: the run has 1" in str(error.value)
     assert "contrast.temperature = 0.2: the run has 0.1" in str(error.value)
+    other = override(config, ["model.init_from=/w", "model.channel_order=BGR"])
+    with pytest.raises(InputError, match="(?s)1 problem .*model.init_from = '/w': the run has ''"):
+        claim(tmp_path, other)
     with pytest.raises(InputError, match="seed = 3: the run has 1"):
         read_config(tmp_path, ["seed=3"])
 
