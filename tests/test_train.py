@@ -25,7 +25,7 @@ def test_is_due_every_period_and_at_the_end():
 
 @pytest.mark.parametrize(
     ("of_batch", "of_step", "idle"),
-    [(0.05, 0.2, 0.0), (0.25, 0.2, 0.05), (0.4, 0.2, 0.2)],
+    [(0.1, 0.4, 0.0), (0.5, 0.4, 0.1), (0.8, 0.4, 0.4)],
     ids=["computing is slower", "data is a little slower", "data takes twice as long"],
 )
 def test_waiting_for_data_is_what_no_step_hides(monkeypatch, of_batch, of_step, idle):
@@ -52,8 +52,8 @@ def test_waiting_for_data_is_what_no_step_hides(monkeypatch, of_batch, of_step, 
     taken = list(take_steps(step_fn, state, batches(), mesh))
     assert [int(state.step) for state, _, _ in taken] == [1, 2, 3, 4, 5]
     waited = [seconds for _, _, seconds in taken]
-    assert waited[0] == pytest.approx(of_batch, abs=0.04)  # nothing was in flight
-    np.testing.assert_allclose(np.median(waited[2:]), idle, atol=0.04)
+    assert waited[0] == pytest.approx(of_batch, abs=0.08)  # nothing was in flight
+    np.testing.assert_allclose(np.median(waited[2:]), idle, atol=0.08)
 
 
 def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for_it(
