@@ -195,9 +195,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
         variables = jax.device_put(
             initial_variables(config, model, whole=True), distributed.replicated(mesh)
         )
-        keep_compiled(config, workdir)  # which makes the folder: only now may nothing fail
         return model, variables, 0, mesh
-    keep_compiled(config, workdir)
     tx, _ = build_optimizer(config)
     state = abstract_state(config, model, tx)
     # Laid out as in training, where the devices at hand allow it: whole it may not fit.
@@ -227,6 +225,7 @@ def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
     log.info(f"{spec.name}: {len(source)} images to evaluate, of {split}")
     log.info(label_table(label_map(spec)))
     model, variables, step, mesh = load_run(config, workdir, which)
+    keep_compiled(config, workdir)  # makes the folder, so not before all that may be refused
     folder = workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
     step_fn = compile_eval_step(config, model, mesh)
     groups = group_examples(config, source, split, mesh)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax import report
-from contrastseg_jax.build import dataset_spec, image_format, pad_color
+from contrastseg_jax.build import dataset_spec, image_format, keep_compiled, pad_color
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.augment import padded_size, resize_image, resized_size
 from contrastseg_jax.data.dataset import label_map
@@ -41,6 +41,7 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
     output = output.resolve()
     files = find_images(input_path.resolve(), output)
     model, variables, _, _ = load_run(config, workdir, which)
+    keep_compiled(config, workdir)
     classes = label_map(dataset_spec(config))
     network = functools.partial(network_logits, model=model, image_format=image_format(config))
     logits_fn = jax.jit(network)

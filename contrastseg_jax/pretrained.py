@@ -163,14 +163,16 @@ def start_from(
             f"--checkpoint=init: model.init_from = '{folder}' lacks what the logits of {network},"
             f" as it is configured, depend on: {', '.join(needed)}"
         )
-    if whole and weights.class_names and weights.class_names != class_names:
+    were = ", ".join(weights.class_names)
+    renamed = bool(were) and not needed and weights.class_names != class_names
+    if whole and renamed:
         raise InputError(
-            f"--checkpoint=init: model.init_from = '{folder}' was trained on the classes"
-            f" {', '.join(weights.class_names)}, the data set has {', '.join(class_names)}"
+            f"--checkpoint=init: model.init_from = '{folder}' was trained on the classes {were},"
+            f" the data set has {', '.join(class_names)}"
         )
     log.info(f"starting from {weights.source} ({folder})")
-    if len(weights.class_names) == len(class_names) and weights.class_names != class_names:
-        log.warning(f"its classes were {', '.join(weights.class_names)}: the last layer is kept")
+    if renamed:
+        log.warning(f"its classes were {were}: the last layer is kept")
     if fresh_parts:
         log.info(f"starting anew: {', '.join(fresh_parts.values())}")
     unread = sorted(given["params"].keys() - variables["params"].keys())
