@@ -44,7 +44,7 @@ def sort_by_group(
     bits = max(group.size - 1, 1).bit_length()
     if (num_groups + 1) << bits > 1 << 32:
         raise ValueError(f"{num_groups} groups of {group.size} pixels: too many for a 32-bit key")
-    rounds = jax.random.bits(rng, (6,))
+    rounds = jax.random.bits(rng, (6,), jnp.uint32)
     shuffled = _scramble(jnp.arange(group.size, dtype=jnp.uint32), rounds, bits=bits)
     group = jnp.minimum(group, num_groups).astype(jnp.uint32)
     key = jnp.sort((group << bits) | shuffled)
@@ -172,8 +172,9 @@ def pixel_contrast_loss(
     P_i: valid candidates with i's label, of all sets together; N_i: those with another. With
     L = log Σ_n exp(i·n/T) each term is softplus(L - i·p/T). Anchors without a positive are left out
     of the mean; without a negative a term is 0. Rows with valid=False never matter, whatever they
-    hold. Similarities with all candidates never exist at once (see `streaming.py`): those of all
-    anchors with `chunk_size` of them, or, where the hardest are sought, of a few anchors.
+    hold; a valid one that is not finite, drawn or not, makes loss and gradient NaN. Similarities
+    with all candidates never exist at once (see `streaming.py`): those of all anchors with
+    `chunk_size` of them, or, where the hardest are sought, of a few anchors.
 
     `positives`, `negatives`: how P_i and N_i are thinned out (Sec. 3.2), both at random by `rng`.
       all: not at all; random: `num_positives` and `num_negatives` of them; hardest: as many, the

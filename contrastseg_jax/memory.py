@@ -40,8 +40,9 @@ def enqueue(
     """Write the rows of a global batch, in example order, over the oldest slots.
 
     `pixel` and `segment` are rows and their `valid` masks as `pixel_keys` and `segment_keys` give
-    them; invalid rows leave no trace. More new rows than slots: the last ones stay. `mesh`: the
-    devices over which the slots are split, each of which writes the rows that fall in its own.
+    them; invalid rows leave no trace, nor do any that are not finite: a slot outlives the step that
+    fills it. More new rows than slots: the last ones stay. `mesh`: the devices over which the slots
+    are split, each of which writes the rows that fall in its own.
     """
     return MemoryBank(
         *_write(bank.pixel, bank.pixel_head, bank.pixel_count, *pixel, mesh=mesh),
@@ -76,15 +77,27 @@ def pixel_keys(
 def segment_keys(
     embedding: Float[Array, "b hs ws d"], label: Int[Array, "b hs ws"], *, num_classes: int
 ) -> tuple[Float[Array, "b k 1 d"], Bool[Array, "b k 1"]]:
-    """The mean embedding of each class of each image, brought to unit length."""
+    """The mean embedding of each class of each image, brought to unit length.
+
+    NaN where a pixel of the class is not finite; what other pixels hold does not matter.
+    """
     b, _, _, d = embedding.shape
-    # A product with the one-hot labels: a scatter of so many rows is six times as slow.
+    pixels = embedding.reshape(b, -1, d)
+    finite = jnp.isfinite(pixels).all(-1)
+    # A product with the one-hot labels: a scatter of so many rows is six times as slow. It adds
+    # 0 times every pixel of the other classes, which must be finite for that.
     member = jax.nn.one_hot(label.reshape(b, -1), num_classes, axis=1, dtype=embedding.dtype)
     total = jnp.einsum(
-        "bkn,bnd->bkd", member, embedding.reshape(b, -1, d), precision=lax.Precision.HIGHEST
+        "bkn,bnd->bkd",
+        member,
+        jnp.where(finite[..., None], pixels, 0.0),
+        precision=lax.Precision.HIGHEST,
     )
     length = jnp.linalg.norm(total, axis=-1, keepdims=True)
-    return (total / jnp.maximum(length, 1e-12))[:, :, None], member.any(-1)[:, :, None]
+    mean = total / jnp.maximum(length, 1e-12)
+    spoilt = ((member > 0) & ~finite[:, None]).any(-1)
+    mean = jnp.where(spoilt[..., None], jnp.nan, mean)
+    return mean[:, :, None], member.any(-1)[:, :, None]
 
 
 def memory_candidates(bank: MemoryBank) -> tuple[Candidates, ...]:
@@ -111,12 +124,12 @@ def _write(
     *,
     mesh: Mesh | None,
 ) -> tuple[Float[Array, "k m d"], Int[Array, " k"], Int[Array, " k"]]:
-    """Append each class's valid rows to its ring buffer."""
+    """Append each class's valid and finite rows to its ring buffer."""
     size = slots.shape[1]
     if size == 0:
         return slots, head, count
     rows = jnp.moveaxis(rows, 1, 0).reshape(slots.shape[0], -1, slots.shape[2])
-    valid = jnp.moveaxis(valid, 1, 0).reshape(slots.shape[0], -1)
+    valid = jnp.moveaxis(valid, 1, 0).reshape(slots.shape[0], -1) & jnp.isfinite(rows).all(-1)
     rank = jnp.cumsum(valid, axis=1) - 1
     total = valid.sum(1)
     # A row that a later one of the same step would overwrite is not written at all: the order in

@@ -80,7 +80,8 @@ def is_selected(
         selected &= ~same
     if limits is not None:
         selected &= columns.rank[None, :] < limits.rank[:, None]
-        selected &= (-similarity if positive else similarity) >= limits.hardness[:, None]
+        # Not `>=`: a similarity that is not a number must be seen, and it is above no limit.
+        selected &= ~((-similarity if positive else similarity) < limits.hardness[:, None])
     return selected
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn import sigmoid, softplus
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from contrastseg_jax.selection import (
     MASKED,
@@ -78,6 +78,8 @@ def loss_and_gradient(
 ) -> tuple[Float[Array, ""], Metrics, Gradients]:
     """Loss, diagnostics, and gradients in the anchors and in the sets that are `differentiated`.
 
+    All of them NaN where an anchor or a candidate that is valid is not finite.
+
     `index` is the place of each anchor in the batch; `ranks` and `order` are the random order from
     which selections draw. It runs on every device: the anchors lie over the devices of the mesh
     axis `rows_axis`, or the candidates over those of `candidates_axis`; what lies over no axis is
@@ -110,21 +112,25 @@ def loss_and_gradient(
     scale = temperature / base_temperature / jnp.maximum(num_anchors, 1.0)
     pull = jnp.where(number > 0, scale / jnp.maximum(number, 1.0), 0.0)
     push = pull * slope
-    loss = _over(rows_axis, jnp.sum(pull * cost))
+    # No sum of the walks says it for certain: it may be in a candidate that was not drawn.
+    lost = jnp.where(_all_finite(rows, sets, rows_axis, candidates_axis), 0.0, jnp.nan)
+    loss = _over(rows_axis, jnp.sum(pull * cost)) + lost
 
     gradient = (push * share / total)[:, None] * away.weighted - pull[:, None] * near.weighted
-    gradient = _over(candidates_axis, gradient) / temperature
+    gradient = _over(candidates_axis, gradient) / temperature + lost
     gradient = jnp.zeros_like(gradient).at[places].set(gradient).reshape(anchors.embedding.shape)
     gradient = gradient.astype(anchors.embedding.dtype)
-    walk = functools.partial(
-        candidate_gradient,
-        *(rows, log_negatives, pull, push, near_limits, away_limits),
-        chunk_size=chunk_size,
-    )
+
+    def gradient_of(set_: Candidates, columns: Columns) -> Array:
+        found = candidate_gradient(
+            *(rows, log_negatives, pull, push, near_limits, away_limits, columns),
+            chunk_size=chunk_size,
+        )
+        found = _over(rows_axis, found) + lost
+        return found.reshape(set_.embedding.shape).astype(set_.embedding.dtype)
+
     of_candidates = tuple(
-        _over(rows_axis, walk(columns)).reshape(c.embedding.shape).astype(c.embedding.dtype)
-        if wanted
-        else None
+        gradient_of(c, columns) if wanted else None
         for c, columns, wanted in zip(candidates, sets, differentiated, strict=True)
     )
     metrics = _diagnostics(rows, near, away, temperature, rows_axis or candidates_axis)
@@ -361,6 +367,18 @@ def _longest(sets: tuple[Columns, ...], axis: str | None) -> Float[Array, ""]:
     squares = [jnp.max(jnp.sum(finite(c) ** 2, axis=1), initial=0.0) for c in sets]
     longest = jnp.sqrt(jnp.max(jnp.stack(squares)))
     return lax.pmax(longest, axis) if axis else longest
+
+
+def _all_finite(
+    rows: Rows, sets: tuple[Columns, ...], rows_axis: str | None, candidates_axis: str | None
+) -> Bool[Array, ""]:
+    """Whether all anchors and candidates that take part, on all devices, are finite."""
+    in_rows = jnp.sum(~jnp.isfinite(rows.embedding), dtype=jnp.int32)
+    in_sets = jnp.zeros((), jnp.int32)
+    for columns in sets:
+        spoilt = ~jnp.isfinite(columns.embedding) & (columns.label[:, None] != NO_CLASS)
+        in_sets += jnp.sum(spoilt, dtype=jnp.int32)
+    return _over(rows_axis, in_rows) + _over(candidates_axis, in_sets) == 0
 
 
 def _over(axis: str | None, tree: Any) -> Any:

@@ -94,6 +94,14 @@ def run_contrast(num_devices, sharding, strategy):
         loss, metrics, grad, bank = step(maps, bank)
         results += [loss, grad, *(metrics[key] for key in sorted(metrics))]
         jax.block_until_ready(bank)
+    # One image of a network that is lost: no device may miss it, and the bank does not keep it.
+    embedding, *others = make_maps(3)
+    embedding[3] = np.nan
+    maps = jax.device_put((embedding, *others), distributed.split(mesh))
+    with jax.debug_nans(False):
+        loss, _, _, bank = step(maps, bank)
+        assert np.isnan(loss)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(bank))
     held = {shard.data.shape[1] for shard in bank.pixel.addressable_shards}
     assert held == {24 // num_devices if split_memory else 24}
     return [np.asarray(x) for x in (*results, *jax.tree.leaves(bank))]

@@ -1,5 +1,6 @@
 """Sampling and loss against the original's figures, literal NumPy, optax, and their own rules."""
 
+import functools
 import json
 
 import jax
@@ -170,6 +171,81 @@ def test_invalid_rows_and_the_order_of_candidates_never_matter(seed):
 
 
 STRATEGIES = ("all", "random", "hardest", "semi_hard")
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A function: loss and gradients of some anchors with the batch and a queue, by strategy."""
+    rng = np.random.default_rng(0)
+    rows, queue = unit_rows(rng, 12, 8), unit_rows(rng, 20, 8)
+    label, of_queue = np.arange(12) % 3, np.arange(20) % 4
+    valid, in_queue = np.arange(12) != 5, np.arange(20) != 17
+    sets = {"batch": (True, False), "memory": (False, True), "both": (True, True)}
+
+    @functools.partial(jax.jit, static_argnames=("strategy", "approximate", "which"))
+    def measure(rows, queue, *, strategy, which, approximate=False):
+        def loss_of(rows, queue):
+            anchors, candidates = anchors_of(rows, label, valid), ()
+            if sets[which][0]:
+                candidates += (batch_candidates(anchors),)
+            if sets[which][1]:
+                candidates += (candidates_of(queue, of_queue, in_queue),)
+            return pixel_contrast_loss(
+                *(anchors, candidates, jax.random.key(0)),
+                **{"positives": strategy, "negatives": strategy, "approximate": approximate},
+                **{"num_positives": 2, "num_negatives": 2, "chunk_size": 7},
+                **SCALE,
+            )
+
+        (loss, metrics), grads = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(rows, queue)
+        return loss, grads, metrics
+
+    def spoilt(places, value, **settings):
+        """Rows that count at 0 to 11, of the queue at 100 to 119."""
+        parts = rows.copy(), queue.copy()
+        for place in places:
+            parts[place // 100][place % 100] = value
+        with jax.debug_nans(False):
+            return jax.device_get(measure(*map(jnp.asarray, parts), **settings))
+
+    literal = pixel_contrast_loss_literal(
+        *(rows, label, valid, np.concatenate([rows, queue]), np.concatenate([label, of_queue])),
+        *(np.concatenate([valid, in_queue]), True),
+        **SCALE,
+    )
+    return spoilt, literal
+
+
+@pytest.mark.parametrize(
+    ("strategy", "which"),
+    [("all", "batch"), ("semi_hard", "memory"), *((s, "both") for s in (*STRATEGIES, "approximate"))],
+)
+def test_what_is_not_finite_is_never_silent(measured, strategy, which):
+    """One row that counts or all of them: NaN. Rows that do not count: not a bit differs."""
+    spoilt, literal = measured
+    settings = {"strategy": strategy, "which": which}
+    if strategy == "approximate":
+        settings |= {"strategy": "hardest", "approximate": True}
+    anchors, slots = range(12), range(100, 120)
+    loss, grads, metrics = spoilt([], 0, **settings)
+    assert loss > 0
+    if strategy == "all" and which == "both":
+        np.testing.assert_allclose(loss, literal, rtol=2e-5)
+
+    counting = [[p] for p in (0, 4, 11)] + [[p for p in anchors if p != 5], [*anchors, *slots]]
+    if which != "batch":
+        counting += [[100], [103], [119], [p for p in slots if p != 117]]  # 103: of no anchor
+    for places in counting:
+        for value in (np.nan, np.inf, -np.inf):
+            lost, of_rows, _ = spoilt(places, value, **settings)
+            assert np.isnan(lost), (places, value)
+            assert np.isnan(of_rows[0]).any()
+    for places in ([5], [117], [5, 117]):
+        for value in (np.nan, np.inf, -np.inf, 1e38):
+            same, same_grads, same_metrics = spoilt(places, value, **settings)
+            assert same == loss, (places, value)
+            jax.tree.map(np.testing.assert_array_equal, same_grads, grads)
+            assert same_metrics == metrics
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

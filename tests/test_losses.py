@@ -63,6 +63,37 @@ def test_ignored_pixels_change_nothing():
     assert losses[0] == losses[1] > 0
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_only_pixels_that_count_can_spoil_the_loss(value):
+    """Not those that are ignored or of a class of weight 0, nor a head of weight 0."""
+    rng = np.random.default_rng(0)
+    clean = rng.normal(size=(1, 4, 5, 3)).astype(np.float32)
+    label = rng.integers(2, size=(1, 4, 5)).astype(np.uint8)
+    label[0, 0], label[0, 1] = IGNORE_LABEL, 2
+
+    def loss_and_grad(logits, aux, aux_weight=0.4):
+        def loss_of(logits):
+            return segmentation_loss(
+                SegmentationOutput(logits, None, jnp.asarray(aux)),
+                jnp.asarray(label),
+                class_weights=(1.0, 2.0, 0.0),
+                aux_weight=aux_weight,
+            )
+
+        with jax.debug_nans(False):
+            return jax.value_and_grad(loss_of)(jnp.asarray(logits))
+
+    spoilt, lost = clean.copy(), clean.copy()
+    spoilt[0, :2], lost[0, 3, 2] = value, value
+    loss, grad = loss_and_grad(clean, clean)
+    same, same_grad = loss_and_grad(spoilt, spoilt)
+    assert same == loss > 0
+    np.testing.assert_array_equal(same_grad, grad)
+    assert np.isfinite(loss_and_grad(clean, lost, aux_weight=0.0)[0])
+    for logits in ((lost, clean), (clean, lost)):
+        assert not np.isfinite(loss_and_grad(*logits)[0])
+
+
 def test_logits_are_brought_to_the_size_of_the_label():
     """Not the label to the logits, as the original's DeepLabV3 baseline does (D21)."""
     label = jnp.zeros((1, 8, 8), jnp.uint8).at[0, 0, 0].set(1)

@@ -110,6 +110,34 @@ def test_segment_keys_are_unit_means_of_a_class():
             )
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_spoils_its_own_class_alone_and_is_not_kept(value):
+    rng = np.random.default_rng(0)
+    label = rng.choice([0, 1, 2, IGNORE_LABEL], size=(2, 5, 7)).astype(np.int32)
+    label[1, 2, 3] = 1
+    clean = rng.normal(size=(2, 5, 7, 6)).astype(np.float32)
+    spoilt = np.where((label == IGNORE_LABEL)[..., None], np.float32(value), clean)
+    lost = spoilt.copy()
+    lost[1, 2, 3, 0] = value
+
+    def keys(embedding):
+        return memory.segment_keys(jnp.asarray(embedding), jnp.asarray(label), num_classes=3)
+
+    bank = memory.init_memory(
+        num_classes=3, pixel_size=0, segment_size=4, proj_dim=6, dtype="float32"
+    )
+    none = jnp.zeros((2, 3, 1, 6)), jnp.zeros((2, 3, 1), bool)
+    with jax.debug_nans(False):
+        (expected, valid), (same, _), (rows, _) = map(keys, (clean, spoilt, lost))
+        bank = enqueue(bank, none, (rows, valid))
+        expected, same, rows = map(np.asarray, (expected, same, rows))
+    np.testing.assert_array_equal(same, expected)
+    assert np.isnan(rows[1, 1]).all()
+    np.testing.assert_array_equal(rows[:, [0, 2]], expected[:, [0, 2]])
+    np.testing.assert_array_equal(bank.segment_count, [2, 1, 2])
+    assert np.isfinite(bank.segment).all()
+
+
 def test_empty_slots_are_no_candidates_and_no_gradient_reaches_the_bank():
     bank = memory.init_memory(
         num_classes=2, pixel_size=3, segment_size=2, proj_dim=4, dtype="bfloat16"
