@@ -27,8 +27,8 @@ def label_at_stride(label: UInt8[Array, "b h w"], size: tuple[int, int]) -> Int[
 
     Cell i takes pixel floor(i * h / hs), PyTorch's `nearest`; the only place where labels shrink.
     """
-    rows = jnp.arange(size[0]) * label.shape[1] // size[0]
-    columns = jnp.arange(size[1]) * label.shape[2] // size[1]
+    rows = jnp.arange(size[0], dtype=jnp.int32) * label.shape[1] // size[0]
+    columns = jnp.arange(size[1], dtype=jnp.int32) * label.shape[2] // size[1]
     return label[:, rows[:, None], columns[None, :]].astype(jnp.int32)
 
 
@@ -110,13 +110,13 @@ def sample_anchors(
     def draw(group: Int[Array, " n"], rng: Key[Array, ""]) -> tuple[Array, Array, Array]:
         order, start, size = sort_by_group(group, rng, num_groups=2 * num_classes)
         start, size = start.reshape(num_classes, 2), size.reshape(num_classes, 2)
-        num_present = jnp.sum(size.sum(1) > 0)
+        num_present = jnp.sum(size.max(1) > 0, dtype=jnp.int32)
         views = jnp.minimum(anchors_per_image // jnp.maximum(num_present, 1), max_views)
         # Of a single view half would be none: then hard sampling would be off.
         half = jnp.maximum(views // 2, jnp.minimum(views, 1))
         hard = jnp.minimum(size[:, 0], jnp.maximum(half, views - size[:, 1]))
         taken = hard + jnp.minimum(size[:, 1], views - hard)
-        end = jnp.cumsum(taken)
+        end = jnp.cumsum(taken, dtype=jnp.int32)
         row = jnp.arange(anchors_per_image, dtype=jnp.int32)
         cls = jnp.searchsorted(end, row, side="right").astype(jnp.int32)
         valid = cls < num_classes
@@ -139,13 +139,13 @@ def batch_candidates(anchors: Anchors) -> Candidates:
     anchor it is, so that none is its own positive.
     """
     label = anchors.label.reshape(-1)
-    order = jnp.argsort(label)
+    order = jnp.argsort(label).astype(jnp.int32)
     rows = anchors.embedding.reshape(-1, anchors.embedding.shape[-1])
     return Candidates(
         embedding=jnp.take(rows, order, axis=0, mode="clip"),
         label=label[order],
         valid=anchors.valid.reshape(-1)[order],
-        anchor=order.astype(jnp.int32),
+        anchor=order,
     )
 
 
@@ -220,8 +220,9 @@ def pixel_contrast_loss(
     loss, metrics = cast(Any, _loss)(measure, anchors, index, candidates, ranks, order)
     metrics = lax.stop_gradient(metrics)
     if anchors.hard is not None:
-        num_anchors = jnp.maximum(jnp.sum(anchors.valid), 1)
-        metrics["hard_anchors"] = jnp.sum(anchors.hard & anchors.valid) / num_anchors
+        num_anchors = jnp.sum(anchors.valid, dtype=jnp.float32)
+        num_hard = jnp.sum(anchors.hard & anchors.valid, dtype=jnp.float32)
+        metrics["hard_anchors"] = num_hard / jnp.maximum(num_anchors, 1.0)
     return loss, metrics
 
 

@@ -130,8 +130,8 @@ def _write(
         return slots, head, count
     rows = jnp.moveaxis(rows, 1, 0).reshape(slots.shape[0], -1, slots.shape[2])
     valid = jnp.moveaxis(valid, 1, 0).reshape(slots.shape[0], -1) & jnp.isfinite(rows).all(-1)
-    rank = jnp.cumsum(valid, axis=1) - 1
-    total = valid.sum(1)
+    rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+    total = valid.sum(1, dtype=jnp.int32)
     # A row that a later one of the same step would overwrite is not written at all: the order in
     # which a scatter writes twice to one slot is undefined.
     stays = valid & (rank >= total[:, None] - size)
@@ -159,10 +159,12 @@ def _scatter(
     size = slots.shape[1]
     slot = slot - lax.axis_index(axis) * size if axis else slot
     slot = jnp.where(slot < 0, size, slot)  # a negative index would count from the end
-    return slots.at[jnp.arange(slots.shape[0])[:, None], slot].set(rows, mode="drop")
+    cls = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    return slots.at[cls, slot].set(rows, mode="drop")
 
 
 def _slots(slots: Float[Array, "k m d"], count: Int[Array, " k"]) -> Candidates:
     shape = slots.shape[:2]
-    label = jnp.broadcast_to(jnp.arange(shape[0], dtype=jnp.int32)[:, None], shape)
-    return Candidates(slots, label, jnp.arange(shape[1])[None, :] < count[:, None])
+    label, slot = (jnp.arange(length, dtype=jnp.int32) for length in shape)
+    label = jnp.broadcast_to(label[:, None], shape)
+    return Candidates(slots, label, slot[None, :] < count[:, None])

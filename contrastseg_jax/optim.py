@@ -21,6 +21,7 @@ def poly_schedule(
     poly = optax.polynomial_schedule(learning_rate, 0.0, poly_power, num_steps)
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
         return jnp.asarray(poly(step) * rise)
 

@@ -105,17 +105,17 @@ def select(
     `longest` is the length of the longest candidate.
     """
     label, size = tile.label[0], tile.label.size
-    limit = jnp.full(size, jnp.iinfo(jnp.int32).max)
+    limit = jnp.full(size, jnp.iinfo(jnp.int32).max, jnp.int32)
     if selection.strategy in POOLED and order is not None:
         factor = POOL_FACTOR if selection.strategy == "semi_hard" else 1
         pool_size = min(selection.number * factor, order.candidate.size)
         # One more than that, for the rows that are in the pool themselves.
         ranks = _pool_ranks(order, label, pool_size + 1, positive=positive)
         pool = _pool(sets, layouts, order, ranks, axis)
-        own = jnp.sum(pool.anchor[None, :] == tile.anchor[:, None], axis=1)
+        own = jnp.sum(pool.anchor[None, :] == tile.anchor[:, None], axis=1, dtype=jnp.int32)
         own = lax.psum(own, axis) if axis else own
         sets, limit = (pool,), jnp.where(own > 0, ranks[-1], ranks[-2]) + 1
-    limits = Limits(limit, jnp.full(size, -jnp.inf))
+    limits = Limits(limit, jnp.full(size, -jnp.inf, jnp.float32))
     if selection.strategy in ("all", "random"):
         return sets, limits
     find = functools.partial(
@@ -161,7 +161,7 @@ def _pool_ranks(
     The time is that of a few searches, whatever the number of candidates.
     """
     nothing, place = order.candidate.size, jnp.arange(size, dtype=jnp.int32)
-    classes = jnp.stack([label, label + 1, jnp.asarray(NO_LABEL)]).astype(jnp.uint32)
+    classes = jnp.stack([label, label + 1, jnp.full_like(label, NO_LABEL)]).astype(jnp.uint32)
     start, end, num_valid = jnp.searchsorted(order.keys, classes << RANK_BITS).astype(jnp.int32)
 
     def rank_of(member: Int[Array, " p"]) -> Int[Array, " p"]:
@@ -195,9 +195,9 @@ def _pool(
     index = jnp.take(order.candidate, ranks, mode="fill", fill_value=order.candidate.size)
     num_devices, device = (lax.axis_size(axis), lax.axis_index(axis)) if axis else (1, 0)
     pool = Columns(
-        jnp.zeros((ranks.size, sets[0].embedding.shape[1])),
-        jnp.full(ranks.shape, NO_CLASS),
-        jnp.full(ranks.shape, NO_ANCHOR),
+        jnp.zeros((ranks.size, sets[0].embedding.shape[1]), jnp.float32),
+        jnp.full(ranks.shape, NO_CLASS, jnp.int32),
+        jnp.full(ranks.shape, NO_ANCHOR, jnp.int32),
         ranks,
     )
     for columns, (num_rows, width) in zip(sets, layouts, strict=True):

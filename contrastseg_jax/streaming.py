@@ -143,8 +143,8 @@ def walk_negatives(
 ) -> Negatives:
     """All sets, chunk by chunk, against all rows."""
     num_rows, d = rows.embedding.shape
-    zero = jnp.zeros(num_rows)
-    start = Negatives(jnp.full(num_rows, MASKED), zero, jnp.zeros((num_rows, d)), zero, zero)
+    zero, zeros = jnp.zeros(num_rows, jnp.float32), jnp.zeros((num_rows, d), jnp.float32)
+    start = Negatives(jnp.full(num_rows, MASKED, jnp.float32), zero, zeros, zero, zero)
 
     def visit(chunk: Columns, found: Negatives) -> Negatives:
         similarity = dot(rows.embedding, chunk.embedding.T)
@@ -175,8 +175,8 @@ def walk_positives(
 ) -> Positives:
     """Rows of one class against the part of each set where that class is."""
     num_rows, d = tile.embedding.shape
-    zero = jnp.zeros(num_rows)
-    start = Positives(zero, zero, jnp.zeros((num_rows, d)), zero, zero)
+    zero, zeros = jnp.zeros(num_rows, jnp.float32), jnp.zeros((num_rows, d), jnp.float32)
+    start = Positives(zero, zero, zeros, zero, zero)
 
     def visit(chunk: Columns, found: Positives) -> Positives:
         similarity = dot(tile.embedding, chunk.embedding.T)
@@ -231,7 +231,7 @@ def candidate_gradient(
         part += dot(slope.T, rows.embedding)
         return lax.dynamic_update_slice_in_dim(gradient, part, cut, 0), begin + chunk_size
 
-    start = jnp.zeros(columns.embedding.shape), jnp.zeros((), jnp.int32)
+    start = jnp.zeros(columns.embedding.shape, jnp.float32), jnp.zeros((), jnp.int32)
     return _fold(visit, start, columns, 0, size, chunk_size)[0]
 
 
@@ -335,7 +335,7 @@ def _fold(
         # A chunk that would reach over the end is cut earlier; what was seen counts as no class.
         cut = jnp.minimum(begin, size - chunk_size)
         chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, cut, chunk_size), columns)
-        fresh = cut + jnp.arange(chunk_size) >= begin
+        fresh = cut + jnp.arange(chunk_size, dtype=jnp.int32) >= begin
         chunk = chunk._replace(label=jnp.where(fresh, chunk.label, NO_CLASS))
         return visit(chunk._replace(embedding=finite(chunk)), carry)
 
@@ -346,8 +346,8 @@ def _sorted_rows(
     anchors: Anchors, index: Int[Array, "b s"], temperature: float
 ) -> tuple[Rows, Int[Array, " r"]]:
     """The anchors by class, those that are not valid last, and where each one was."""
-    label = jnp.where(anchors.valid, anchors.label, NO_CLASS).reshape(-1)
-    order = jnp.argsort(label)
+    label = jnp.where(anchors.valid, anchors.label.astype(jnp.int32), NO_CLASS).reshape(-1)
+    order = jnp.argsort(label).astype(jnp.int32)
     embedding = jnp.where(anchors.valid[..., None], anchors.embedding.astype(jnp.float32), 0.0)
     embedding = embedding.reshape(-1, embedding.shape[-1])[order] / temperature
     return Rows(embedding, label[order], index.reshape(-1)[order]), order
@@ -355,9 +355,11 @@ def _sorted_rows(
 
 def _columns(candidates: Candidates, rank: Int[Array, "..."]) -> Columns:
     """A set in one row, with the labels of what is not valid taken away."""
-    label = jnp.where(candidates.valid, candidates.label, NO_CLASS).reshape(-1)
+    label = jnp.where(candidates.valid, candidates.label.astype(jnp.int32), NO_CLASS).reshape(-1)
     anchor = candidates.anchor
-    anchor = jnp.full(label.shape, NO_ANCHOR) if anchor is None else anchor.reshape(-1)
+    if anchor is None:
+        anchor = jnp.full(label.shape, NO_ANCHOR, jnp.int32)
+    anchor = anchor.astype(jnp.int32).reshape(-1)
     embedding = candidates.embedding.reshape(-1, candidates.embedding.shape[-1])
     return Columns(embedding, label, anchor, rank.reshape(-1))
 

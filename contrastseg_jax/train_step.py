@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
@@ -52,7 +53,7 @@ def contrast_loss(
     anchors = sample_anchors(
         embedding,
         label,
-        jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        lax.argmax(logits, logits.ndim - 1, jnp.int32),
         rng,
         num_classes=logits.shape[-1],
         anchors_per_image=settings.anchors_per_image,
@@ -148,7 +149,7 @@ def train_step(
             measure = functools.partial(contrast_loss, bank=bank, mesh=mesh, config=config)
             arguments = (output.logits, output.embedding, label, anchor_rng, selection_rng)
             shapes = jax.eval_shape(measure, *arguments)
-            contrast, diagnostics = jax.lax.cond(
+            contrast, diagnostics = lax.cond(
                 state.step >= config.contrast.warmup_steps,
                 measure,
                 lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
@@ -162,7 +163,7 @@ def train_step(
     # gradients a device then needs its part alone.
     whole = distributed.replicate(state.params, mesh)
     grads, (batch_stats, output, metrics) = jax.grad(loss_fn, has_aux=True)(whole)
-    grads = jax.lax.with_sharding_constraint(grads, state_sharding(config, state, mesh).params)
+    grads = lax.with_sharding_constraint(grads, state_sharding(config, state, mesh).params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
