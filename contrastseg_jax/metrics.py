@@ -10,8 +10,9 @@ def confusion_matrix(
 ) -> Int[Array, "k k"]:
     """Number of pixels with label i and prediction j, at [i, j]; ignored pixels are left out."""
     labelled = label < num_classes
-    pair = jnp.where(labelled, label.astype(jnp.int32) * num_classes + prediction, num_classes**2)
-    counts = jnp.bincount(pair.reshape(-1), length=num_classes**2 + 1)
+    row, column = label.astype(jnp.int32), prediction.astype(jnp.int32)
+    pair = jnp.where(labelled, row * num_classes + column, num_classes**2)
+    counts = jnp.bincount(pair.reshape(-1), length=num_classes**2 + 1).astype(jnp.int32)
     return counts[:-1].reshape(num_classes, num_classes)
 
 

@@ -218,7 +218,11 @@ def measured():
 
 @pytest.mark.parametrize(
     ("strategy", "which"),
-    [("all", "batch"), ("semi_hard", "memory"), *((s, "both") for s in (*STRATEGIES, "approximate"))],
+    [
+        ("all", "batch"),
+        ("semi_hard", "memory"),
+        *((s, "both") for s in (*STRATEGIES, "approximate")),
+    ],
 )
 def test_what_is_not_finite_is_never_silent(measured, strategy, which):
     """One row that counts or all of them: NaN. Rows that do not count: not a bit differs."""
