@@ -1,6 +1,7 @@
 """What `test_multi_device.py` compares, computed on 1, 2, 4 and 8 devices: to be run on its own.
 
-python tests/eight_devices.py FILE.npz
+FLOAT64=1 python tests/eight_devices.py FILE.npz   # but for selections by hardness,
+python tests/eight_devices.py FILE.npz             # which compare the bits of float32
 """
 
 import os
@@ -13,26 +14,37 @@ os.environ["XLA_FLAGS"] = (
 import functools
 import itertools
 
+if os.environ.get("FLOAT64"):
+    import float64
+
 import jax
 import numpy as np
-from small import make_batch, make_config, start
+from small import make_batch, make_config, run_steps, start
 
 from contrastseg_jax import distributed, memory
 from contrastseg_jax.contrast import batch_candidates, pixel_contrast_loss, sample_anchors
 
+FLOAT = "float64" if os.environ.get("FLOAT64") else "float32"
+STRATEGIES = {"float64": ("all", "random"), "float32": ("semi_hard", "hardest")}[FLOAT]
 SHARDINGS = ("replicated", "slots")
-CASES = (
-    *itertools.product((1, 2, 4, 8), SHARDINGS, ("all", "semi_hard")),
-    *itertools.product((1, 8), SHARDINGS, ("random", "hardest")),
-)
+# Devices, and how the state of a whole train step lies over them.
+LAYOUTS = {
+    "1": (1, ()),
+    "2": (2, ()),
+    "4, in parts": (4, ("memory.sharding=slots", "parallel.fsdp=True")),
+}
 CLASSES, DIM = 3, 16
 
 
-def make_maps(seed):
-    """Embeddings, labels and predictions of eight images."""
+def make_maps(seed, moved=False):
+    """Embeddings, labels and predictions of eight images; `moved`: embeddings by one rounding."""
     rng = np.random.default_rng(seed)
-    embedding = rng.normal(size=(8, 6, 7, DIM)).astype(np.float32)
+    embedding = rng.normal(size=(8, 6, 7, DIM))
     embedding /= np.linalg.norm(embedding, axis=-1, keepdims=True)
+    embedding = embedding.astype(FLOAT)
+    if moved:
+        away = np.random.default_rng(99).choice([-np.inf, np.inf], embedding.shape).astype(FLOAT)
+        embedding = np.nextafter(embedding, away)
     label, prediction = rng.integers(CLASSES, size=(2, 8, 6, 7)).astype(np.int32)
     return embedding, label, prediction, np.arange(8)
 
@@ -72,12 +84,12 @@ def contrast(maps, bank, *, mesh, split_memory, strategy):
     return loss, metrics, grad, bank
 
 
-def run_contrast(num_devices, sharding, strategy):
-    """Two steps from a bank that is partly filled: the second overwrites slots of the first."""
+def run_contrast(num_devices, sharding, strategy, moved=False):
+    """Three steps from a bank that is partly filled: later ones overwrite slots of earlier ones."""
     mesh = distributed.make_mesh(jax.devices()[:num_devices])
     split_memory = sharding == "slots"
     bank = memory.init_memory(
-        num_classes=CLASSES, pixel_size=24, segment_size=16, proj_dim=DIM, dtype="float32"
+        num_classes=CLASSES, pixel_size=24, segment_size=16, proj_dim=DIM, dtype=FLOAT
     )
     everywhere = distributed.replicated(mesh)
     of_bank = distributed.slots_sharding(mesh, bank) if split_memory else everywhere
@@ -90,7 +102,7 @@ def run_contrast(num_devices, sharding, strategy):
     bank = jax.device_put(bank, of_bank)
     results = []
     for seed in range(3):
-        maps = jax.device_put(make_maps(seed), distributed.split(mesh))
+        maps = jax.device_put(make_maps(seed, moved), distributed.split(mesh))
         loss, metrics, grad, bank = step(maps, bank)
         results += [loss, grad, *(metrics[key] for key in sorted(metrics))]
         jax.block_until_ready(bank)
@@ -111,7 +123,7 @@ def run_step(sharding):
     """The HLO of the real step on eight devices, and how often two batches were traced."""
     settings = ("memory.pixel_size=65536", "memory.segment_size=64", "train.batch_size=8")
     selection = ("contrast.negatives=semi_hard", "contrast.num_negatives=8")
-    config = make_config(*settings, *selection, f"memory.sharding={sharding}")
+    config = make_config(*settings, *selection, *float64.SETTINGS, f"memory.sharding={sharding}")
     step_fn, state, mesh = start(config, num_devices=8)
     batch = distributed.to_devices(make_batch(size=8), mesh)
     with jax.debug_nans(False):  # which would keep the arguments, to look for the NaN again
@@ -122,14 +134,32 @@ def run_step(sharding):
     return hlo, step_fn._cache_size()
 
 
+def run_training(num_devices, settings):
+    """Metrics of three steps and the state after them, by their paths."""
+    config = make_config(*float64.SETTINGS, "optim.learning_rate=0.1", *settings)
+    state, history, _ = run_steps(config, num_devices)
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path((history, state))
+    }
+
+
 def main(path):
     """Write everything into one file."""
     results = {}
-    for case in CASES:
-        for i, array in enumerate(run_contrast(*case)):
-            results[f"{'/'.join(map(str, case))}/{i}"] = array
-    for sharding in SHARDINGS:
-        results[f"hlo/{sharding}"], results[f"traces/{sharding}"] = run_step(sharding)
+    for num_devices, sharding, strategy in itertools.product((1, 2, 8), SHARDINGS, STRATEGIES):
+        for i, array in enumerate(run_contrast(num_devices, sharding, strategy)):
+            results[f"{strategy}/{num_devices}/{sharding}/{i}"] = array
+    if FLOAT == "float32":
+        for strategy in STRATEGIES:
+            for i, array in enumerate(run_contrast(1, "replicated", strategy, moved=True)):
+                results[f"{strategy}/moved/{i}"] = array
+    else:
+        for layout in LAYOUTS:
+            for key, array in run_training(*LAYOUTS[layout]).items():
+                results[f"training/{layout}/{key}"] = array
+        for sharding in SHARDINGS:
+            results[f"hlo/{sharding}"], results[f"traces/{sharding}"] = run_step(sharding)
     np.savez(path, **results)
 
 

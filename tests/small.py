@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import toy  # noqa: F401
 
 from contrastseg_jax import build, distributed
 from contrastseg_jax import config as config_lib
@@ -42,7 +43,7 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 def make_config(*overrides, variant="memory"):
     """The small config, changed."""
     path = ROOT / "configs" / "default.py"
-    return config_lib.load(f"{path}:hrnet_tiny,{variant}", (*SETTINGS, *overrides))
+    return config_lib.load(f"{path}:toy,{variant}", (*SETTINGS, *overrides))
 
 
 def make_batch(seed=0, size=4, num_classes=3):

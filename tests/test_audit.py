@@ -3,6 +3,7 @@
 import json
 import re
 
+import needs
 import numpy as np
 import pytest
 from audited import NAMES, folder_spec, prepare, run, settings
@@ -210,7 +211,7 @@ def test_reading_runs_ahead_by_a_bounded_number():
 # CamVid
 
 
-@pytest.mark.skipif(not REAL_CAMVID.exists(), reason="the real CamVid is not here")
+@needs.camvid
 def test_shares_of_the_real_camvid(tmp_path):
     config = make_config("data.name=camvid", f"data.root={REAL_CAMVID}")
     audit.audit_run(config, tmp_path, "train")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 from raw_data import (
@@ -87,7 +88,7 @@ def test_camvid_list_faults_are_named(camvid_spec):
     assert f"{root}/trainannot/0009.png does not exist" in text
 
 
-@pytest.mark.skipif(not REAL_CAMVID.exists(), reason="the real CamVid is not here")
+@needs.camvid
 def test_the_real_camvid(tmp_path):
     spec = DatasetSpec(name="camvid", root=str(REAL_CAMVID), prepared_dir=str(tmp_path))
     train, val = open_split(spec, "train"), open_split(spec, "val")
@@ -184,7 +185,7 @@ def test_masks_are_never_taken_for_images(spec_of, raw):
     assert decode_image(record["image"], "a").shape == (2, 3, 3)
 
 
-@pytest.mark.skipif(not REAL_CAMVID.exists(), reason="the real CamVid is not here")
+@needs.camvid
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_rule_of_segnets_split_agrees_with_its_lists(split):
     lines = (REAL_CAMVID / f"{split}.txt").read_text().splitlines()

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from program import AFTER_A_KILL, TRAIN, command, ended, run
+from program import TRAIN, command, ended, run
 from small import ROOT
 
 
@@ -66,7 +66,7 @@ def test_numbers_of_devices_and_processes_that_differ(prepared_dir, tmp_path, st
         assert "devices of a process: process 0 has 1, process 1 has 2" in text
 
     group = start(arguments, num_processes=2, of_process={1: ["--num_processes=3"]})
-    statuses, messages = ended(group, timeout=AFTER_A_KILL)
+    statuses, messages = ended(group)
     assert all(statuses)
     assert "--num_processes=3: process 0 was started with 2" in messages[1]
     assert not (tmp_path / "run").exists()

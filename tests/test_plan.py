@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 
 import jax
+import needs
 import pytest
 from small import ROOT, make_config, start
 
@@ -143,13 +144,15 @@ def test_unknown_topologies_are_refused(name, message):
         find_topology(name)
 
 
-@pytest.mark.skipif(find_spec("libtpu") is not None, reason="libtpu is there")
+@pytest.mark.skipif(
+    find_spec("libtpu") is not None, reason="what happens without libtpu, which is installed"
+)
 def test_without_libtpu_the_error_says_what_to_install():
     with pytest.raises(InputError, match=r"--topology=v5e:2x4: .*libtpu.*tpu-plan.*--quick"):
         find_topology("v5e:2x4")
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")
+@needs.libtpu
 def test_a_tpu_that_is_not_there_is_found_and_compiled_for():
     result = run_main("--topology=v5e:2x2", "--config.augment.crop_size=(64, 64)", timeout=400)
     assert result.returncode == 0, result.stderr

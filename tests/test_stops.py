@@ -1,29 +1,32 @@
 """Several processes with real collectives, through `main.py`: told to stop, killed, as one."""
 
-import contextlib
 import json
 import signal
 import time
 
 import jax
 import numpy as np
-from program import AFTER_A_KILL, TRAIN, command, ended, logged_steps, run, wait_for_step
-from small import SETTINGS, make_config
-
-from contrastseg_jax import build, checkpoint, distributed
+import orbax.checkpoint as ocp
+from program import (
+    TOY,
+    command,
+    ended,
+    logged_steps,
+    require_prompt_end,
+    run,
+    wait_for_step,
+)
+from small import SETTINGS
 
 RUN = (
     *SETTINGS,
-    # Rounding is not magnified: by BatchNorm on small maps, anchors chosen by prediction, speed.
-    "augment.crop_size=(64, 64)",
-    "contrast.anchors=random",
-    "optim.learning_rate=0.001",
     "train.num_steps=12",
     "train.eval_steps=12",
     "train.log_steps=1",
     "train.checkpoint_steps=2",
     "optim.ema_decay=0.9",
 )
+FLOAT64 = ("model.dtype=float64", "memory.dtype=float64")
 
 
 def losses(workdir):
@@ -35,25 +38,29 @@ def losses(workdir):
 
 
 def final_state(workdir):
-    """Read here, on other devices than those that wrote it."""
-    config = make_config(*RUN)
-    state = build.abstract_state(
-        config, build.build_model(config, num_classes=3), build.build_optimizer(config)[0]
-    )
-    everywhere = distributed.replicated(distributed.make_mesh())
-    with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
-        return checkpoint.restore(manager, 12, state, everywhere)
+    """Every array after the last step by its path, whatever devices wrote it."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        folder = workdir / "checkpoints" / "12" / "default"
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = checkpointer.restore(folder, restore_args=as_numpy)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
 
 def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
-    prepared_dir, tmp_path, start
+    prepared_dir, tmp_path, start, monkeypatch
 ):
-    """Its losses, scores and final state are those of one process that was never stopped."""
+    """Its losses, scores and final state are those of one process that was never stopped.
+
+    In float64, in which other orders of summation make no difference that could hide a fault.
+    """
+    monkeypatch.setenv("FLOAT64", "1")
+    settings = (*RUN, *FLOAT64)
     whole = tmp_path / "whole"
-    result = run(command(prepared_dir, whole, *TRAIN, settings=RUN), num_devices=4)
+    result = run(command(prepared_dir, whole, *TOY, settings=settings), num_devices=2)
     assert result.returncode == 0, result.stderr
     workdir = tmp_path / "run"
-    arguments = command(prepared_dir, workdir, *TRAIN, settings=RUN)
+    arguments = command(prepared_dir, workdir, *TOY, settings=settings)
 
     group = start(arguments, num_processes=2, num_devices=2)
     wait_for_step(workdir, 1, group)
@@ -70,33 +77,26 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
     wait_for_step(workdir, stopped + 1, group)
     group[2].kill()
     killed = time.monotonic()
-    statuses, messages = ended(group, timeout=AFTER_A_KILL)
-    assert time.monotonic() - killed < AFTER_A_KILL
+    statuses, messages = ended(group)
+    require_prompt_end(killed)
     assert statuses[2] == -signal.SIGKILL and all(statuses), messages
     # Python's message where a collective fails, JAX's own where its coordinator is faster.
     for index in (0, 1, 3):
         ends = (f"error: process {index} of 4: ", "Terminating process because the JAX")
         assert any(text in messages[index] for text in ends), messages
     assert f"going on after step {stopped} of 12" in messages[0]
-    reached = max(logged_steps(workdir))
 
-    group = start(arguments, num_processes=2, num_devices=2)
-    wait_for_step(workdir, reached + 1, group)
-    group[0].send_signal(signal.SIGTERM)
-    statuses, messages = ended(group)
-    assert statuses == [143, 143], messages
-
-    result = run(arguments, num_devices=4)
+    result = run(arguments, num_devices=2)
     assert result.returncode == 0, result.stderr
     assert logged_steps(workdir) == list(range(1, 13))
     (expected, scores), (got, got_scores) = losses(whole), losses(workdir)
-    assert got.keys() == expected.keys() and got_scores.keys() == scores.keys()
-    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-4)
-    np.testing.assert_allclose(list(got_scores.values()), list(scores.values()), atol=5e-3)
-    expected, got = (final_state(folder).memory for folder in (whole, workdir))
-    for counter in ("pixel_head", "pixel_count", "segment_head", "segment_count"):
-        np.testing.assert_array_equal(getattr(got, counter), getattr(expected, counter))
-    np.testing.assert_allclose(got.pixel, expected.pixel, atol=1e-3)
+    assert got.keys() == expected.keys() and got_scores == scores
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-9)
+    expected, got = final_state(whole), final_state(workdir)
+    assert got.keys() == expected.keys()
+    assert expected["['memory']['pixel']"].dtype == np.float64
+    for path, array in expected.items():
+        np.testing.assert_allclose(got[path], array, rtol=1e-7, atol=1e-9, err_msg=path)
 
     evaluation = workdir / "eval" / "12"
     before = json.loads((evaluation / "metrics.json").read_text())
@@ -111,16 +111,19 @@ def test_a_run_of_which_a_process_was_killed_ends_bit_for_bit_as_if_it_was_not(
     prepared_dir, tmp_path, start
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    statuses, messages = ended(start(command(prepared_dir, whole, *TRAIN, settings=RUN), 2))
+    statuses, messages = ended(start(command(prepared_dir, whole, *TOY, settings=RUN), 2))
     assert statuses == [0, 0], messages
-    arguments = command(prepared_dir, killed, *TRAIN, settings=RUN)
+    arguments = command(prepared_dir, killed, *TOY, settings=RUN)
     group = start(arguments, num_processes=2)
     wait_for_step(killed, 5, group)
     group[0].kill()
-    statuses, messages = ended(group, timeout=AFTER_A_KILL)
+    statuses, messages = ended(group)
     assert all(statuses), messages
     statuses, messages = ended(start(arguments, num_processes=2))
     assert statuses == [0, 0], messages
     assert "going on after step" in messages[0]
     assert losses(killed) == losses(whole)
-    jax.tree.map(np.testing.assert_array_equal, final_state(killed), final_state(whole))
+    expected, got = final_state(whole), final_state(killed)
+    assert got.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(got[path], array, err_msg=path)

@@ -7,6 +7,7 @@ import pickle
 import warnings
 
 import jax.numpy as jnp
+import needs
 import numpy as np
 import pytest
 from safetensors.flax import save_file as save_jax
@@ -16,9 +17,6 @@ from contrastseg_jax import weight_files
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.weight_files import read_tensors
 
-needs_torch = pytest.mark.skipif(
-    not importlib.util.find_spec("torch"), reason="PyTorch is not installed"
-)
 ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.count": np.int64(7)}
 
 
@@ -72,7 +70,7 @@ def test_safetensors_of_any_name(tmp_path, name):
     assert_arrays(read_tensors(tmp_path / name))
 
 
-@needs_torch
+@needs.torch
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_pytorch_files_of_any_name(tmp_path, is_zip):
     torch = importlib.import_module("torch")
@@ -81,7 +79,7 @@ def test_pytorch_files_of_any_name(tmp_path, is_zip):
     assert_arrays(read_tensors(path))
 
 
-@needs_torch
+@needs.torch
 def test_programs_of_pytorch_are_refused(tmp_path):
     torch = importlib.import_module("torch")
     with warnings.catch_warnings():
@@ -91,7 +89,7 @@ def test_programs_of_pytorch_are_refused(tmp_path):
         read_tensors(tmp_path / "x.pth")
 
 
-@needs_torch
+@needs.torch
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -107,7 +105,7 @@ def test_containers_of_pytorch(tmp_path, wrap):
     assert_arrays(read_tensors(save_torch(wrap(torch_state()), tmp_path / "x.pth")))
 
 
-@needs_torch
+@needs.torch
 def test_the_format_before_zip_files_and_half_precision(tmp_path):
     torch = importlib.import_module("torch")
     state = {"x": torch.nn.Parameter(torch.tensor([0.5, -2.0], dtype=torch.bfloat16))}
@@ -127,7 +125,7 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
-@needs_torch
+@needs.torch
 @pytest.mark.parametrize("by_torch", [True, False])
 def test_code_is_refused_and_not_run(tmp_path, by_torch):
     content, path = {"state_dict": Payload(str(tmp_path / "pwned"))}, tmp_path / "x.pth"
@@ -154,13 +152,13 @@ class BrokenType:
         return np.dtype, ("f8", False, True), state
 
 
-@needs_torch
+@needs.torch
 def test_broken_numpy_objects_are_not_built(tmp_path):
     content = {"state_dict": torch_state(), "config_dict": BrokenScalar()}
     assert_arrays(read_tensors(save_torch(content, tmp_path / "x.pth")))
 
 
-@needs_torch
+@needs.torch
 @pytest.mark.parametrize("kind", ["sparse", "meta", "complex"])
 def test_tensors_that_are_no_plain_arrays_are_refused(tmp_path, kind):
     torch = importlib.import_module("torch")
@@ -173,7 +171,7 @@ def test_tensors_that_are_no_plain_arrays_are_refused(tmp_path, kind):
         read_tensors(save_torch({"a.weight": tensor}, tmp_path / "x.pth"))
 
 
-@needs_torch
+@needs.torch
 @pytest.mark.parametrize(
     "content", [b"", b"garbage", b"<html>Not found</html>", pickle.dumps([1, 2])], ids=len
 )
@@ -183,7 +181,7 @@ def test_what_is_no_pytorch_file_is_refused(tmp_path, content):
         read_tensors(tmp_path / "x.pth")
 
 
-@needs_torch
+@needs.torch
 def test_a_file_cut_short_is_refused(tmp_path):
     path = save_torch(torch_state(), tmp_path / "x.pth")
     path.write_bytes(path.read_bytes()[:-100])
@@ -191,7 +189,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
         read_tensors(path)
 
 
-@needs_torch
+@needs.torch
 @pytest.mark.parametrize(
     ("content", "message"),
     [
