@@ -15,6 +15,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config = default.get_config(spec)
     config.data.name = "camvid"
     config.augment.crop_size = (360, 480)  # original: camvid/H_48_D_4_MEM
+    config.contrast.anchors_per_image = 512  # original: 1024 for the 2 images of a GPU
     config.contrast.warmup_steps = 3000  # original: camvid/H_48_D_4_MEM
     config.memory.segment_size = 367  # paper: the number of training images
     config.memory.pixel_size = 3670  # paper: ten times that; the bank takes 45 MB

@@ -24,6 +24,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
         *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
     )
     config.loss.aux_weight = 0.4  # original: cityscapes/H_48_D_4
+    config.contrast.anchors_per_image = 512  # original: 1024 for the 2 images of a GPU
     config.contrast.temperature = 0.1  # paper; original: cityscapes/H_48_D_4
     config.contrast.loss_weight = 0.1  # original: cityscapes/H_48_D_4
     config.contrast.warmup_steps = 5000  # original: cityscapes/H_48_D_4

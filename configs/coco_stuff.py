@@ -17,6 +17,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.data.short_side = 520  # original: coco_stuff/H_48_D_4
     config.augment.crop_size = (520, 520)  # original: coco_stuff/H_48_D_4
     # The paper's 9000 and 90,000 slots would take 17,335 MB: for memory.sharding = 'slots'.
+    config.contrast.anchors_per_image = 512  # original: 1024 for the 2 images of a GPU
     config.memory.segment_size = 5000  # original: Cityscapes' bank
     config.memory.pixel_size = 5000  # original: Cityscapes' bank; both queues take 1751 MB
     config.optim.learning_rate = 0.001  # original: coco_stuff/H_48_D_4

@@ -76,7 +76,9 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     contrast.candidates = CANDIDATES[variant]  # none, batch (the global one), memory or both
     contrast.loss_weight = 0.1  # of the contrast loss (original: 0.1, with its bank 1)
     contrast.anchors = "hard"  # hard: half of the anchors mispredicted pixels; random: any
-    contrast.anchors_per_image = 512  # (original: 1024 for the 2 images of a GPU)
+    # Sampled from each image; 0: a sixteenth of the cells of its map of embeddings, at least 16 and
+    # at most 512 (original: 1024 for the 2 images of a GPU).
+    contrast.anchors_per_image = 0
     contrast.max_views = 100  # most anchors of one class in one image (original: 100)
     contrast.positives = "all"  # of an anchor: all, random, hardest or semi_hard (paper)
     contrast.negatives = "all"  # likewise; semi_hard: at random out of the hardest tenth

@@ -14,6 +14,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.data.name = "pascal_context"
     config.data.short_side = 520  # original: pascal_context/H_48_D_4
     config.augment.crop_size = (520, 520)  # original: pascal_context/H_48_D_4
+    config.contrast.anchors_per_image = 512  # original: 1024 for the 2 images of a GPU
     config.memory.segment_size = 4998  # paper: the number of training images
     config.memory.pixel_size = 49_980  # paper: ten times that; the bank takes 3322 MB
     config.optim.learning_rate = 0.001  # original: pascal_context/H_48_D_4

@@ -19,7 +19,6 @@ def get_config(spec: str = "hrnet_tiny,memory") -> Config:
     config.model.proj_dim = 64
     # Share of the class to the power of -1/3, with a mean of 1 over the training pixels.
     config.loss.class_weights = (0.70, 1.35, 1.66, 1.26, 1.30, 1.62, 3.62, 1.56)
-    config.contrast.anchors_per_image = 16
     config.contrast.warmup_steps = 100
     config.memory.pixel_size = 400
     config.memory.segment_size = 50

@@ -1,5 +1,6 @@
 """What a config makes: the data set's spec, the network, the optimiser, the state at step 0."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,26 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
         dtype=config.model.dtype,
         remat=tuple(config.model.remat),
     )
+
+
+def training_shapes(config: Config, model: Segmenter) -> segmenter.TrainingShapes:
+    """What the network makes of the config's training batch."""
+    return segmenter.training_shapes(model, (config.train.batch_size, *config.augment.crop_size))
+
+
+def num_cells(config: Config, model: Segmenter) -> int:
+    """Cells of the map of embeddings of one training image, of which anchors are sampled."""
+    return math.prod(training_shapes(config, model).output_size)
+
+
+def num_anchors(config: Config, model: Segmenter) -> int:
+    """Anchors of each image: as many as the config says, else by the size of the map.
+
+    A sixteenth of its cells, at least 16 and at most 512. The cost of the contrast loss grows with
+    their square, that of the network with the cells.
+    """
+    given = config.contrast.anchors_per_image
+    return given or min(max(num_cells(config, model) // 16, 16), 512)
 
 
 def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, Schedule]:

@@ -207,8 +207,8 @@ def _range(value: Sequence[float]) -> bool:
 # Paths that a rule is for, the rule, and the sentence that says it.
 RULES: tuple[Rule, ...] = (
     (
-        "data.num_threads data.prefetch contrast.anchors_per_image contrast.max_views"
-        " contrast.num_positives contrast.num_negatives"
+        "data.num_threads data.prefetch contrast.max_views contrast.num_positives"
+        " contrast.num_negatives"
         " memory.pixels_per_class train.batch_size train.num_steps train.log_steps"
         " train.eval_steps train.checkpoint_steps train.keep_checkpoints eval.batch_size"
         " eval.pad_multiple",
@@ -217,8 +217,8 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         "data.short_side data.cache_size data.num_workers augment.brightness contrast.warmup_steps"
-        " memory.pixel_size memory.segment_size optim.warmup_steps optim.weight_decay"
-        " optim.poly_power eval.num_pictures loss.aux_weight",
+        " contrast.anchors_per_image memory.pixel_size memory.segment_size optim.warmup_steps"
+        " optim.weight_decay optim.poly_power eval.num_pictures loss.aux_weight",
         lambda v, c: v >= 0,
         "must not be negative",
     ),

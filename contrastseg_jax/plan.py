@@ -61,6 +61,7 @@ def quick_plan(config: Config, where: Topology) -> Plan:
     lowered, state, batch = _lower(config, jax.devices()[:1])
     num_classes = _num_classes(config)
     mesh: Any = AbstractMesh((where.num_devices,), ("data",))
+    of_contrast = contrast_flops(config, num_classes)
     return Plan(
         model=config.model.name,
         batch_size=config.train.batch_size,
@@ -69,8 +70,10 @@ def quick_plan(config: Config, where: Topology) -> Plan:
         num_devices=where.num_devices,
         device_bytes=where.device_bytes,
         parameters=sum(x.size for x in jax.tree.leaves(state.params)),
-        flops=(lowered.cost_analysis() or {}).get("flops", 0.0),
-        contrast_flops=contrast_flops(config, num_classes),
+        anchors_per_image=_num_anchors(config, num_classes) if uses_contrast(config) else 0,
+        cells_per_image=build.num_cells(config, build.build_model(config, num_classes)),
+        flops=(lowered.cost_analysis() or {}).get("flops", 0.0) + of_contrast,
+        contrast_flops=of_contrast,
         bytes_held=held_bytes(config, state, mesh) | {"batch": _bytes(batch) // mesh.size},
         bytes_sent=sent_bytes(config, state, num_classes, mesh),
     )
@@ -106,7 +109,7 @@ def contrast_flops(config: Config, num_classes: int) -> float:
     if not uses_contrast(config):
         return 0.0
     settings, bank = config.contrast, config.memory
-    anchors = config.train.batch_size * settings.anchors_per_image
+    anchors = config.train.batch_size * _num_anchors(config, num_classes)
     in_batch = anchors if settings.candidates in ("batch", "both") else 0
     slots = bank.pixel_size + bank.segment_size if uses_memory(config) else 0
     candidates = num_classes * slots + in_batch
@@ -142,7 +145,7 @@ def sent_bytes(config: Config, state: TrainState, num_classes: int, mesh: Any) -
     batch_size, split_bank = config.train.batch_size, splits_memory(config)
     in_batch = settings.candidates in ("batch", "both")
     if in_batch or split_bank:
-        anchors = batch_size * settings.anchors_per_image
+        anchors = batch_size * _num_anchors(config, num_classes)
         sent["anchors"] = anchors * (4 * dim + 5 + 4 * dim * (in_batch and split_bank))
         sent["anchors' gradient"] = anchors * 4 * (dim + 5 * split_bank)
     if uses_memory(config):
@@ -161,6 +164,10 @@ def _lower(config: Config, devices: Any) -> tuple[jax.stages.Lowered, TrainState
 
 def _num_classes(config: Config) -> int:
     return len(label_map(build.dataset_spec(config)).names)
+
+
+def _num_anchors(config: Config, num_classes: int) -> int:
+    return build.num_anchors(config, build.build_model(config, num_classes))
 
 
 def _bytes(tree: Any) -> int:
@@ -187,7 +194,7 @@ def compiled_plan(plan: Plan, config: Config, where: Topology, time_limit: float
             note=f"not compiled within --time_limit={time_limit:g} s: the peak memory and the"
             " collectives of the compiled step are missing",
         )
-    return dataclasses.replace(plan, compiled=figures(program, time.monotonic() - started))
+    return dataclasses.replace(plan, compiled=figures(program, plan, time.monotonic() - started))
 
 
 def compile_within(lowered: jax.stages.Lowered, time_limit: float) -> Any:
@@ -216,17 +223,21 @@ def compile_within(lowered: jax.stages.Lowered, time_limit: float) -> Any:
     return results[0] if results else None
 
 
-def figures(program: Any, seconds: float) -> Compiled:
-    """What XLA says of a compiled program."""
+def figures(program: Any, plan: Plan, seconds: float) -> Compiled:
+    """What XLA says of the compiled step that is planned.
+
+    On one device it may have collectives too, which XLA leaves in though nothing is sent.
+    """
     memory, text = program.memory_analysis(), program.as_text()
     return Compiled(
         seconds=seconds,
-        flops=(program.cost_analysis() or {}).get("flops", 0.0),
+        flops=(program.cost_analysis() or {}).get("flops", 0.0)
+        + plan.contrast_flops / plan.num_devices,
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=traffic(hlo.collectives(text)),
+        collectives=traffic(hlo.collectives(text) if plan.num_devices > 1 else []),
     )
 
 

@@ -24,7 +24,7 @@ class Compiled:
     """Figures of the compiled step; all bytes are of one device."""
 
     seconds: float
-    flops: float  # of one device; of every loop one round
+    flops: float  # of one device: of every loop one round, and the contrast loss as computed
     arguments: int
     results: int
     aliased: int  # results that take the place of arguments: the state
@@ -48,8 +48,10 @@ class Plan:
     num_devices: int
     device_bytes: int
     parameters: int
-    flops: float  # of all devices: the program as written, of every loop one round
-    contrast_flops: float  # of all devices: computed, of the loops that the above leaves out
+    anchors_per_image: int
+    cells_per_image: int  # of the map of embeddings, of which anchors are sampled
+    flops: float  # of all devices: the program as written, of every loop one round; and the next
+    contrast_flops: float  # of all devices: computed, of the loops of the contrast loss
     bytes_held: dict[str, int]  # of one device, between steps, and the batch
     bytes_sent: dict[str, int]  # of one device: computed
     compiled: Compiled | None = None
@@ -72,14 +74,15 @@ class Plan:
 
 def report(plan: Plan, config: Config) -> str:
     """The plan to read."""
-    n, total_flops = plan.num_devices, plan.flops + plan.contrast_flops
-    own = plan.compiled.flops + plan.contrast_flops / n if plan.compiled else total_flops / n
+    n, anchors = plan.num_devices, f"{plan.anchors_per_image} of {plan.cells_per_image} cells"
+    own = plan.compiled.flops if plan.compiled else plan.flops / n
     lines = [
         f"{plan.model}, {plan.batch_size} images a step, on {plan.topology}:"
         f" {n} x {plan.device} with {_size(plan.device_bytes)} each",
         "",
         *_rows({"parameters": f"{plan.parameters / 1e6:.2f} M"}),
-        *_rows({"operations of a step": _flops(total_flops)}),
+        *_rows({"anchors of an image": anchors} if plan.anchors_per_image else {}),
+        *_rows({"operations of a step": _flops(plan.flops)}),
         *_rows({"contrast loss, computed": _flops(plan.contrast_flops)}, indent=2),
         *_rows({"operations of a device": _flops(own)}),
         "",
@@ -102,6 +105,8 @@ def _compiled_lines(compiled: Compiled, plan: Plan) -> list[str]:
     }
     lines = [f"peak memory of each device: {_size(compiled.peak)}{of_cpu}", *_rows(parts, indent=2)]
     lines += ["", f"{'sent by each device in a step':34}{'number':>8}{'bytes':>14}{'largest':>14}"]
+    if not compiled.collectives:
+        lines += _rows({"nothing": _size(0)}, indent=2)
     for kind, sent in compiled.collectives.items():
         sizes = f"{sent.number:8}{_size(sent.bytes):>14}{_size(sent.largest):>14}"
         loops = f"  {sent.in_loop} of them in a loop: once each" if sent.in_loop else ""

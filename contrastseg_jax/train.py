@@ -27,10 +27,12 @@ from contrastseg_jax.build import (
     init_state,
     initial_variables,
     keep_compiled,
+    num_anchors,
+    num_cells,
     pad_color,
     state_sharding,
 )
-from contrastseg_jax.config import Config, leaves
+from contrastseg_jax.config import Config, leaves, uses_contrast
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_splits
 from contrastseg_jax.data.labels import label_table
@@ -128,6 +130,9 @@ def _train_on(
         score(state, start_step)
 
     # Steps.
+    if uses_contrast(config):
+        anchors, cells = num_anchors(config, model), num_cells(config, model)
+        log.info(f"{anchors} anchors per image, of {cells} cells")
     log.info("compiling")
     started = time.monotonic()
     step_fn = compile_step(config, model, tx, mesh)

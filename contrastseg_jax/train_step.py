@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from contrastseg_jax import distributed, memory
-from contrastseg_jax.build import abstract_state, image_format, state_sharding
+from contrastseg_jax.build import abstract_state, image_format, num_anchors, state_sharding
 from contrastseg_jax.config import Config, splits_memory
 from contrastseg_jax.contrast import (
     batch_candidates,
@@ -42,12 +42,14 @@ def contrast_loss(
     selection_rng: Key[Array, ""],
     *,
     bank: MemoryBank | None,
+    num_anchors: int,
     mesh: Mesh,
     config: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Eq. 3 between sampled anchors and the candidates that the config names, and diagnostics.
 
-    `rng` draws the anchors, one key per image, `selection_rng` positives and negatives.
+    `rng` draws the anchors, `num_anchors` of each image with one key per image, `selection_rng`
+    positives and negatives.
     """
     settings = config.contrast
     anchors = sample_anchors(
@@ -56,7 +58,7 @@ def contrast_loss(
         lax.argmax(logits, logits.ndim - 1, jnp.int32),
         rng,
         num_classes=logits.shape[-1],
-        anchors_per_image=settings.anchors_per_image,
+        anchors_per_image=num_anchors,
         max_views=settings.max_views,
         strategy=settings.anchors,
     )
@@ -146,7 +148,13 @@ def train_step(
         metrics = {"cross_entropy": cross_entropy, "ignored_pixels": ignored}
         if output.embedding is not None:
             label = label_at_stride(batch.label, output.embedding.shape[1:3])
-            measure = functools.partial(contrast_loss, bank=bank, mesh=mesh, config=config)
+            measure = functools.partial(
+                contrast_loss,
+                bank=bank,
+                num_anchors=num_anchors(config, model),
+                mesh=mesh,
+                config=config,
+            )
             arguments = (output.logits, output.embedding, label, anchor_rng, selection_rng)
             shapes = jax.eval_shape(measure, *arguments)
             contrast, diagnostics = lax.cond(

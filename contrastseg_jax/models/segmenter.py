@@ -5,8 +5,8 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -208,6 +208,36 @@ def variable_shapes(model: nn.Module) -> Any:
     """Shapes and types of `params` and `batch_stats`: what a file of weights has to fill."""
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")
     return jax.eval_shape(lambda rng, x: model.init(rng, x, train=False), jax.random.key(0), image)
+
+
+class TrainingShapes(NamedTuple):
+    """What the size of a training batch makes of a network."""
+
+    output_size: tuple[int, int]  # rows and columns of the maps of logits and embeddings
+    num_values: dict[str, int]  # by BatchNorm: how many a channel's mean and variance are taken of
+
+
+@cache
+def training_shapes(model: Segmenter, image_shape: tuple[int, int, int]) -> TrainingShapes:
+    """Shapes in training on `image_shape`: images of the global batch, height, width.
+
+    Traced, which takes a second or so; nothing is computed.
+    """
+    num_values = {}
+
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            num_values["/".join(context.module.path)] = math.prod(args[0].shape[:-1])
+        return call(*args, **kwargs)
+
+    def outputs(rng: Array, image: Array) -> SegmentationOutput:
+        rngs = {"params": rng, "dropout": rng}
+        return cast(SegmentationOutput, model.init_with_output(rngs, image, train=True)[0])
+
+    image = jax.ShapeDtypeStruct((*image_shape, 3), "float32")
+    with nn.intercept_methods(note):
+        logits = jax.eval_shape(outputs, jax.random.key(0), image).logits
+    return TrainingShapes(logits.shape[1:3], num_values)
 
 
 def init_variables(model: nn.Module, seed: int) -> Variables:
