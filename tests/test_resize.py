@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from contrastseg_jax import resize
 from contrastseg_jax.resize import most_likely, resize_bilinear
 
 SIZES = [
@@ -35,12 +36,19 @@ def by_loops(x, size):
     return result
 
 
+@pytest.fixture(params=["matrix", "gather"])
+def path(request, monkeypatch):
+    """Both ways to interpolate, whatever the size."""
+    if request.param == "gather":
+        monkeypatch.setattr(resize, "MATRIX_SIZE", 0)
+
+
 def random_map(size):
     return np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize(("old", "new"), SIZES)
-def test_agrees_with_a_loop_over_pixels(old, new):
+def test_agrees_with_a_loop_over_pixels(path, old, new):
     x = random_map(old)
     result = resize_bilinear(jnp.asarray(x), new)
     assert result.dtype == jnp.float32
@@ -48,7 +56,7 @@ def test_agrees_with_a_loop_over_pixels(old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), SIZES)
-def test_agrees_with_torch_in_value_and_gradient(old, new):
+def test_agrees_with_torch_in_value_and_gradient(path, old, new):
     torch = pytest.importorskip("torch")
     x = random_map(old)
     cotangent = np.random.default_rng(1).normal(size=(2, *new, 3)).astype(np.float32)
@@ -75,7 +83,7 @@ def test_numbers_computed_by_torch():
     np.testing.assert_allclose(resize_bilinear(x, (3, 4))[0, :, :, 0], expected, atol=1e-6)
 
 
-def test_classes_are_those_of_each_image_alone():
+def test_classes_are_those_of_each_image_alone(path):
     """Rows of several sizes against resize, crop, resize and argmax; padding influences nothing."""
     image_size = [(33, 47), (40, 64), (17, 64), (1, 1), (40, 1), (9, 9)]
     label_size = [(50, 71), (40, 64), (7, 23), (5, 3), (1, 72), (1, 1)]
@@ -96,6 +104,42 @@ def test_classes_are_those_of_each_image_alone():
         np.testing.assert_array_equal(result[row], around)
 
 
+@pytest.mark.parametrize(
+    ("image_size", "label_size"), [((2, 70_000),) * 2, ((2, 300), (3, 70_000))]
+)
+def test_memory_goes_by_area(image_size, label_size):
+    """The matrices for a side of 70,000 would take 5 GB; whole numbers would leave 32 bits."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(1, 2, image_size[1] // 4, 3)).astype(np.float32)
+    settings = {"padded_image": image_size, "padded_label": label_size}
+    classes_of = jax.jit(most_likely, static_argnames=tuple(settings))
+    sizes = np.int32([image_size]), np.int32([label_size])
+    program = classes_of.lower(logits, *sizes, **settings).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 200 * np.prod(label_size)
+    columns = np.arange(0, label_size[1], 997)
+    expected = np.empty((len(columns), 3))
+    for number in range(3):  # along the first row
+        row = logits[0, 0, :, number]
+        of_image = np.arange(image_size[1]) * (len(row) - 1) / (image_size[1] - 1)
+        row = np.interp(of_image, np.arange(len(row)), row)
+        of_label = columns * (len(row) - 1) / (label_size[1] - 1)
+        expected[:, number] = np.interp(of_label, np.arange(len(row)), row)
+    second, first = np.sort(expected, axis=-1)[:, -2:].T
+    clear = first - second > 1e-4
+    assert clear.mean() > 0.99
+    result = np.asarray(program(logits, *sizes))[0, 0, columns]
+    np.testing.assert_array_equal(result[clear], expected.argmax(-1)[clear])
+
+
+def test_products_beyond_32_bits():
+    x = np.int32([0, 1, 46_341, 65_537, 300_000, 1 << 27])
+    factor, unit = np.int32([1, 7, 69_999, 65_536, 4_999, 1 << 27]), x[-1] - 3
+    scaled = jax.jit(resize._scaled, static_argnames="bits")
+    quotient, rest = scaled(x, factor, unit, bits=28)
+    expected = [divmod(int(a) * int(b), int(unit)) for a, b in zip(x, factor, strict=True)]
+    assert list(zip(quotient.tolist(), rest.tolist(), strict=True)) == expected
+
+
 def test_the_first_of_equal_classes_is_taken():
     logits, one = jnp.zeros((1, 2, 2, 3)), jnp.ones((1, 2), jnp.int32)
     logits = logits.at[..., 1:].set(4.0)
@@ -109,7 +153,7 @@ def test_own_size_is_the_identity():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 31), (2, 3)])
-def test_constants_and_corners_are_kept(size):
+def test_constants_and_corners_are_kept(path, size):
     constant = jnp.full((1, 5, 7, 2), 3.0)
     np.testing.assert_allclose(resize_bilinear(constant, size), 3.0, rtol=1e-6)
     x = jnp.asarray(random_map((5, 7)))
@@ -119,6 +163,6 @@ def test_constants_and_corners_are_kept(size):
         np.testing.assert_array_equal(result[:, -1, -1], x[:, -1, -1])
 
 
-def test_keeps_the_type():
+def test_keeps_the_type(path):
     x = jnp.asarray(random_map((4, 4))).astype(jnp.bfloat16)
     assert resize_bilinear(x, (8, 8)).dtype == jnp.bfloat16
