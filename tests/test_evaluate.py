@@ -38,7 +38,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
     config, workdir = trained
     model, variables, step, mesh = load_run(config, workdir, "latest")
     config = config_lib.override(config, [f"data.short_side={short_side}"])
-    step_fn = compile_eval_step(config, model, mesh)
+    eval_step = compile_eval_step(config, model, mesh)
     spec = dataset_spec(config)
     (record, *_) = open_split(spec, "val")
     source = [
@@ -54,7 +54,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
     groups = group_examples(config, source, "val", mesh)
     assert [group.example_ids for group in groups] == [[0, 2], [1], [3]]
     results = evaluate(
-        *(config, step_fn, variables, source, groups, "val", step),
+        *(config, eval_step, variables, source, groups, "val", step),
         **{"mesh": mesh, "folder": tmp_path},
     )
     expected = np.zeros((3, 3), int)
