@@ -68,7 +68,7 @@ def save_panel(
     height = stacked[0] * min(width / stacked[1] * shown_aspect(h, w), TALLEST)
     figure = Figure(figsize=(width, height + 0.2 * stacked[0] + 0.4 + 0.25 * rows))
     figure.set_layout_engine("constrained")
-    image, label, prediction = (reduced(x) for x in (image, label, prediction))
+    image, label, prediction = (reduced(x.astype(np.uint8)) for x in (image, label, prediction))
     known = np.where(label < len(label_map.names), prediction, label)
     shown = {
         name: image,
