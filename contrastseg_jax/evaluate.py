@@ -30,6 +30,7 @@ from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import decode_image
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
+from contrastseg_jax.errors import InputError
 from contrastseg_jax.logging import log
 from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from contrastseg_jax.models.segmenter import Segmenter, Variables

@@ -1,6 +1,7 @@
 """Whole-image evaluation is exact whatever the batches, and its pages say what was measured."""
 
 import json
+import re
 
 import cv2
 import jax
@@ -138,6 +139,19 @@ def test_a_split_that_is_absent_is_named(trained):
     with pytest.raises(InputError, match="no split 'test', only train, val"):
         evaluate_run(config, workdir, "latest", "test")
     assert not list(workdir.glob("eval/*_test"))
+
+
+def test_an_image_for_which_memory_is_missing_is_named_before_all_work(trained, monkeypatch):
+    config, workdir = trained
+    monkeypatch.setattr(distributed, "free_bytes", lambda: 1000)
+    with pytest.raises(InputError) as error:
+        evaluate_run(config, workdir, "latest", "train")
+    assert re.fullmatch(
+        r"train, image 000000: to evaluate 2 of about 64x64 pixels at a time takes 0\.\d GiB of"
+        r" memory, 0\.0 GiB are free; lower eval\.batch_size or data\.short_side, or cut it into"
+        r" tiles",
+        str(error.value),
+    )
 
 
 def test_load_run_restores_on_other_devices(trained):

@@ -106,13 +106,13 @@ def test_what_one_file_costs_does_not_end_a_folder(trained, photos, tmp_path, mo
     (photos / ("n" * 251 + ".jpg")).write_bytes(data)  # the mask's name just fits
     for suffix in (".jpg", ".png"):  # these keep it, and do not fit
         (photos / ("m" * 251 + suffix)).write_bytes(data)
-    for name, size in (("deep", (96, 200)), ("long", (4, 300))):
+    for name, size in (("deep", (64, 90)), ("long", (4, 1000))):
         Image.new("RGB", size).save(photos / f"{name}.png")
     monkeypatch.setattr(augment, "MAX_PIXELS", 96 * 288)
     resize_image = predict.resize_image
 
     def fail(image, size):
-        if size == (200, 96):
+        if size == (90, 64):
             raise MemoryError("Unable to allocate 42.4 GiB")
         return resize_image(image, size)
 
@@ -125,7 +125,7 @@ def test_what_one_file_costs_does_not_end_a_folder(trained, photos, tmp_path, mo
     assert set(told) == {("d", "png"), ("l", "png"), ("m", "jpg"), ("m", "png")}
     assert "not enough memory (Unable to allocate 42.4 GiB)" in told["d", "png"]
     assert told["l", "png"].endswith(
-        "has 4x300 pixels, padded by eval.pad_multiple = 32 to 32x320; at most 27,648 pixels are"
+        "has 4x1000 pixels, padded by eval.pad_multiple = 32 to 32x1024; at most 27,648 pixels are"
         " evaluated, cut it into tiles"
     )
     assert "results cannot be written (File name too long)" in told["m", "jpg"]
