@@ -56,10 +56,11 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "split", None, "eval: the split of the data set, val by default; audit: it alone, not all."
 )
-flags.DEFINE_string(
+flags.DEFINE_multi_string(
     "input",
     None,
-    "predict: image or folder of images; convert: .pth, .safetensors, folder of a run.",
+    "predict: image, folder of images or pattern ('photos/*.jpg'), and again for more of them;"
+    " convert: .pth, .safetensors, folder of a run.",
 )
 flags.DEFINE_string("output", None, "predict, convert: folder for the results; plan: JSON file.")
 flags.DEFINE_string(
@@ -112,7 +113,7 @@ def require_flags(settings: list[str]) -> None:
     """Raise an error for flags that the mode needs, or has no use for."""
     mode = FLAGS.mode
     for name in NEEDED[mode]:
-        if not FLAGS[name].value:
+        if FLAGS[name].value in (None, "", [""]):
             raise InputError(f"--{name}: is needed, --mode={mode} has no default for it")
     known = {name for names in (*NEEDED.values(), *OPTIONAL.values()) for name in names}
     for name in sorted(known.difference(NEEDED[mode], OPTIONAL[mode])):
@@ -120,6 +121,8 @@ def require_flags(settings: list[str]) -> None:
             raise InputError(f"--{name}: --mode={mode} has no use for it")
     if mode == "convert" and settings:
         raise InputError(f"{SETTING}{settings[0]}: --mode=convert has no use for settings")
+    if mode == "convert" and len(FLAGS.input) > 1:
+        raise InputError(f"--input={' '.join(FLAGS.input)}: --mode=convert takes one")
     if mode == "train" and FLAGS.checkpoint != "latest":
         raise InputError(f"--checkpoint={FLAGS.checkpoint}: training goes on from the latest")
     require_places(mode)
@@ -144,10 +147,12 @@ def require_places(mode: str) -> None:
 
 def path_of(name: str) -> Path:
     """The file or folder that a flag names; the current folder where it is left out."""
-    text = FLAGS[name].value or ""
-    if "://" in text:
-        raise InputError(f"--{name}={text}: must be on a local or mounted disk")
-    return Path(os.path.expanduser(text))
+    values = FLAGS[name].value or ""
+    texts = [values] if isinstance(values, str) else values
+    for text in texts:
+        if "://" in text:
+            raise InputError(f"--{name}={text}: must be on a local or mounted disk")
+    return Path(os.path.expanduser(texts[-1]))
 
 
 def load_config(settings: list[str]) -> Config:
@@ -207,7 +212,7 @@ def run(config: Config, workdir: Path) -> None:
     elif FLAGS.mode == "predict":
         from contrastseg_jax.predict import predict_run
 
-        predict_run(config, workdir, FLAGS.checkpoint, path_of("input"), path_of("output"))
+        predict_run(config, workdir, FLAGS.checkpoint, FLAGS.input, path_of("output"))
     elif FLAGS.mode == "audit":
         from contrastseg_jax.audit import audit_run
 

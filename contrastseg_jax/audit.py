@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from contrastseg_jax.data.audit import (
     median_frequency_weights,
     missing_splits,
 )
+from contrastseg_jax.data.augment import too_large
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.checks import Finding
 from contrastseg_jax.data.dataset import label_map, raw_splits
@@ -43,6 +45,7 @@ KINDS = {
     "image_format": ("images of unsuitable formats", "convert them as the message says"),
     "mask_format": ("masks that are no index masks", "convert them as the message says"),
     "size": ("masks of another size than their image", "export them again at the image's size"),
+    "too_large": ("images too large to evaluate", "cut them into tiles, or resize them to less"),
     "unknown_value": ("masks with values that are no class", "correct the masks"),
     "unlabelled": ("splits without a labelled pixel", "see whether the ignored values are right"),
     "absent_class": ("classes that never occur", "nothing can be learnt of them, or scored"),
@@ -72,7 +75,10 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
                 f"--split={split}: data set '{spec.name}' has only {', '.join(splits)}"
             )
         splits = {split: splits[split]}
-    audits = {name: audit_split(raw, classes, name) for name, raw in splits.items()}
+    limit = partial(
+        too_large, short_side=config.data.short_side, pad_multiple=config.eval.pad_multiple
+    )
+    audits = {name: audit_split(raw, classes, name, limit) for name, raw in splits.items()}
     if split is None and not findings:
         findings += missing_splits(audits)
     findings += [finding for audit in audits.values() for finding in audit.findings]

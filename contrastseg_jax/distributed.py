@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from contrastseg_jax.machine import available_bytes
 from contrastseg_jax.structs import Batch, MemoryBank, TrainState
 
 Tree = TypeVar("Tree")
@@ -109,6 +110,17 @@ def device_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return stats.get("bytes_limit", of_machine // jax.local_device_count())
+
+
+def free_bytes() -> int:
+    """Memory that a device has left; devices of the CPU share that of the machine.
+
+    Of that a tenth is left to what else this program holds: pictures, and what it compiles.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return available_bytes() * 9 // 10 // jax.local_device_count()
 
 
 def fetch(tree: Any) -> Any:

@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from contrastseg_jax import checkpoint, distributed, processes, report
+from contrastseg_jax import checkpoint, distributed, processes, programs, report
 from contrastseg_jax.build import (
     abstract_state,
     build_model,
@@ -29,14 +30,20 @@ from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import decode_image
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
+from contrastseg_jax.errors import InputError
 from contrastseg_jax.logging import log
 from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from contrastseg_jax.models.segmenter import Segmenter, Variables
-from contrastseg_jax.resize import most_likely, resize_bilinear
+from contrastseg_jax.programs import Programs
+from contrastseg_jax.resize import most_likely
 from contrastseg_jax.structs import Batch, ImageFormat, SegmentationOutput, TrainState
 
-LogitsFn = Callable[[Variables, Any], Array]
-EvalStep = Callable[[Variables, Batch], tuple[Array, Array]]
+
+class EvalStep(NamedTuple):
+    """The two programs of an evaluation, by the shapes of their arguments."""
+
+    network: Programs  # variables, images -> logits
+    score: Programs  # logits, batch -> predictions, confusion matrix
 
 
 def normalize(image: UInt8[Array, "b h w 3"], image_format: ImageFormat) -> Float[Array, "b h w 3"]:
@@ -74,13 +81,21 @@ def score(
     Rows that only fill up carry no labels.
     """
     image, label = batch.image.shape[1:3], batch.label.shape[1:3]
+    sizes = batch.image_size, batch.label_size
     if batch.image_size is None or batch.label_size is None:
-        prediction = jnp.argmax(resize_bilinear(logits, label), axis=-1)
-    else:
-        sizes = batch.image_size, batch.label_size
-        prediction = most_likely(logits, *sizes, padded_image=image, padded_label=label)
+        sizes = [
+            jnp.tile(jnp.asarray(size, jnp.int32), (len(logits), 1)) for size in (image, label)
+        ]
+    prediction = most_likely(logits, *sizes, padded_image=image, padded_label=label)
     counts = confusion_matrix(batch.label, prediction, num_classes=logits.shape[-1])
     return prediction.astype(jnp.uint8), counts
+
+
+def compile_network(config: Config, model: Segmenter, mesh: Mesh) -> Programs:
+    """`network_logits`, for variables and images; it takes long, so only once for each size."""
+    network = functools.partial(network_logits, model=model, image_format=image_format(config))
+    everywhere, split = distributed.replicated(mesh), distributed.split(mesh)
+    return programs.by_shape(network, in_shardings=(everywhere, split), out_shardings=split)
 
 
 def compile_eval_step(config: Config, model: Segmenter, mesh: Mesh) -> EvalStep:
@@ -89,11 +104,59 @@ def compile_eval_step(config: Config, model: Segmenter, mesh: Mesh) -> EvalStep:
     The network, which takes long, is compiled once per size of images, the score for each size of
     labels as well.
     """
-    network = functools.partial(network_logits, model=model, image_format=image_format(config))
     everywhere, split = distributed.replicated(mesh), distributed.split(mesh)
-    logits_fn = jax.jit(network, in_shardings=(everywhere, split), out_shardings=split)
-    score_fn = jax.jit(score, in_shardings=split, out_shardings=(split, everywhere))
-    return lambda variables, batch: score_fn(logits_fn(variables, batch.image), batch)
+    return EvalStep(
+        compile_network(config, model, mesh),
+        programs.by_shape(score, in_shardings=split, out_shardings=(split, everywhere)),
+    )
+
+
+def require_memory(
+    config: Config,
+    eval_step: EvalStep,
+    variables: Variables,
+    source: Source,
+    groups: Sequence[EvalGroup],
+    split: str,
+    mesh: Mesh,
+) -> None:
+    """Raise an error if the largest images of a split, or the largest labels, do not fit."""
+    sizes: tuple[Callable[[EvalGroup], int], ...] = (
+        lambda group: math.prod(group.image_size),
+        lambda group: math.prod(group.label_size),
+    )
+    for group in (max(groups, key=size) for size in sizes):
+        try:
+            processes.together(
+                functools.partial(_compile, config, eval_step, variables, group, mesh)
+            )
+        except InputError as error:
+            name = source[group.example_ids[0]]["name"].decode()
+            height, width = group.label_size
+            raise InputError(
+                f"{split}, image {name}: to evaluate {_batch_size(config, mesh)} of about"
+                f" {width}x{height} pixels at a time {error}; lower eval.batch_size or"
+                " data.short_side, or cut it into tiles"
+            ) from error
+
+
+def _compile(
+    config: Config, eval_step: EvalStep, variables: Variables, group: EvalGroup, mesh: Mesh
+) -> None:
+    """Compile both programs for a group's sizes."""
+    num_rows, of_rows = _batch_size(config, mesh), distributed.split(mesh)
+    everywhere = distributed.replicated(mesh)
+
+    def rows(dtype: Any, *size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((num_rows, *size), dtype, sharding=of_rows)
+
+    variables = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), variables
+    )
+    image, label = rows(np.uint8, *group.image_size, 3), rows(np.uint8, *group.label_size)
+    sizes = (rows(np.int32, 2),) * 2 if config.data.short_side else ()
+    logits = eval_step.network(variables, image).out_info
+    eval_step.score(logits, Batch(image, label, rows(np.int32), rows(np.bool_), *sizes))
 
 
 def group_examples(config: Config, source: Source, split: str, mesh: Mesh) -> list[EvalGroup]:
@@ -115,7 +178,7 @@ def group_examples(config: Config, source: Source, split: str, mesh: Mesh) -> li
 
 def evaluate(
     config: Config,
-    step_fn: EvalStep,
+    eval_step: EvalStep,
     variables: Variables,
     source: Source,
     groups: Sequence[EvalGroup],
@@ -149,7 +212,9 @@ def evaluate(
     pictures, num_pictures = [], config.eval.num_pictures if processes.is_first() else 0
     for batch in batches:
         before_batch()
-        prediction, counts = step_fn(variables, distributed.to_devices(batch, mesh))
+        on_devices = distributed.to_devices(batch, mesh)
+        logits = programs.run(eval_step.network, variables, on_devices.image)
+        prediction, counts = programs.run(eval_step.score, logits, on_devices)
         confusion += np.asarray(counts)
         for row in np.flatnonzero(batch.valid)[: num_pictures - len(pictures)]:
             example_id = int(batch.example_id[row])
@@ -224,13 +289,14 @@ def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
     processes.require_same(dict(leaves(config)) | facts)
     log.info(f"{spec.name}: {len(source)} images to evaluate, of {split}")
     log.info(label_table(label_map(spec)))
+    groups = group_examples(config, source, split, distributed.make_mesh())
     model, variables, step, mesh = load_run(config, workdir, which)
     keep_compiled(config, workdir)  # makes the folder, so not before all that may be refused
     folder = workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
-    step_fn = compile_eval_step(config, model, mesh)
-    groups = group_examples(config, source, split, mesh)
+    eval_step = compile_eval_step(config, model, mesh)
+    require_memory(config, eval_step, variables, source, groups, split, mesh)
     results = evaluate(
-        config, step_fn, variables, source, groups, split, step, mesh=mesh, folder=folder
+        config, eval_step, variables, source, groups, split, step, mesh=mesh, folder=folder
     )
     for name, value in report.score_rows(results).items():
         log.info(f"{name:20} {value:.4f}")

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,12 +17,13 @@ log = logging.getLogger("contrastseg_jax")
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a kill, finds the old or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    # Short, whatever the name: both must fit into the 255 bytes that file systems allow.
+    partial = path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial")
     try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
-    except OSError:
-        partial.unlink()
+    except BaseException:  # Ctrl-C too
+        partial.unlink(missing_ok=True)
         raise
 
 

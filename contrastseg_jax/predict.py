@@ -1,72 +1,92 @@
 """Predictions for image files: index masks, overlays and a legend."""
 
+import errno
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import cv2
 import jax
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from contrastseg_jax import report
-from contrastseg_jax.build import dataset_spec, image_format, keep_compiled, pad_color
+from contrastseg_jax import distributed, programs, report
+from contrastseg_jax.build import dataset_spec, keep_compiled, pad_color
 from contrastseg_jax.config import Config
-from contrastseg_jax.data.augment import padded_size, resize_image, resized_size
+from contrastseg_jax.data.augment import padded_size, resize_image, resized_size, too_large
+from contrastseg_jax.data.checks import in_parallel
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.data.images import (
-    IMAGE_SUFFIXES,
+    JPEG_SIDE,
     decode_image,
     encode_jpeg,
     encode_png,
     is_turned,
 )
-from contrastseg_jax.data.labels import to_mask_values
+from contrastseg_jax.data.labels import LabelMap, to_mask_values
 from contrastseg_jax.errors import InputError, listed
-from contrastseg_jax.evaluate import LogitsFn, load_run, network_logits
+from contrastseg_jax.evaluate import compile_network, load_run
 from contrastseg_jax.files import write_atomically
+from contrastseg_jax.inputs import RESULTS, find_images, told
 from contrastseg_jax.logging import log
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.resize import most_likely
 
-most_likely_fn = jax.jit(most_likely, static_argnames=("padded_image", "padded_label"))
+LogitsFn = Callable[[Variables, Any], Any]
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # which no other file will get either
+
+most_likely_programs = programs.by_shape(most_likely)
 
 
-def predict_run(config: Config, workdir: Path, which: str, input_path: Path, output: Path) -> None:
-    """Predict a file, or every image below a folder, into `output`.
+def predict_run(
+    config: Config, workdir: Path, which: str, inputs: Sequence[str], output: Path
+) -> None:
+    """Predict files, folders and what patterns match into `output`.
 
-    For `a/b.jpg` come `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg`.
-    A file that cannot be read does not stop the others; all such are in the error at the end.
+    For `a/b.jpg` come `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg`, or a
+    PNG where a side is too long for a JPEG. A file that cannot be read, or takes more memory than
+    is there, does not stop the others; all such are in the error at the end.
     """
-    output = output.resolve()
-    files = find_images(input_path.resolve(), output)
+    found = find_images(inputs, output)
+    _require_own(output)
     model, variables, _, _ = load_run(config, workdir, which)
     keep_compiled(config, workdir)
+    mesh = distributed.make_mesh(jax.local_devices()[:1])  # images come one by one
+    variables = jax.device_put(variables, distributed.replicated(mesh))
+    logits_fn = functools.partial(programs.run, compile_network(config, model, mesh))
     classes = label_map(dataset_spec(config))
-    network = functools.partial(network_logits, model=model, image_format=image_format(config))
-    logits_fn = jax.jit(network)
-    problems, num_turned = [], 0
+    _begin(output, classes)
+    for line in (told(found.others), _told_renamed(found.renamed)):
+        if line:
+            log.info(line)
+    problems, num_predicted, num_turned, num_long = [*found.problems], 0, 0, 0
     with logging_redirect_tqdm([log]):
-        for name, path in tqdm(files.items(), unit="image", disable=None):
+        for name, path in tqdm(_by_size(config, found.files), unit="image", disable=None):
             try:
-                content = path.read_bytes()
+                content = _content(path)
                 image = decode_image(content, str(path))
-            except (OSError, InputError) as error:
-                problems.append(str(error))
+                prediction = predict_image(config, logits_fn, variables, image)
+                _write(output, name, image, prediction, classes)
+            except (OSError, InputError, MemoryError, RuntimeError, cv2.error) as error:
+                problems.append(_problem(path, error))
+                if isinstance(error, OSError) and error.errno in NO_SPACE:
+                    break
                 continue
+            num_predicted += 1
             num_turned += is_turned(content, str(path))
-            prediction = predict_image(config, logits_fn, variables, image)
-            mask = encode_png(to_mask_values(prediction, classes))
-            write_atomically(output / "masks" / f"{name}.png", mask)
-            picture = encode_jpeg(report.overlay(image, prediction, classes), 90)
-            write_atomically(output / "overlays" / f"{name}.jpg", picture)
-    if len(problems) < len(files):
-        report.save_legend(output / "legend.png", classes)
-    log.info(f"{len(files) - len(problems)} of {len(files)} images predicted: {output}")
+            num_long += _is_long(image)
+    log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
     if num_turned:
         log.info(f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn")
+    if num_long:
+        log.info(f"{num_long} of the overlays are PNG: a side is too long for a JPEG")
     if problems:
-        raise listed(str(input_path), problems)
+        raise listed(" ".join(inputs), problems, limit=len(problems))
 
 
 def predict_image(
@@ -75,12 +95,19 @@ def predict_image(
     variables: Variables,
     image: UInt8[np.ndarray, "h w 3"],
 ) -> UInt8[np.ndarray, "h w"]:
-    """Class ids at the image's own size; the network sees it as in an evaluation."""
+    """Class ids at the image's own size; the network sees it as in an evaluation.
+
+    Raises:
+        InputError: the image is too large, as it is or resized.
+    """
     own_size, multiple = (image.shape[0], image.shape[1]), config.eval.pad_multiple
+    if problem := too_large(own_size, config.data.short_side, multiple):
+        raise InputError(problem)
     size = resized_size(own_size, config.data.short_side)
     padded = np.full((1, *padded_size(size, multiple), 3), pad_color(config), np.uint8)
     padded[0, : size[0], : size[1]] = resize_image(image, size)
-    classes = most_likely_fn(
+    classes = programs.run(
+        most_likely_programs,
         logits_fn(variables, padded),
         *(np.array([size], np.int32), np.array([own_size], np.int32)),
         padded_image=padded.shape[1:3],
@@ -89,23 +116,94 @@ def predict_image(
     return np.asarray(classes)[0, : own_size[0], : own_size[1]].astype(np.uint8)
 
 
-def find_images(input_path: Path, output: Path) -> dict[str, Path]:
-    """The image files to predict, by the name of their results; `output` is left out."""
-    if input_path.is_file():
-        return {input_path.stem: input_path}
-    if not input_path.is_dir():
-        raise InputError(f"--input={input_path}: no such file or folder")
-    if input_path == output:
-        raise InputError(f"--output={output}: must be another folder than --input")
-    files: dict[str, Path] = {}
-    for path in sorted(input_path.rglob("[!.]*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.is_relative_to(output):
-            continue
-        name = path.relative_to(input_path).with_suffix("").as_posix()
-        if name in files:
-            raise InputError(f"{path}: its results would overwrite those of {files[name]}")
-        files[name] = path
-    if not files:
-        suffixes = " ".join(IMAGE_SUFFIXES)
-        raise InputError(f"--input={input_path}: holds no image ({suffixes})")
-    return files
+def _require_own(output: Path) -> None:
+    """Raise an error for a folder that holds masks of something else, which would be replaced."""
+    *folders, legend = RESULTS
+    for name in folders:
+        folder = output / name
+        if folder.is_dir() and any(folder.iterdir()) and not (output / legend).exists():
+            raise InputError(
+                f"--output={output}: {folder} holds files that are no prediction's (there is no"
+                f" {legend}); choose another folder"
+            )
+
+
+def _begin(output: Path, classes: LabelMap) -> None:
+    """Makes the folders of the results, to see that they can be written."""
+    *folders, legend = RESULTS
+    try:
+        report.save_legend(output / legend, classes)
+        for name in folders:
+            (output / name).mkdir(exist_ok=True)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+        raise InputError(f"--output={output}: cannot be written ({reason})") from error
+
+
+def _by_size(config: Config, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """The files in the order of their padded sizes: for each the network is compiled once."""
+    own_sizes = in_parallel(_size, files.values(), "Reading sizes")
+    sizes = {}
+    for name, size in zip(files, own_sizes, strict=True):
+        resized = resized_size(size, config.data.short_side) if all(size) else size
+        sizes[name] = padded_size(resized, config.eval.pad_multiple)
+    number = len({size for size in sizes.values() if all(size)})
+    log.info(
+        f"{len(files)} images to predict; the network is compiled for {number} padded"
+        f" size{'s' if number > 1 else ''} of them"
+    )
+    return [(name, files[name]) for name in sorted(files, key=lambda name: sizes[name])]
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """(height, width) from a file's header; zeros where decoding will say what is wrong with it."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:  # of many classes, by format
+        return 0, 0
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _write(
+    output: Path,
+    name: str,
+    image: UInt8[np.ndarray, "h w 3"],
+    prediction: UInt8[np.ndarray, "h w"],
+    classes: LabelMap,
+) -> None:
+    mask = encode_png(to_mask_values(prediction, classes))
+    picture = report.overlay(image, prediction, classes)
+    write_atomically(output / "masks" / f"{name}.png", mask)
+    if _is_long(image):
+        write_atomically(output / "overlays" / f"{name}.png", encode_png(picture))
+    else:
+        write_atomically(output / "overlays" / f"{name}.jpg", encode_jpeg(picture, 90))
+
+
+def _is_long(image: UInt8[np.ndarray, "h w 3"]) -> bool:
+    return max(image.shape) > JPEG_SIDE
+
+
+def _told_renamed(number: int) -> str:
+    if not number:
+        return ""
+    return f"{number} files share their names with others; their results have longer ones"
+
+
+def _problem(path: Path, error: Exception) -> str:
+    """What went wrong with a file, beginning with its name; raises what is the program's fault."""
+    if isinstance(error, OSError):
+        return f"{path}: its results cannot be written ({error.strerror})"
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, MemoryError | RuntimeError):
+        text = f"not enough memory ({text})"
+    return text if text.startswith(str(path)) else f"{path}: {text}"

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import matplotlib
 import numpy as np
 from jaxtyping import Integer, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -22,6 +24,10 @@ from contrastseg_jax.structs import IGNORE_LABEL
 matplotlib.use("Agg")
 
 SHEET_LEGEND_COLUMNS = 10
+WIDE = 3  # times as wide as high: from there on pictures lie one above the other
+NARROWEST = 8  # times as long as wide: what is narrower is drawn stretched, to be seen at all
+TALLEST = 8.0  # inches of a picture
+REDUCED_SIDE = 1500  # pixels: more cannot be seen in a figure
 TITLE_LENGTH = 48  # letters of an example's name that fit over it
 
 
@@ -29,9 +35,10 @@ def overlay(
     image: UInt8[np.ndarray, "h w 3"], label: Integer[np.ndarray, "h w"], label_map: LabelMap
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The image with its classes in colour, half transparent; ignored pixels stay as they are."""
-    color = colorize(label, label_map).astype(np.uint16)
+    color = colorize(label, label_map)
     labelled = (label < len(label_map.names))[:, :, None]
-    return np.where(labelled, (image + color) // 2, image).astype(np.uint8)
+    # Their mean, without the bits that a sum would need: images may be as large as memory.
+    return np.where(labelled, (image & color) + ((image ^ color) >> 1), image)
 
 
 def save_legend(path: Path, label_map: LabelMap) -> None:
@@ -49,20 +56,27 @@ def save_panel(
     label_map: LabelMap,
     name: str,
 ) -> None:
-    """Image, label and prediction side by side over a legend; pixels without a class are black."""
+    """Image, label and prediction over a legend; pixels without a class are black.
+
+    Side by side, wide ones one above the other, and none larger than it can be seen.
+    """
     h, w = image.shape[:2]
     columns = min(len(label_map.names) + 1, 9)
     rows = -(-(len(label_map.names) + 1) // columns)
     width = 12.0
-    figure = Figure(figsize=(width, width * h / (3 * w) + 0.6 + 0.25 * rows), layout="constrained")
+    stacked = (3, 1) if w > WIDE * h else (1, 3)
+    height = stacked[0] * min(width / stacked[1] * shown_aspect(h, w), TALLEST)
+    figure = Figure(figsize=(width, height + 0.2 * stacked[0] + 0.4 + 0.25 * rows))
+    figure.set_layout_engine("constrained")
+    image, label, prediction = (reduced(x.astype(np.uint8)) for x in (image, label, prediction))
     known = np.where(label < len(label_map.names), prediction, label)
     shown = {
         name: image,
         "label": colorize(label, label_map),
         "prediction": colorize(known, label_map),
     }
-    for axes, (title, picture) in zip(figure.subplots(1, 3), shown.items(), strict=True):
-        axes.imshow(picture)
+    for axes, (title, picture) in zip(figure.subplots(*stacked), shown.items(), strict=True):
+        _show(axes, picture)
         axes.set_title(title)
         axes.axis("off")
     handles = [*_patches(label_map), Patch(facecolor="black", label="no class")]
@@ -77,7 +91,7 @@ def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, tit
     present = np.unique(np.concatenate([np.unique(example.label) for example in examples]))
     handles = [_patches(label_map)[i] for i in present if i < len(label_map.names)]
     handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label="no class"))
-    tallest = max(example.label.shape[0] / example.label.shape[1] for example in examples)
+    tallest = max(shown_aspect(*example.label.shape) for example in examples)
     legend_rows = -(-len(handles) // SHEET_LEGEND_COLUMNS)
     side = 4.0  # inches
     figure = Figure(
@@ -88,7 +102,7 @@ def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, tit
     for axes in cells:
         axes.axis("off")
     for axes, example in zip(cells, examples, strict=False):
-        axes.imshow(_hatched(overlay(example.image, example.label, label_map), example.label))
+        _show(axes, _hatched(overlay(example.image, example.label, label_map), example.label))
         axes.set_title(example.name[-TITLE_LENGTH:], fontsize=10, parse_math=False)
     figure.suptitle(title, parse_math=False)
     figure.legend(
@@ -139,6 +153,27 @@ def save_evaluation(folder: Path, results: Mapping[str, Any], pictures: Sequence
         "<style>body{font:15px sans-serif;max-width:1100px;margin:2em auto}td{padding:2px 1em}"
         f"</style><h1>{title}</h1><table>{rows}</table>{images}",
     )
+
+
+def shown_aspect(height: int, width: int) -> float:
+    """Height over width of a picture as it is drawn."""
+    return min(max(height / width, 1 / NARROWEST), NARROWEST)
+
+
+def reduced(picture: UInt8[np.ndarray, "h w ..."]) -> UInt8[np.ndarray, "h2 w2 ..."]:
+    """A picture, or class ids, with as many pixels as can be seen; a narrow side stays as it is."""
+    height, width = picture.shape[:2]
+    scale = min(1, REDUCED_SIDE / max(height, width))
+    size = [
+        max(round(side * scale), min(side, REDUCED_SIDE // NARROWEST)) for side in (width, height)
+    ]
+    how = cv2.INTER_AREA if picture.ndim == 3 else cv2.INTER_NEAREST_EXACT
+    return picture if scale == 1 else cv2.resize(picture, size, interpolation=how)
+
+
+def _show(axes: Axes, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+    axes.imshow(picture, aspect="auto")
+    axes.set_box_aspect(shown_aspect(*picture.shape[:2]))
 
 
 def _hatched(

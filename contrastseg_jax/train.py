@@ -43,6 +43,7 @@ from contrastseg_jax.evaluate import (
     evaluate,
     group_examples,
     inference_variables,
+    require_memory,
 )
 from contrastseg_jax.files import lock
 from contrastseg_jax.logging import log, open_board, write_metrics
@@ -68,11 +69,12 @@ def train(config: Config, workdir: Path) -> None:
     processes.require_same(dict(leaves(config)) | {"images": (len(source), len(val_source))})
     log.info(f"{spec.name}: {len(source)} images to train on, {len(val_source)} to validate")
     log.info(label_table(label_map(spec)))
+    val_groups = group_examples(config, val_source, "val", distributed.make_mesh())
     with contextlib.ExitStack() as held:
         run = processes.together(lambda: find_run(workdir))  # all look before one writes
         begun = processes.together(lambda: _begin(config, workdir, run, held))
         processes.require_shared(workdir)
-        _train_on(*begun, workdir, source, val_source)
+        _train_on(*begun, workdir, source, val_source, val_groups)
 
 
 def _begin(
@@ -98,6 +100,7 @@ def _train_on(
     workdir: Path,
     source: Source,
     val_source: Source,
+    val_groups: Sequence[EvalGroup],
 ) -> None:
     """Train from `variables`, or where there are none from the newest checkpoint."""
     # Where the run is.
@@ -115,13 +118,17 @@ def _train_on(
     state = _placed_state(config, model, tx, variables, manager, start_step, mesh)
 
     # Scores.
+    eval_step = compile_eval_step(config, model, mesh)
+    predicting = inference_variables(state)
+    require_memory(config, eval_step, predicting, val_source, val_groups, "val", mesh)
+    del predicting  # each step uses up the state before
     board = open_board(workdir, start_step) if processes.is_first() else None
     score = functools.partial(
         _score,
         config,
-        compile_eval_step(config, model, mesh),
+        eval_step,
         val_source,
-        group_examples(config, val_source, "val", mesh),
+        val_groups,
         mesh=mesh,
         workdir=workdir,
         board=board,

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from audited import NAMES, prepare, run
 from PIL import ExifTags, Image
-from raw_data import noise, write, write_example
+from raw_data import noise, write, write_example, write_pair
 
-from contrastseg_jax.data import images
+from contrastseg_jax.data import augment, images
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.errors import InputError
 
@@ -162,6 +162,21 @@ def test_an_image_that_is_too_large_is_to_be_cut_not_exported_again(root, monkey
     assert "-> convert them as the message says" in capsys.readouterr().out
     with pytest.raises(InputError, match=re.escape(message)):
         prepare(root)
+
+
+@pytest.mark.parametrize(("split", "is_error"), [("val", True), ("train", False)])
+def test_an_image_that_resizing_makes_too_large_is_named(root, split, is_error, monkeypatch):
+    """Training, which cuts crops, can use it; evaluation, which takes it whole, cannot."""
+    monkeypatch.setattr(augment, "MAX_PIXELS", 64 * 64)
+    file = root / "images" / split / "strip.png"
+    write_pair(file, root / "labels" / split / "strip.png", size=(3, 50))
+    (found,) = run(root, "data.short_side=16")["findings"]
+    assert (found["kind"], found["file"], found["is_error"]) == ("too_large", str(file), is_error)
+    assert found["message"] == (
+        f"{file}: has 50x3 pixels, resized by data.short_side = 16 to 267x16, padded by"
+        " eval.pad_multiple = 32 to 288x32; at most 4,096 pixels are evaluated, cut it into tiles"
+    )
+    assert run(root)["findings"] == []
 
 
 def exif(orientation):

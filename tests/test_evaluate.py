@@ -1,6 +1,7 @@
 """Whole-image evaluation is exact whatever the batches, and its pages say what was measured."""
 
 import json
+import re
 
 import cv2
 import jax
@@ -38,7 +39,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
     config, workdir = trained
     model, variables, step, mesh = load_run(config, workdir, "latest")
     config = config_lib.override(config, [f"data.short_side={short_side}"])
-    step_fn = compile_eval_step(config, model, mesh)
+    eval_step = compile_eval_step(config, model, mesh)
     spec = dataset_spec(config)
     (record, *_) = open_split(spec, "val")
     source = [
@@ -54,7 +55,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
     groups = group_examples(config, source, "val", mesh)
     assert [group.example_ids for group in groups] == [[0, 2], [1], [3]]
     results = evaluate(
-        *(config, step_fn, variables, source, groups, "val", step),
+        *(config, eval_step, variables, source, groups, "val", step),
         **{"mesh": mesh, "folder": tmp_path},
     )
     expected = np.zeros((3, 3), int)
@@ -138,6 +139,19 @@ def test_a_split_that_is_absent_is_named(trained):
     with pytest.raises(InputError, match="no split 'test', only train, val"):
         evaluate_run(config, workdir, "latest", "test")
     assert not list(workdir.glob("eval/*_test"))
+
+
+def test_an_image_for_which_memory_is_missing_is_named_before_all_work(trained, monkeypatch):
+    config, workdir = trained
+    monkeypatch.setattr(distributed, "free_bytes", lambda: 1000)
+    with pytest.raises(InputError) as error:
+        evaluate_run(config, workdir, "latest", "train")
+    assert re.fullmatch(
+        r"train, image 000000: to evaluate 2 of about 64x64 pixels at a time takes 0\.\d GiB of"
+        r" memory, 0\.0 GiB are free; lower eval\.batch_size or data\.short_side, or cut it into"
+        r" tiles",
+        str(error.value),
+    )
 
 
 def test_load_run_restores_on_other_devices(trained):

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from contrastseg_jax.data import images, pipeline
+from contrastseg_jax.data import augment, images, pipeline
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import encode_png
@@ -416,3 +416,15 @@ def test_a_value_outside_the_map_raises_on_the_first_batch_that_has_it(source):
 def test_rows_must_divide_among_processes(source, batches):
     with pytest.raises(InputError, match="batch_size = 4: no multiple of 3 processes"):
         batches(source, process_count=3)
+
+
+def test_images_that_cannot_be_evaluated_are_listed_before_any_is(monkeypatch):
+    monkeypatch.setattr(augment, "MAX_PIXELS", 64 * 64)
+    source = [record(index, size) for index, size in enumerate([(3, 70), (16, 16), (90, 4)])]
+    with pytest.raises(InputError) as error:
+        evaluate(source, short_side=16)
+    title, *lines = str(error.value).splitlines()
+    assert title == "2 problems in the images to evaluate:"
+    resized = "pixels, resized by data.short_side = 16 to"
+    assert lines[0].startswith(f"  image scene_0: has 70x3 {resized} 373x16, padded")
+    assert lines[1].startswith(f"  image scene_2: has 4x90 {resized} 16x360, padded")

@@ -1,5 +1,6 @@
 """Predictions of files and folders, good and bad."""
 
+import errno
 import io
 import re
 
@@ -10,11 +11,13 @@ from PIL import ExifTags, Image
 from small import ROOT
 
 from contrastseg_jax import config as config_lib
+from contrastseg_jax import distributed, predict
 from contrastseg_jax.build import dataset_spec
+from contrastseg_jax.data import augment
 from contrastseg_jax.data.dataset import open_split
-from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.predict import find_images, predict_image, predict_run
+from contrastseg_jax.inputs import find_images
+from contrastseg_jax.predict import predict_image, predict_run
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def photos(trained, tmp_path):
 def test_a_folder_with_one_corrupt_file(trained, photos, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(InputError, match="1 problem in .*photos") as error:
-        predict_run(*trained, "latest", photos, output)
+        predict_run(*trained, "latest", [str(photos)], output)
     assert "bad.png: unreadable image file" in str(error.value)
     written = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.*"))
     assert written == [
@@ -50,7 +53,7 @@ def test_a_folder_with_one_corrupt_file(trained, photos, tmp_path):
 
 
 def test_one_file(trained, photos, tmp_path):
-    predict_run(*trained, "best", photos / "a.png", tmp_path / "out")
+    predict_run(*trained, "best", [str(photos / "a.png")], tmp_path / "out")
     assert (tmp_path / "out" / "masks" / "a.png").exists()
 
 
@@ -61,7 +64,7 @@ def test_a_photograph_that_viewers_turn_is_taken_as_stored_and_said_to_be(
     note = Image.Exif()
     note[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (50, 41)).save(tmp_path / "x.jpg", exif=note)
-    predict_run(*trained, "latest", tmp_path / "x.jpg", tmp_path / "out")
+    predict_run(*trained, "latest", [str(tmp_path / "x.jpg")], tmp_path / "out")
     assert "1 of them taken as stored, which EXIF data ask viewers to turn" in caplog.text
     with Image.open(tmp_path / "out" / "masks" / "x.png") as mask:
         assert mask.size == (50, 41)
@@ -70,8 +73,8 @@ def test_a_photograph_that_viewers_turn_is_taken_as_stored_and_said_to_be(
 def test_the_input_folder_may_hold_the_output(trained, photos):
     output = photos / "out"
     (photos / "bad.png").unlink()
-    predict_run(*trained, "latest", photos, output)
-    assert sorted(find_images(photos, output)) == ["a", "trip/b"]
+    predict_run(*trained, "latest", [str(photos)], output)
+    assert sorted(find_images([str(photos)], output).files) == ["a", "trip/b"]
 
 
 def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
@@ -96,20 +99,94 @@ def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
 
 
-def test_inputs_that_are_none(tmp_path):
-    with pytest.raises(InputError, match="--input=.*nothing: no such file or folder"):
-        find_images(tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(InputError, match="must be another folder than --input"):
-        find_images(tmp_path, tmp_path)
-    with pytest.raises(InputError, match="holds no image"):
-        find_images(tmp_path, tmp_path / "out")
-    for name in ("a.png", "a.jpg"):
-        (tmp_path / name).write_bytes(encode_png(np.zeros((2, 2), np.uint8)))
-    with pytest.raises(InputError, match="would overwrite those of"):
-        find_images(tmp_path, tmp_path / "out")
+def test_what_one_file_costs_does_not_end_a_folder(trained, photos, tmp_path, monkeypatch):
+    """Too little memory, too many pixels, a name without room for a suffix: a line each."""
+    (photos / "bad.png").unlink()
+    data = (photos / "a.png").read_bytes()
+    (photos / ("n" * 251 + ".jpg")).write_bytes(data)  # the mask's name just fits
+    for suffix in (".jpg", ".png"):  # these keep it, and do not fit
+        (photos / ("m" * 251 + suffix)).write_bytes(data)
+    for name, size in (("deep", (64, 90)), ("long", (4, 1000))):
+        Image.new("RGB", size).save(photos / f"{name}.png")
+    monkeypatch.setattr(augment, "MAX_PIXELS", 96 * 288)
+    resize_image = predict.resize_image
+
+    def fail(image, size):
+        if size == (90, 64):
+            raise MemoryError("Unable to allocate 42.4 GiB")
+        return resize_image(image, size)
+
+    monkeypatch.setattr(predict, "resize_image", fail)
+    with pytest.raises(InputError) as error:
+        predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
+    title, *lines = str(error.value).splitlines()
+    assert title == f"4 problems in {photos}:"
+    told = {re.search(r"/(\w)\w*\.(\w+): ", line).groups(): line for line in lines}
+    assert set(told) == {("d", "png"), ("l", "png"), ("m", "jpg"), ("m", "png")}
+    assert "not enough memory (Unable to allocate 42.4 GiB)" in told["d", "png"]
+    assert told["l", "png"].endswith(
+        "has 4x1000 pixels, padded by eval.pad_multiple = 32 to 32x1024; at most 27,648 pixels are"
+        " evaluated, cut it into tiles"
+    )
+    assert "results cannot be written (File name too long)" in told["m", "jpg"]
+    masks = {path.stem[0] for path in (tmp_path / "out" / "masks").rglob("*.png")}
+    assert masks == {"a", "b", "n"}
+    assert not list((tmp_path / "out").rglob(".*"))  # nothing half-written
+
+
+def test_an_image_for_which_memory_is_missing_is_told_before_it_is_used(
+    trained, photos, tmp_path, monkeypatch
+):
+    (photos / "bad.png").unlink()
+    monkeypatch.setattr(distributed, "free_bytes", lambda: 1000)
+    with pytest.raises(InputError) as error:
+        predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
+    title, *lines = str(error.value).splitlines()
+    assert title == f"2 problems in {photos}:"
+    for name, line in zip(("a.png", "trip/b.jpg"), sorted(lines), strict=True):
+        assert re.fullmatch(
+            rf"  {photos / name}: takes 0\.\d GiB of memory, 0\.0 GiB are free", line
+        )
+
+
+def test_a_full_disk_ends_it_with_one_line(trained, photos, tmp_path, monkeypatch):
+    def fail(path, _):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    (photos / "bad.png").unlink()
+    monkeypatch.setattr(predict, "write_atomically", fail)
+    with pytest.raises(InputError, match="1 problem in .*No space left on device"):
+        predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
+
+
+def test_an_overlay_too_long_for_a_jpeg_is_a_png(trained, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "contrastseg_jax")
+    monkeypatch.setattr(predict, "JPEG_SIDE", 50)
+    for name, width in (("long", 51), ("short", 50)):
+        Image.new("RGB", (width, 20)).save(tmp_path / f"{name}.png")
+    predict_run(*trained, "latest", [str(tmp_path / "*.png")], tmp_path / "out")
+    overlays = sorted(path.name for path in (tmp_path / "out" / "overlays").iterdir())
+    assert overlays == ["long.png", "short.jpg"]
+    assert "1 of the overlays are PNG: a side is too long for a JPEG" in caplog.text
+
+
+def test_masks_of_something_else_are_not_replaced(trained, photos, tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").write_bytes(b"drawn by hand")
+    with pytest.raises(InputError, match="masks holds files that are no prediction's"):
+        predict_run(*trained, "latest", [str(photos)], tmp_path)
+    assert (tmp_path / "masks" / "a.png").read_bytes() == b"drawn by hand"
+
+
+def test_an_output_that_cannot_be_written_is_found_at_the_start(trained, photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "overlays").touch()
+    with pytest.raises(InputError, match="--output=.*out: cannot be written .*File exists"):
+        predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
+    assert not (tmp_path / "out" / "masks" / "a.png").exists()
 
 
 def test_the_quickstart_predicts_the_held_out_photographs(tmp_path):
     (folder,) = re.findall(r"--input=(\S+)", (ROOT / "Makefile").read_text())
-    assert len(find_images(ROOT / folder, tmp_path)) == 9
+    assert len(find_images([str(ROOT / folder)], tmp_path).files) == 9
     assert folder in (ROOT / "README.md").read_text()

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from contrastseg_jax import report
@@ -31,6 +32,31 @@ def test_panel_and_legend_hold_the_colours_of_the_classes(tmp_path):
             pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
         for color in CLASSES.palette:
             assert (pixels == color).all(axis=1).sum() > least, (name, color)
+
+
+@pytest.mark.parametrize("size", [(3, 5000), (5000, 3), (1, 1), (2000, 3000)])
+def test_a_panel_of_any_shape_can_be_looked_at(tmp_path, size):
+    """Neither billions of pixels nor a sliver: each picture has room enough for its classes."""
+    image = np.full((*size, 3), 7, np.uint8)
+    label = np.zeros(size, np.uint8)
+    report.save_panel(tmp_path / "panel.png", image, label, label + 1, CLASSES, "x")
+    with Image.open(tmp_path / "panel.png") as picture:
+        assert picture.width == 1440 and 200 < picture.height < 4000
+        pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
+    for color in ((7, 7, 7), *CLASSES.palette):
+        assert (pixels == color).all(axis=1).sum() > 50_000, color
+
+
+def test_a_sheet_of_strips_can_be_looked_at(tmp_path):
+    examples = [
+        Example("strip", np.full((*size, 3), 100, np.uint8), np.zeros(size, np.uint8))
+        for size in ((1, 480), (480, 1))
+    ]
+    report.save_sheet(tmp_path / "sheet.png", examples, CLASSES, "data")
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert max(picture.size) < 2000
+        pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
+    assert (pixels == (177, 50, 50)).all(axis=1).sum() > 20_000
 
 
 def test_sheet_shows_every_example_and_a_legend_of_what_occurs(tmp_path):

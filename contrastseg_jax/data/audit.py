@@ -65,14 +65,27 @@ class Example:
     label: UInt8[np.ndarray, "h w"]
 
 
-def audit_split(raw: RawSplit, label_map: LabelMap, split: str) -> SplitAudit:
-    """Reads every example of a split once, in threads. Memory does not grow with the images."""
+def audit_split(
+    raw: RawSplit,
+    label_map: LabelMap,
+    split: str,
+    too_large: Callable[[tuple[int, int]], str] = lambda size: "",
+) -> SplitAudit:
+    """Reads every example of a split once, in threads. Memory does not grow with the images.
+
+    `too_large`: why an image of (height, width) cannot be evaluated; empty: it can. Training, which
+    takes crops, can use it all the same.
+    """
     table, audit = train_id_table(label_map), SplitAudit(findings=[*raw.findings])
     for index, example in enumerate(in_parallel(_examine, raw.checks, f"Reading {split}")):
         audit.num_examples += 1
         audit.findings += example.findings
         if example.size:
             audit.sizes[example.size] += 1
+            if problem := too_large(example.size):
+                message, is_error = f"{example.image_file}: {problem}", split != "train"
+                found = Finding("too_large", example.image_file, message, is_error=is_error)
+                audit.findings.append(found)
         if example.image_hash:
             audit.first_of.setdefault(example.image_hash, example.image_file)
         if example.value_counts is None:

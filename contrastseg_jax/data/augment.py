@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from contrastseg_jax.data.images import MAX_PIXELS
 from contrastseg_jax.structs import IGNORE_LABEL
 
 Image = UInt8[np.ndarray, "h w 3"]
@@ -130,6 +131,26 @@ def resized_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 def padded_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """(height, width), each rounded up to a multiple."""
     return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
+
+
+def too_large(size: tuple[int, int], short_side: int, pad_multiple: int) -> str:
+    """Why an image of (height, width) cannot be evaluated or predicted; empty: it can.
+
+    What is refused when it is read, more than `MAX_PIXELS`, is refused when resizing makes it.
+    """
+    resized = resized_size(size, short_side)
+    padded = padded_size(resized, pad_multiple)
+    if max(math.prod(padded), math.prod(padded_size(size, pad_multiple))) <= MAX_PIXELS:
+        return ""
+    made = f" resized by data.short_side = {short_side} to {_named(resized)}," if short_side else ""
+    return (
+        f"has {_named(size)} pixels,{made} padded by eval.pad_multiple = {pad_multiple} to"
+        f" {_named(padded)}; at most {MAX_PIXELS:,} pixels are evaluated, cut it into tiles"
+    )
+
+
+def _named(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
 
 
 def resize_image(image: Image, size: tuple[int, int]) -> NewImage:

@@ -26,6 +26,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What decoders multiply the grey values of a PNG by, by bits per pixel, so that white is 255.
 GREY_SCALES = {2: 85, 4: 17}
 COLORS_NAMED = 6  # of a colour mask, in its error
+JPEG_SIDE = 65_500  # pixels, the longest that a JPEG can have as OpenCV writes it
 MAX_PIXELS = 1 << 28  # of an image, which is decoded whole for each crop: 0.8 GB
 
 # Pillow's limits are for files of strangers. For size there is MAX_PIXELS, whose error says what to
@@ -197,7 +198,11 @@ def encode_jpeg(rgb: UInt8[np.ndarray, "h w 3"], quality: int) -> bytes:
 
 def _encode(suffix: str, array: np.ndarray, settings: list[int]) -> bytes:
     pixels = cv2.cvtColor(array, cv2.COLOR_RGB2BGR) if array.ndim == 3 else array
-    return cv2.imencode(suffix, pixels, settings)[1].tobytes()
+    done, data = cv2.imencode(suffix, pixels, settings)
+    if not done:
+        height, width = array.shape[:2]
+        raise InputError(f"{width}x{height} pixels cannot be written as {suffix}")
+    return data.tobytes()
 
 
 def _rgb(data: bytes, image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:

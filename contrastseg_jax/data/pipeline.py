@@ -22,10 +22,10 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.augment import augment, padded_size, resize_image, resized_size
+from contrastseg_jax.data.augment import augment, padded_size, resize_image, resized_size, too_large
 from contrastseg_jax.data.images import decode_image, decode_mask, image_size
 from contrastseg_jax.data.labels import LabelMap, to_train_ids
-from contrastseg_jax.errors import InputError
+from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.structs import IGNORE_LABEL, Batch
 
 Source = Sequence[dict[str, bytes]]  # what `open_split` returns
@@ -155,14 +155,20 @@ def eval_groups(
         num_threads: threads that read.
 
     Raises:
-        InputError: for an image whose header cannot be read; it names the example.
+        InputError: for an image whose header cannot be read, or for all that are too large; it
+            names the examples.
     """
     sizes = grain.MapDataset.range(len(source)).map(partial(_image_size, source))
     example_ids: defaultdict[tuple[Size, Size], list[int]] = defaultdict(list)
+    problems = []
     for example_id, size in enumerate(sizes.to_iter_dataset(_read_options(num_threads, 0))):
+        if problem := too_large(size, short_side, pad_multiple):
+            problems.append(f"image {source[example_id]['name'].decode()}: {problem}")
         resized = resized_size(size, short_side)
         padded = padded_size(resized, pad_multiple), padded_size(size, pad_multiple)
         example_ids[padded].append(example_id)
+    if problems:
+        raise listed("the images to evaluate", problems)
     return [
         EvalGroup(*padded, members[first : first + batch_size])
         for padded, members in example_ids.items()

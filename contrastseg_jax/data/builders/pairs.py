@@ -4,12 +4,13 @@ Files are found by their names, in folders or in lists; none is opened but the l
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from contrastseg_jax.data.checks import Finding
 from contrastseg_jax.data.images import IMAGE_SUFFIXES
+from contrastseg_jax.data.walk import files_below, unreadable
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def read_lines(path: Path) -> tuple[list[str], list[Finding]]:
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines()], []
     except (FileNotFoundError, NotADirectoryError):
         return [], []
-    except PermissionError:
-        return [], [_no_permission(path)]
+    except PermissionError as error:
+        return [], [unreadable(path, error)]
     except UnicodeDecodeError as error:
         message = f"{path}: must be text in UTF-8, byte {error.start} is not"
         return [], [Finding("encoding", str(path), message)]
@@ -111,7 +112,7 @@ class _Side:
 def _read_side(what: str, folder: Path, endings: tuple[str, ...], findings: list[Finding]) -> _Side:
     """Sorts the files below a folder; appends to `findings`."""
     side = _Side(what, folder, endings, {}, {})
-    for path in _walk(folder, findings):
+    for path in files_below(folder, findings):
         below = path.relative_to(folder).as_posix()
         ending = next((e for e in endings if below.lower().endswith(e.lower())), "")
         if ending:
@@ -122,33 +123,6 @@ def _read_side(what: str, folder: Path, endings: tuple[str, ...], findings: list
             if stem.endswith(base):
                 side.others.setdefault(stem.removesuffix(base), path)
     return side
-
-
-def _walk(folder: Path, findings: list[Finding], above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files below a folder. Links are followed, but not back to a folder they lie in."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        names = sorted(os.listdir(folder))
-        os.stat(os.path.join(folder, "."))  # the names may be readable and the files not
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except PermissionError:
-        findings.append(_no_permission(folder))
-        return
-    for path in (folder / name for name in names if not name.startswith(".")):
-        if os.path.isdir(path):
-            yield from _walk(path, findings, (*above, real))
-        else:
-            yield path
-
-
-def _no_permission(path: Path) -> Finding:
-    """Names the folder on the way that may not be entered, or else the path itself."""
-    closed = next((p for p in reversed(path.parents) if not os.access(p, os.X_OK)), path)
-    message = f"{closed}: cannot be read (Permission denied)"
-    return Finding("permission", str(closed), message)
 
 
 def _faults(name: str, *sides: _Side) -> list[Finding]:
