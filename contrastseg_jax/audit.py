@@ -11,6 +11,7 @@ from contrastseg_jax import report
 from contrastseg_jax.build import dataset_spec
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.audit import (
+    NEEDED,
     SplitAudit,
     audit_split,
     enet_weights,
@@ -18,10 +19,11 @@ from contrastseg_jax.data.audit import (
     general_findings,
     median_frequency_weights,
     missing_splits,
+    with_optional_masks,
 )
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.checks import Finding
-from contrastseg_jax.data.dataset import label_map, raw_splits
+from contrastseg_jax.data.dataset import label_map, misplaced, raw_splits
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import to_json, write_atomically
@@ -38,6 +40,7 @@ KINDS = {
     "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists anew"),
     "suffix": ("files of another format than expected", "convert them; renaming does not"),
     "no_split": ("missing splits", "give each split some images; its layout is in README.md"),
+    "no_masks": ("images without any mask", "add masks; without, they can be predicted alone"),
     "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
     "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
     "image_format": ("images of unsuitable formats", "convert them as the message says"),
@@ -72,9 +75,12 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
                 f"--split={split}: data set '{spec.name}' has only {', '.join(splits)}"
             )
         splits = {split: splits[split]}
-    audits = {name: audit_split(raw, classes, name) for name, raw in splits.items()}
+    audits = {
+        name: with_optional_masks(audit_split(raw, classes, name), name)
+        for name, raw in splits.items()
+    }
     if split is None and not findings:
-        findings += missing_splits(audits)
+        findings += missing_splits(audits, misplaced(spec, NEEDED))
     findings += [finding for audit in audits.values() for finding in audit.findings]
     audits = {name: audit for name, audit in audits.items() if audit.num_examples}
     findings += general_findings(audits, classes)

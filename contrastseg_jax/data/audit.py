@@ -1,8 +1,8 @@
 """Is the data right? Every file of a data set read once, and what training will find in it."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import combinations
@@ -128,14 +128,27 @@ def general_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> l
     return findings
 
 
-def missing_splits(audits: Mapping[str, SplitAudit]) -> list[Finding]:
-    """One finding for each split that training needs and that is not there, or empty."""
-    there = [name for name, audit in audits.items() if audit.num_examples or audit.findings]
-    return [
-        Finding("no_split", split, f"split '{split}': has no examples, training needs some")
-        for split in NEEDED
-        if split not in there
+def missing_splits(audits: Mapping[str, SplitAudit], elsewhere: Sequence[str]) -> list[Finding]:
+    """One finding for each split that training needs and that is not there.
+
+    `elsewhere`: what is found in places that may be meant for them, told with the first.
+    """
+    missing = [split for split in NEEDED if split not in audits]
+    messages = [f"split '{split}': has no examples, training needs some" for split in missing]
+    if elsewhere and messages:
+        messages[0] = "\n".join([messages[0], *elsewhere])
+    return [Finding("no_split", *found) for found in zip(missing, messages, strict=True)]
+
+
+def with_optional_masks(audit: SplitAudit, split: str) -> SplitAudit:
+    """The audit where a split that training does not read may lack its masks altogether."""
+    if split in NEEDED:
+        return audit
+    findings = [
+        replace(finding, is_error=finding.is_error and finding.kind != "no_masks")
+        for finding in audit.findings
     ]
+    return replace(audit, findings=findings)
 
 
 def median_frequency_weights(audit: SplitAudit, num_classes: int) -> Float[np.ndarray, " k"]:

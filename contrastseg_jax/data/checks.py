@@ -62,6 +62,7 @@ class RawSplit:
 
     checks: Sequence[Callable[[], Checked]]  # an example each, read when called
     findings: Sequence[Finding] = ()  # what is wrong with files that make no example
+    elsewhere: Sequence[str] = ()  # of an absent split: what lies where it may be meant
 
 
 Splits = Mapping[str, RawSplit]  # by name

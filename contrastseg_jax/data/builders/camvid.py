@@ -10,8 +10,9 @@ from jaxtyping import UInt8
 from contrastseg_jax.data.builders.base import (
     SPLITS,
     DatasetSpec,
-    PairsBuilder,
-    find_splits,
+    RecordBuilder,
+    SplitConfig,
+    data_root,
     pairs_config,
 )
 from contrastseg_jax.data.builders.pairs import Found, Pair, list_files, match_files, read_lines
@@ -94,7 +95,7 @@ TWO_PATHS = re.compile(
 )
 
 
-class Camvid(PairsBuilder):
+class Camvid(RecordBuilder):
     """CamVid (Brostow et al., 2009), SegNet's split, 11 classes."""
 
 
@@ -104,19 +105,14 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(tuple(CLASSES), tuple(CLASSES.values()), train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> Camvid:
-    """Builder of the files below `spec.root`.
-
-    Raises:
-        InputError: no split is there.
-    """
-    if os.path.isdir(Path(spec.root).expanduser() / ORIGINAL_MASKS):
-        find, read_mask = _find_original, read_color_mask
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """What lies below `spec.root` for a split."""
+    root = data_root(spec)
+    if os.path.isdir(root / ORIGINAL_MASKS):
+        found, read_mask = _find_original(root, split), read_color_mask
     else:
-        find, read_mask = _find_segnet, decode_mask
-    splits = find_splits(spec, find, LAYOUT)
-    config = pairs_config(spec.root, splits, label_map(spec), read_mask, table=COLORS)
-    return Camvid(config=config, data_dir=spec.prepared_dir)
+        found, read_mask = _find_segnet(root, split), decode_mask
+    return pairs_config(Camvid, spec.root, split, found, label_map(spec), read_mask, table=COLORS)
 
 
 def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:

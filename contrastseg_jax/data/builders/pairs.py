@@ -27,6 +27,7 @@ class Found:
 
     pairs: list[Pair] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)  # of none: what lies where it may be meant
 
 
 def match_files(
@@ -47,12 +48,19 @@ def match_files(
     of_images = _read_side("images", images, image_endings, findings)
     of_masks = _read_side("masks", masks, (mask_ending,), findings)
     names = of_images.files.keys() | of_masks.files.keys()
+    if of_images.files and not findings and not of_masks.files.keys() | of_masks.others.keys():
+        first = masks / f"{min(of_images.files)}{mask_ending}"
+        state = f"holds none such as {first}" if masks.is_dir() else "no such folder"
+        message = (
+            f"{masks}: {state}, for the masks of {images}; images without masks can be predicted,"
+            " not trained on or scored"
+        )
+        return Found(findings=[Finding("no_masks", str(masks), message)])
     if findings:  # what is missing may lie in a folder that cannot be read
         names = of_images.files.keys() & of_masks.files.keys()
-    for side, other in ((of_images, of_masks), (of_masks, of_images)):
-        if names and not findings and not side.folder.is_dir():
-            message = f"{side.folder}: no such folder, for the {side.what} of {other.folder}"
-            return Found(findings=[Finding("unpaired", str(side.folder), message)])
+    if names and not findings and not images.is_dir():
+        message = f"{images}: no such folder, for the images of {masks}"
+        return Found(findings=[Finding("unpaired", str(images), message)])
     missing = image_endings[0] if len(image_endings) == 1 else ".*"
     pairs = []
     for name in sorted(names):
