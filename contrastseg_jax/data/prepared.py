@@ -23,6 +23,7 @@ from contrastseg_jax.files import to_json, write_atomically
 
 LIST = "files.json"
 SMALL = 1 << 20  # bytes of a file whose digest costs nothing
+GARBLED = (ValueError, TypeError, AttributeError)  # what reading a list raises that is none
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,12 @@ class Records(Sequence):
         index = range(len(self))[index]
         decoders: Any = dict.fromkeys(("image", "label"), tfds.decode.SkipDecoding())
         try:
-            return self.features.deserialize_example_np(self.encoded[index], decoders=decoders)
+            record: Any = self.features.deserialize_example_np(
+                self.encoded[index], decoders=decoders
+            )
         except Exception as error:  # of several classes, whose texts are those of C++
             raise self._unreadable(index, error) from error
+        return record
 
     def _unreadable(self, index: int, error: Exception) -> InputError:
         fault = find_fault(self.folder, trusting=False)
@@ -67,14 +71,14 @@ class Records(Sequence):
         try:
             _distrust(self.folder)
             advice = "start again, and it is prepared anew"
-        except OSError:  # it is read-only
+        except (OSError, *GARBLED):  # it is read-only, or has lost its list
             advice = "delete it, and the next start prepares it anew"
         return InputError(f"{self.folder}: this prepared data set is damaged ({fault}); {advice}")
 
 
 def open_records(builder: tfds.core.DatasetBuilder, split: str) -> Records:
     """What `builder` has prepared."""
-    source: Any = builder.as_data_source(split)
+    source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
     # Without the builder, whose settings may list all raw files.
     return Records(Path(builder.data_dir), source.data_source, source.dataset_info.features)
 
@@ -96,7 +100,7 @@ def find_fault(folder: Path, *, trusting: bool = True) -> str:
         return f"it has no {LIST}, which is written last"
     except OSError as error:
         return f"{LIST} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, AttributeError):
+    except GARBLED:
         return f"{LIST} is garbled"
     found = {}
     for name, stamp in listed.items():

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
-from contrastseg_jax.data.audit import audit_split, general_findings
+from contrastseg_jax.data.audit import audit_split, general_findings, told_once
 from contrastseg_jax.data.builders.pairs import Found, Pair
 from contrastseg_jax.data.checks import RawSplit, ReadMask, Splits, check_files
 from contrastseg_jax.data.images import decode_mask, encode_png
@@ -144,7 +144,7 @@ def check_splits(title: str, splits: Splits, label_map: LabelMap) -> None:
         InputError: lists all that is wrong.
     """
     audits = {name: audit_split(raw, label_map, name) for name, raw in splits.items()}
-    findings = [finding for audit in audits.values() for finding in audit.findings]
+    findings = [found for split, audit in audits.items() for found in told_once(audit, split)]
     findings += general_findings(audits, label_map)
     problems = dict.fromkeys(finding.message for finding in findings if finding.is_error)
     if problems:

@@ -15,7 +15,14 @@ from contrastseg_jax.data.builders.base import (
     data_root,
     pairs_config,
 )
-from contrastseg_jax.data.builders.pairs import Found, Pair, list_files, match_files, read_lines
+from contrastseg_jax.data.builders.pairs import (
+    Found,
+    Pair,
+    list_files,
+    match_files,
+    on_disk,
+    read_lines,
+)
 from contrastseg_jax.data.checks import Finding
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
 from contrastseg_jax.data.labels import LabelMap
@@ -180,7 +187,9 @@ def _find_segnet(root: Path, split: str) -> Found:
     for number, line in enumerate(lines, start=1):
         paths = TWO_PATHS.fullmatch(line)
         if paths:
-            image, mask = (root / path.removeprefix(HISTORICAL_PREFIX) for path in paths.groups())
+            image, mask = (
+                on_disk(root, path.removeprefix(HISTORICAL_PREFIX)) for path in paths.groups()
+            )
             pairs.append(Pair(image.stem, image, mask))
         elif line:
             message = f'{listing}, line {number}: "image mask" is expected, found "{line}"'
