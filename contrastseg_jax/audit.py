@@ -12,18 +12,22 @@ from contrastseg_jax import report
 from contrastseg_jax.build import dataset_spec
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.audit import (
+    NEEDED,
     SplitAudit,
     audit_split,
+    color_results,
+    color_table,
     enet_weights,
     examples_to_show,
     general_findings,
     median_frequency_weights,
     missing_splits,
+    with_optional_masks,
 )
 from contrastseg_jax.data.augment import too_large
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.checks import Finding
-from contrastseg_jax.data.dataset import label_map, raw_splits
+from contrastseg_jax.data.dataset import label_map, misplaced, raw_splits
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import to_json, write_atomically
@@ -40,10 +44,11 @@ KINDS = {
     "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists anew"),
     "suffix": ("files of another format than expected", "convert them; renaming does not"),
     "no_split": ("missing splits", "give each split some images; its layout is in README.md"),
+    "no_masks": ("images without any mask", "add masks; without, they can be predicted alone"),
     "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
     "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
     "image_format": ("images of unsuitable formats", "convert them as the message says"),
-    "mask_format": ("masks that are no index masks", "convert them as the message says"),
+    "mask_format": ("masks that are no index masks", "convert them as the messages say"),
     "size": ("masks of another size than their image", "export them again at the image's size"),
     "too_large": ("images too large to evaluate", "cut them into tiles, or resize them to less"),
     "unknown_value": ("masks with values that are no class", "correct the masks"),
@@ -78,9 +83,12 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
     limit = partial(
         too_large, short_side=config.data.short_side, pad_multiple=config.eval.pad_multiple
     )
-    audits = {name: audit_split(raw, classes, name, limit) for name, raw in splits.items()}
+    audits = {
+        name: with_optional_masks(audit_split(raw, classes, name, limit), name)
+        for name, raw in splits.items()
+    }
     if split is None and not findings:
-        findings += missing_splits(audits)
+        findings += missing_splits(audits, misplaced(spec, NEEDED))
     findings += [finding for audit in audits.values() for finding in audit.findings]
     audits = {name: audit for name, audit in audits.items() if audit.num_examples}
     findings += general_findings(audits, classes)
@@ -97,9 +105,13 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
     print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if examples else ""))
     if results["num_errors"]:
         number = results["num_errors"]
-        raise InputError(
-            f"{number} error{'s' if number > 1 else ''} in the data; training would go wrong"
-        )
+        optional = [name for name in audits if name not in NEEDED]
+        of_optional = {found for name in optional for found in audits[name].findings}
+        if any(found.is_error and found not in of_optional for found in findings):
+            outlook = "training would go wrong"
+        else:
+            outlook = f"evaluating {', '.join(optional)} would fail, which training does not read"
+        raise InputError(f"{number} error{'s' if number > 1 else ''} in the data; {outlook}")
 
 
 def audit_results(
@@ -126,16 +138,21 @@ def audit_results(
     }
     if audits:
         split = "train" if "train" in audits else next(iter(audits))
-        size = len(classes.names)
-        weights = {
-            "median_frequency": median_frequency_weights(audits[split], size),
-            "enet": enet_weights(audits[split], size),
-        }
-        results["class_weights"] = {
-            "split": split,
-            **{rule: [float(f"{weight:.4g}") for weight in w] for rule, w in weights.items()},
-        }
+        results["class_weights"] = class_weights(audits[split], split, len(classes.names))
     return results
+
+
+def class_weights(audit: SplitAudit, split: str, num_classes: int) -> dict[str, Any]:
+    """Class weights by each rule, where at least half of the masks could be read."""
+    num_read = audit.mask_formats.total()
+    results = {"split": split, "masks_read": num_read, "masks": audit.num_examples}
+    if 2 * num_read < max(audit.num_examples, 1):
+        return results
+    weights = {
+        "median_frequency": median_frequency_weights(audit, num_classes),
+        "enet": enet_weights(audit, num_classes),
+    }
+    return results | {rule: [float(f"{x:.4g}") for x in w] for rule, w in weights.items()}
 
 
 def split_results(audit: SplitAudit, classes: LabelMap) -> dict[str, Any]:
@@ -157,6 +174,7 @@ def split_results(audit: SplitAudit, classes: LabelMap) -> dict[str, Any]:
             }
             for class_id, name in [*enumerate(classes.names), (IGNORE_LABEL, "no class")]
         },
+        "mask_colors": color_results(audit) if audit.in_color else None,
         "values": {
             str(value): {
                 "pixels": int(audit.value_pixels[value]),
@@ -190,25 +208,51 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     lines = [f"{results['data']} {results['root']}".rstrip()]
     if splits:
         lines += ["", *_table(_split_rows(splits)), "", *_table(_class_rows(results))]
-        weights = results["class_weights"]
-        for rule, title in (("median_frequency", "median frequency"), ("enet", "ENet's formula")):
-            values = ", ".join(f"{weight:g}" for weight in weights[rule])
-            lines += [
-                "",
-                f"class weights by {title}, of {weights['split']}:",
-                f'  --config.loss.class_weights="({values})"',
-            ]
+        lines += _weight_lines(results["class_weights"])
     for level, is_error in (("errors", True), ("warnings", False)):
         found = [f for f in results["findings"] if f["is_error"] == is_error]
         lines += ["", f"{level}: {len(found) or 'none'}"]
         for kind in dict.fromkeys(finding["kind"] for finding in found):
-            messages = [finding["message"] for finding in found if finding["kind"] == kind]
-            lines.append(f"  {KINDS[kind][0]}: {len(messages)}")
-            lines.append(f"  -> {results['remedies'][kind]}")
-            lines += [f"    {message}" for message in messages[:NUM_NAMED]]
-            if len(messages) > NUM_NAMED:
-                lines.append(f"    and {len(messages) - NUM_NAMED} more in audit.json")
+            lines += _kind_lines(kind, [f for f in found if f["kind"] == kind], results)
     return [*lines, ""]
+
+
+def _kind_lines(
+    kind: str, findings: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
+) -> list[str]:
+    """Findings of a kind, spelt out as far as they tell something new."""
+    lines = [f"  {KINDS[kind][0]}: {len(findings)}", f"  -> {results['remedies'][kind]}"]
+    texts = []
+    if kind == "mask_format":  # colours are those of a split, not of each mask
+        colors = {split: found["mask_colors"] for split, found in results["splits"].items()}
+        colors = {split: found for split, found in colors.items() if found}
+        texts = [color_table(split, found) for split, found in colors.items()]
+        told = {file for found in colors.values() if found["masks"] > 1 for file in found["files"]}
+        findings = [finding for finding in findings if finding["file"] not in told]
+    texts += [finding["message"] for finding in findings[:NUM_NAMED]]
+    lines += [f"    {line}" for text in texts for line in text.splitlines()]
+    if len(findings) > NUM_NAMED:
+        lines.append(f"    and {len(findings) - NUM_NAMED} more in audit.json")
+    return lines
+
+
+def _weight_lines(weights: Mapping[str, Any]) -> list[str]:
+    """Class weights to paste, and of how many masks they are."""
+    read, masks = weights["masks_read"], weights["masks"]
+    number = "" if read == masks else f" ({read} of {masks} masks, the others could not be read)"
+    lines = []
+    for rule, title in (("median_frequency", "median frequency"), ("enet", "ENet's formula")):
+        if rule in weights:
+            values = ", ".join(f"{weight:g}" for weight in weights[rule])
+            lines += [
+                "",
+                f"class weights by {title}, of {weights['split']}{number}:",
+                f'  --config.loss.class_weights="({values})"',
+            ]
+    if not lines:
+        text = f"no class weights: {read} of {masks} masks of {weights['split']} could be read"
+        lines = ["", f"{text}, at least half are needed"]
+    return lines
 
 
 def _split_rows(splits: Mapping[str, Any]) -> list[list[str]]:

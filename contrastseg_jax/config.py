@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,16 @@ def filled_in(config: Config, run: Config) -> Config:
 
 
 def _located(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by path, with folders as whoever compares or opens them needs them."""
+    """Settings by path, with folders and class names as whoever compares them needs them."""
     root, weights = (os.path.expanduser(settings[path]) for path in FOLDERS)
     if weights and "://" not in weights:
         weights = os.path.realpath(weights)  # those of a run, from wherever it is started again
-    return settings | dict(zip(FOLDERS, (root, weights), strict=True))
+    names = tuple(  # letters with accents come in one character or in two
+        unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+        for name in settings["data.class_names"]
+    )
+    folders = dict(zip(FOLDERS, (root, weights), strict=True))
+    return settings | folders | {"data.class_names": names}
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from contrastseg_jax.structs import IGNORE_LABEL
 
 matplotlib.use("Agg")
 
-SHEET_LEGEND_COLUMNS = 10
+SHEET_LEGEND_COLUMNS = 2  # beneath each column of examples
 WIDE = 3  # times as wide as high: from there on pictures lie one above the other
 NARROWEST = 8  # times as long as wide: what is narrower is drawn stretched, to be seen at all
 TALLEST = 8.0  # inches of a picture
@@ -92,7 +92,8 @@ def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, tit
     handles = [_patches(label_map)[i] for i in present if i < len(label_map.names)]
     handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label="no class"))
     tallest = max(shown_aspect(*example.label.shape) for example in examples)
-    legend_rows = -(-len(handles) // SHEET_LEGEND_COLUMNS)
+    legend_columns = SHEET_LEGEND_COLUMNS * columns
+    legend_rows = -(-len(handles) // legend_columns)
     side = 4.0  # inches
     figure = Figure(
         figsize=(columns * side, rows * (side * min(tallest, 1.5) + 0.3) + 0.6 + 0.3 * legend_rows),
@@ -105,9 +106,7 @@ def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, tit
         _show(axes, _hatched(overlay(example.image, example.label, label_map), example.label))
         axes.set_title(example.name[-TITLE_LENGTH:], fontsize=10, parse_math=False)
     figure.suptitle(title, parse_math=False)
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=SHEET_LEGEND_COLUMNS, fontsize=12
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=12)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in names: a box will do
         _save(path, figure)

@@ -143,20 +143,14 @@ def _taps_of_crop(
     of_padded = _taps(size, padded)
     index, weight = jnp.asarray(of_padded.index), jnp.asarray(of_padded.weight, jnp.float32)
     last, new_last = crop[:, None] - 1, new_size[:, None] - 1
-<<<<<<< HEAD
     place = jnp.minimum(jnp.arange(new_padded, dtype=jnp.int32)[None], new_last)
     # Positions in units of 1 / unit: whole numbers are exact, unlike fractions in float32.
     unit = jnp.maximum(new_last, 1)
     left, rest = _scaled(place, last, unit, bits=new_padded.bit_length())
-    right = jnp.minimum(left + 1, last)
-    share = (rest.astype(jnp.float32) / unit.astype(jnp.float32))[..., None]
-=======
-    place = jnp.minimum(jnp.arange(new_padded)[None], new_last)
-    # Positions in units of 1 / unit: whole numbers are exact, unlike fractions in float32.
-    unit = jnp.maximum(new_last, 1)
-    left, rest = _scaled(place, last, unit, bits=new_padded.bit_length())
-    right, share = jnp.minimum(left + 1, last), (rest / unit)[..., None]
->>>>>>> predict
+    right, share = (
+        jnp.minimum(left + 1, last),
+        (rest.astype(jnp.float32) / unit.astype(jnp.float32))[..., None],
+    )
     return Taps(
         jnp.concatenate([index[left], index[right]], axis=-1),
         jnp.concatenate([(1 - share) * weight[left], share * weight[right]], axis=-1),

@@ -5,7 +5,7 @@ import json
 from small import make_config
 
 from contrastseg_jax import audit, build
-from contrastseg_jax.data.dataset import open_split
+from contrastseg_jax.data.dataset import open_splits
 from contrastseg_jax.errors import InputError
 
 NAMES = ("sky", "road", "tree")
@@ -43,4 +43,5 @@ def run(root, *overrides, split=None, **changed):
 
 
 def prepare(root):
-    return open_split(folder_spec(root), "train")
+    """The records to train on, prepared as training does."""
+    return open_splits(folder_spec(root), ("train", "val"))[0]

@@ -1,11 +1,14 @@
 """Small raw data sets on disk."""
 
+import ctypes
+import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from contrastseg_jax.data.dataset import label_map, open_split
+from contrastseg_jax.data.dataset import label_map, open_splits
 from contrastseg_jax.data.images import decode_mask, encode_jpeg, encode_png
 from contrastseg_jax.data.labels import to_train_ids
 from contrastseg_jax.errors import InputError
@@ -62,7 +65,19 @@ def prepared_files(spec):
 def problems(spec):
     """Why a data set cannot be prepared; nothing of it may be left."""
     with pytest.raises(InputError) as error:
-        open_split(spec, "train")
+        open_splits(spec, ("train", "val"))
     assert prepared_files(spec) == []
     assert list(Path(spec.prepared_dir).rglob("*incomplete*")) == []
     return str(error.value)
+
+
+def without_capabilities(function, *args):
+    """Calls it in a thread to which permissions apply even if root runs the tests."""
+
+    def call():
+        version = struct.pack("Ii", 0x20080522, 0)  # and this thread
+        assert ctypes.CDLL(None).capset(version, bytes(24)) == 0
+        return function(*args)
+
+    with ThreadPoolExecutor() as pool:  # threads that it starts inherit what it may
+        return pool.submit(call).result()

@@ -1,12 +1,9 @@
 """Bad files of every kind: the audit lists them, and preparing stops with the same words."""
 
-import ctypes
 import io
 import os
 import re
-import struct
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 from audited import NAMES, prepare, run
 from PIL import ExifTags, Image
-from raw_data import noise, write, write_example, write_pair
+from raw_data import noise, without_capabilities, write, write_example, write_pair
 
 from contrastseg_jax.data import augment, images
 from contrastseg_jax.data.images import encode_png
@@ -279,7 +276,8 @@ def test_a_missing_folder_is_named_once(root):
     (root / "labels" / "val").rename(root / "elsewhere")
     (found,) = run(root)["findings"]
     assert found["message"] == (
-        f"{root}/labels/val: no such folder, for the masks of {root}/images/val"
+        f"{root}/labels/val: no such folder, for the masks of {root}/images/val; images without"
+        " masks can be predicted, not trained on or scored"
     )
 
 
@@ -342,18 +340,6 @@ def test_a_file_that_may_not_be_read_is_named(root, monkeypatch):
     (found,) = run(root)["findings"]
     assert found["message"] == f"{root / IMAGE}: cannot be read (Permission denied)"
     assert found["kind"] == "permission"
-
-
-def without_capabilities(function, *args):
-    """Calls it in a thread to which permissions apply even if root runs the tests."""
-
-    def call():
-        version = struct.pack("Ii", 0x20080522, 0)  # and this thread
-        assert ctypes.CDLL(None).capset(version, bytes(24)) == 0
-        return function(*args)
-
-    with ThreadPoolExecutor() as pool:  # threads that it starts inherit what it may
-        return pool.submit(call).result()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")

@@ -13,7 +13,7 @@ from contrastseg_jax.data import dataset
 from contrastseg_jax.data.audit import audit_split, general_findings
 from contrastseg_jax.data.builders import coco_stuff, pascal_context
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import label_map, open_split, raw_splits
+from contrastseg_jax.data.dataset import label_map, open_split, open_splits, raw_splits
 from contrastseg_jax.data.images import decode_mask
 from contrastseg_jax.data.labels import to_mask_values, to_train_ids
 from contrastseg_jax.errors import InputError
@@ -202,11 +202,12 @@ def test_cityscapes_without_its_masks_names_their_folder(spec_of, raw):
     for split in ("train", "val", "test"):
         write_image(raw / "leftImg8bit" / split / "aachen" / "aachen_0_0_leftImg8bit.png")
     with pytest.raises(InputError, match=f"2 problems.*\n.*{raw}/gtFine/train: no such folder"):
-        open_split(spec_of("cityscapes"), "train")
+        open_splits(spec_of("cityscapes"), ("train", "val"))
 
 
 def test_an_image_whose_mask_is_missing_is_named_as_it_should_be(spec_of, raw):
     write_cityscapes(raw, "train", "aachen")
+    write_cityscapes(raw, "train", "zurich")
     mask = raw / "gtFine" / "train" / "aachen" / "aachen_000000_000019_gtFine_labelIds.png"
     mask.unlink()
     with pytest.raises(InputError, match=rf"image without mask \({mask} does not exist\)"):

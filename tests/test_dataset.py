@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from raw_data import names, prepared_files, problems, write_pair
 
+from contrastseg_jax.data import dataset
 from contrastseg_jax.data.builders import base
 from contrastseg_jax.data.builders import folder as folder_module
 from contrastseg_jax.data.builders.base import DatasetSpec
@@ -64,8 +65,9 @@ def test_the_home_folder_may_be_written_as_a_tilde(folder, tmp_path, monkeypatch
 
 
 def test_preparing_happens_once_and_again_after_a_change(folder):
-    open_split(folder, "train")
+    open_splits(folder, ("train", "val"))
     first = {path: path.stat().st_mtime_ns for path in prepared_files(folder)}
+    open_split(folder, "train")
     open_split(folder, "val")
     assert {path: path.stat().st_mtime_ns for path in prepared_files(folder)} == first
 
@@ -94,12 +96,12 @@ def test_an_absent_split_is_an_error_that_lists_the_others(folder):
 
 
 def test_nothing_stays_behind_when_preparing_is_cut_off(folder, monkeypatch):
-    def fail(self, pairs):
-        yield next(original(self, pairs))
+    def fail(self, records):
+        yield next(original(self, records))
         raise RuntimeError("cut off")
 
-    original = base.PairsBuilder._generate_examples
-    monkeypatch.setattr(base.PairsBuilder, "_generate_examples", fail)
+    original = base.RecordBuilder._generate_examples
+    monkeypatch.setattr(base.RecordBuilder, "_generate_examples", fail)
     with pytest.raises(RuntimeError, match="cut off"):
         open_split(folder, "train")
     assert prepared_files(folder) == []
@@ -108,7 +110,7 @@ def test_nothing_stays_behind_when_preparing_is_cut_off(folder, monkeypatch):
 
 
 def test_of_two_at_once_one_prepares_and_the_other_waits(folder, monkeypatch):
-    started, checked, check_splits = threading.Event(), [], base.check_splits
+    started, checked, check_splits = threading.Event(), [], dataset.check_splits
 
     def check_slowly(*args):
         checked.append(args)
@@ -116,7 +118,7 @@ def test_of_two_at_once_one_prepares_and_the_other_waits(folder, monkeypatch):
         time.sleep(0.5)
         check_splits(*args)
 
-    monkeypatch.setattr(base, "check_splits", check_slowly)
+    monkeypatch.setattr(dataset, "check_splits", check_slowly)
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(names(open_split(folder, "train"))))
@@ -131,16 +133,17 @@ def test_of_two_at_once_one_prepares_and_the_other_waits(folder, monkeypatch):
     assert len(checked) == 1
 
 
-def test_the_raw_files_are_looked_through_once_for_several_splits(folder, monkeypatch):
-    open_split(folder, "train")
-    built, make_builder = [], folder_module.make_builder
+def test_only_the_splits_asked_for_are_looked_through_and_each_once(folder, monkeypatch):
+    found, split_config = [], folder_module.split_config
     monkeypatch.setattr(
-        folder_module, "make_builder", lambda spec: built.append(spec) or make_builder(spec)
+        folder_module,
+        "split_config",
+        lambda spec, split: found.append(split) or split_config(spec, split),
     )
     assert [names(source) for source in open_splits(folder, ("train", "val"))] == [
         *(["b", "x/a"], ["v.1"])
     ]
-    assert len(built) == 1
+    assert found == ["train", "val"]
 
 
 def test_preparing_logs_no_warning(folder, caplog):
@@ -230,14 +233,14 @@ def test_a_killed_preparation_starts_again(folder):
         "from contrastseg_jax.data.builders import base\n"
         "from contrastseg_jax.data.builders.base import DatasetSpec\n"
         "from contrastseg_jax.data.dataset import open_split\n"
-        "whole = base.PairsBuilder._generate_examples\n"
-        "def slow(self, pairs):\n"
-        "    for example in whole(self, pairs):\n"
-        "        yield example\n"
-        "        if len(pairs) == 1:\n"  # of val; train is written by then
+        "whole = base.RecordBuilder._generate_examples\n"
+        "def slow(self, records):\n"
+        "    for index, example in whole(self, records):\n"
+        "        yield index, example\n"
+        "        if index == 1:\n"
         f"            open({str(root.parent / 'half')!r}, 'w')\n"
         "            time.sleep(300)\n"
-        "base.PairsBuilder._generate_examples = slow\n"
+        "base.RecordBuilder._generate_examples = slow\n"
         f"open_split({folder!r}, 'train')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -247,7 +250,7 @@ def test_a_killed_preparation_starts_again(folder):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
-    assert list(Path(folder.prepared_dir).rglob("*incomplete*/*train*"))
+    assert list(Path(folder.prepared_dir).rglob("*incomplete*"))
     # So it is another folder that is prepared now.
     write_pair(root / "images" / "train" / "c.jpg", root / "labels" / "train" / "c.png")
     assert len(open_split(folder, "train")) == 3

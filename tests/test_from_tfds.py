@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from raw_data import classes_of, names
 
-from contrastseg_jax.data.dataset import open_split, raw_splits
+from contrastseg_jax.data.dataset import open_split, open_splits, raw_splits
 from contrastseg_jax.data.images import decode_image, encode_jpeg, encode_png
 from contrastseg_jax.errors import InputError
 
@@ -86,7 +86,7 @@ def test_images_and_masks_of_tfds_are_checked_as_files_are(tfds_spec, monkeypatc
     found = [finding for check in splits["train"].checks for finding in check().findings]
     assert sorted(finding.kind for finding in found) == ["size", "unreadable"]
     with pytest.raises(InputError, match="4 problems") as error:
-        open_split(tfds_spec(train_split="train"), "train")
+        open_splits(tfds_spec(train_split="train"), ("train", "val"))
     for finding in found:
         assert finding.message in str(error.value)
         assert finding.message.startswith("tiny_masks/1.0.0 train, example 00000")
@@ -119,6 +119,6 @@ def test_a_changed_data_set_of_tfds_is_prepared_again(tfds_spec, raw, monkeypatc
 )
 def test_what_tfds_does_not_have_is_said_with_the_setting(changes, message, tfds_spec):
     with pytest.raises(InputError, match=message):
-        open_split(tfds_spec(**changes), "train")
+        open_splits(tfds_spec(**changes), ("train", "val"))
     prepared = Path(tfds_spec().prepared_dir)
     assert {path.name for path in prepared.rglob("*") if path.is_file()} <= {".lock"}

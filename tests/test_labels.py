@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist, pdist
 
+from contrastseg_jax import report
 from contrastseg_jax.data.builders import coco_stuff
 from contrastseg_jax.data.builders.base import DatasetSpec
+from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.data.labels import (
     LabelMap,
     colorize,
@@ -82,12 +85,62 @@ def test_names_are_split_at_commas_over_lines():
     assert split_names("\nbed, pool table,\ncar\n") == ("bed", "pool table", "car")
 
 
-def test_default_palette_starts_like_pascal_voc_and_has_no_color_twice():
+def cielab(rgb):
+    """CIE 1976 L*a*b* of 8-bit sRGB under D65, as the standards have it (IEC 61966-2-1, CIE 15)."""
+    c = np.asarray(rgb) / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = linear @ np.transpose(to_xyz) / (0.95047, 1.0, 1.08883)
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = np.moveaxis(f, -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def closest_pair(palette):
+    return pdist(cielab(palette)).min()
+
+
+def laid_over(palette, grey):
+    """The palette as an overlay shows it on an image of one grey."""
+    classes = LabelMap(tuple(map(str, range(len(palette)))), palette, {})
+    label = np.arange(len(palette))[None]
+    return report.overlay(np.full((*label.shape, 3), grey, np.uint8), label, classes)[0]
+
+
+@pytest.mark.parametrize(("num_classes", "bound"), [(2, 160), (3, 160), (5, 75), (8, 54), (12, 45)])
+def test_the_fewer_the_classes_the_further_apart_their_colors(num_classes, bound):
+    assert closest_pair(default_palette(num_classes)) >= bound
+
+
+def test_no_two_colors_of_up_to_21_classes_are_alike():
+    """The colours of PASCAL VOC come as close as 8.8, 6.4 of them under an overlay."""
+    for num_classes in range(2, 22):
+        palette = default_palette(num_classes)
+        assert closest_pair(palette) >= 43
+        for grey in (0, 64, 128, 192, 255):
+            assert closest_pair(laid_over(palette, grey)) >= 27
+    from_black, from_white = (cdist(cielab(palette), cielab([[v] * 3])).min() for v in (0, 255))
+    assert from_black >= 41 and from_white >= 30  # no class in labels, and in the audit's sheet
+
+
+def test_the_colors_of_many_classes_differ_and_begin_with_those_of_few():
     palette = default_palette(255)
-    assert palette[:5] == ((128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128))
-    assert len(set(palette)) == 255
-    assert (0, 0, 0) not in palette
-    assert default_palette(3) == palette[:3]
+    assert len(set(palette)) == 255 and np.min(palette) >= 0 and np.max(palette) <= 255
+    assert closest_pair(palette) >= 9.5
+    assert closest_pair(laid_over(palette, 128)) >= 7
+    assert cdist(cielab(palette), cielab([[0] * 3])).min() >= 9.5
+    for num_classes in (3, 21, 22, 150):
+        assert default_palette(num_classes) == palette[:num_classes]
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"), [("cityscapes", 15), ("camvid", 23), ("landcover", 30), ("ade20k", 10)]
+)
+def test_published_colors_are_kept_and_others_lie_apart(name, bound):
+    palette = label_map(DatasetSpec(name=name)).palette
+    assert bound <= closest_pair(palette) < bound + 1
+    if name == "cityscapes":
+        assert palette[0] == (128, 64, 128)
 
 
 def test_colorize_paints_classes_and_leaves_ignored_pixels_black():

@@ -1,11 +1,12 @@
 """Is the data right? Every file of a data set read once, and what training will find in it."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import combinations
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +18,8 @@ from contrastseg_jax.structs import IGNORE_LABEL
 
 NEEDED = ("train", "val")  # splits that training reads
 NAMED = 10  # classes that a message names
+MAX_COLORS = 256  # of the masks of a split; more are no classes
+COLORS_NAMED = 30
 TILE_SIDE = 480  # pixels, the longer side of an example to show
 
 
@@ -31,6 +34,8 @@ class Examined:
     mask_format: str
     size: tuple[int, int] | None  # height, width of the image
     value_counts: Int64[np.ndarray, "256"] | None  # pixels of each mask value
+    # Colours and their pixels, of a mask that has some.
+    mask_colors: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None
     findings: tuple[Finding, ...]
 
 
@@ -50,6 +55,10 @@ class SplitAudit:
     )
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     mask_formats: Counter[str] = field(default_factory=Counter)
+    in_color: list[str] = field(default_factory=list)  # masks that have colour channels
+    color_pixels: Counter[int] = field(default_factory=Counter)  # by 0xRRGGBB, of MAX_COLORS + 1
+    color_masks: Counter[int] = field(default_factory=Counter)
+    pixels_in_color: int = 0
     findings: list[Finding] = field(default_factory=list)
     unknown: list[tuple[str, int, int]] = field(default_factory=list)  # file, value, pixels
     first_of: dict[bytes, str] = field(default_factory=dict)  # image's hash -> its first file
@@ -88,6 +97,8 @@ def audit_split(
                 audit.findings.append(found)
         if example.image_hash:
             audit.first_of.setdefault(example.image_hash, example.image_file)
+        if example.mask_colors is not None:
+            _count_colors(audit, example.mask_file, *example.mask_colors)
         if example.value_counts is None:
             continue
         audit.mask_formats[example.mask_format] += 1
@@ -141,14 +152,80 @@ def general_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> l
     return findings
 
 
-def missing_splits(audits: Mapping[str, SplitAudit]) -> list[Finding]:
-    """One finding for each split that training needs and that is not there, or empty."""
-    there = [name for name, audit in audits.items() if audit.num_examples or audit.findings]
-    return [
-        Finding("no_split", split, f"split '{split}': has no examples, training needs some")
-        for split in NEEDED
-        if split not in there
+def missing_splits(audits: Mapping[str, SplitAudit], elsewhere: Sequence[str]) -> list[Finding]:
+    """One finding for each split that training needs and that is not there.
+
+    `elsewhere`: what is found in places that may be meant for them, told with the first.
+    """
+    missing = [split for split in NEEDED if split not in audits]
+    messages = [f"split '{split}': has no examples, training needs some" for split in missing]
+    if elsewhere and messages:
+        messages[0] = "\n".join([messages[0], *elsewhere])
+    return [Finding("no_split", *found) for found in zip(missing, messages, strict=True)]
+
+
+def with_optional_masks(audit: SplitAudit, split: str) -> SplitAudit:
+    """The audit where a split that training does not read may lack its masks altogether."""
+    if split in NEEDED:
+        return audit
+    findings = [
+        replace(finding, is_error=finding.is_error and finding.kind != "no_masks")
+        for finding in audit.findings
     ]
+    return replace(audit, findings=findings)
+
+
+def color_results(audit: SplitAudit) -> dict[str, Any]:
+    """The colours of the masks that have some, by their pixels."""
+    return {
+        "masks": len(audit.in_color),
+        "too_many": len(audit.color_pixels) > MAX_COLORS,
+        "colors": [
+            {
+                "color": [color >> 16, color >> 8 & 255, color & 255],
+                "pixels": pixels,
+                "share": pixels / audit.pixels_in_color,
+                "masks": audit.color_masks[color],
+            }
+            for color, pixels in audit.color_pixels.most_common(MAX_COLORS)
+        ],
+        "files": audit.in_color,
+    }
+
+
+def color_table(split: str, results: Mapping[str, Any]) -> str:
+    """What `color_results` found, to read, with what mends it."""
+    colors = results["colors"]
+    number = f"{len(colors)} colours"
+    remedy = "write the class id of each colour into one channel"
+    if results["too_many"]:
+        number = f"more than {MAX_COLORS} colours"
+        remedy = (
+            "these are no masks of classes, or were saved as JPEG or with soft edges; export them"
+            " again from their source"
+        )
+    elif all(len({*found["color"]}) == 1 for found in colors):
+        remedy = "all are grey, so save one channel of them alone"
+    masks = f"{results['masks']} mask{'s' if results['masks'] > 1 else ''} with colour channels"
+    if results["masks"] > 1:
+        masks += f" ({results['files'][0]}, ...)"
+    rows = [
+        f"  {'({}, {}, {})'.format(*found['color']):16}{found['share']:7.2%} of the pixels, in"
+        f" {found['masks']} of {results['masks']}"
+        for found in colors[:COLORS_NAMED]
+    ]
+    more = len(colors) - COLORS_NAMED
+    rows += [f"  and {more} more in audit.json"] if more > 0 else []
+    title = f"split '{split}': {masks}, in {number}; {remedy}"
+    return "\n".join([title, *rows])
+
+
+def told_once(audit: SplitAudit, split: str) -> list[Finding]:
+    """The findings of a split, those of its colour masks together as one if there are several."""
+    if len(audit.in_color) < 2:
+        return audit.findings
+    rest = [found for found in audit.findings if found.file not in {*audit.in_color}]
+    return [*rest, Finding("mask_format", split, color_table(split, color_results(audit)))]
 
 
 def median_frequency_weights(audit: SplitAudit, num_classes: int) -> Float[np.ndarray, " k"]:
@@ -198,6 +275,7 @@ def _examine(check: Callable[[], Checked]) -> Examined:
         mask_format=checked.mask_format,
         size=None if checked.image is None else (checked.image.shape[0], checked.image.shape[1]),
         value_counts=None if checked.mask is None else value_counts(checked.mask),
+        mask_colors=checked.mask_colors,
         findings=checked.findings,
     )
 
@@ -213,6 +291,19 @@ def _count(
     audit.class_pixels += by_class
     audit.class_images += by_class > 0
     audit.pixels_around[by_class > 0] += counts.sum()
+
+
+def _count_colors(
+    audit: SplitAudit, file: str, colors: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]
+) -> None:
+    """Add the colours of one mask, the most frequent first, as long as they are few."""
+    audit.in_color.append(file)
+    audit.pixels_in_color += int(counts.sum())
+    for i in np.argsort(-counts, kind="stable")[: MAX_COLORS + 1]:
+        color = int(colors[i])
+        if color in audit.color_pixels or len(audit.color_pixels) <= MAX_COLORS:
+            audit.color_pixels[color] += int(counts[i])
+            audit.color_masks[color] += 1
 
 
 def _small(checked: Checked, table: UInt8[np.ndarray, "256"], split: str) -> Example:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
 from contrastseg_jax.data.images import (
@@ -21,6 +21,7 @@ from contrastseg_jax.data.images import (
     decode_mask,
     file_format,
     is_turned,
+    mask_colors,
 )
 from contrastseg_jax.data.labels import LabelMap, to_train_ids
 from contrastseg_jax.errors import InputError
@@ -53,6 +54,8 @@ class Checked:
     mask_format: str = ""  # e.g. "PNG L"
     image: UInt8[np.ndarray, "h w 3"] | None = None
     mask: UInt8[np.ndarray, "h2 w2"] | None = None  # pixel values as stored
+    # Colours (0xRRGGBB) and the pixels of each, where the mask has colour channels.
+    mask_colors: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None = None
     findings: tuple[Finding, ...] = ()
 
 
@@ -62,6 +65,7 @@ class RawSplit:
 
     checks: Sequence[Callable[[], Checked]]  # an example each, read when called
     findings: Sequence[Finding] = ()  # what is wrong with files that make no example
+    elsewhere: Sequence[str] = ()  # of an absent split: what lies where it may be meant
 
 
 Splits = Mapping[str, RawSplit]  # by name
@@ -109,7 +113,7 @@ def check_encoded(
         label_map: the values that masks may hold.
         read_mask: the mask's content and name to pixel values.
     """
-    findings, image, mask = [], None, None
+    findings, image, mask, colors = [], None, None, None
     try:
         content = _readable(image_data, image_file)
         image = decode_image(content, image_file)
@@ -124,6 +128,7 @@ def check_encoded(
         mask = read_mask(_readable(mask_data, mask_file), mask_file)
     except FormatError as error:
         findings.append(Finding("mask_format", mask_file, str(error)))
+        colors = mask_colors(_readable(mask_data, mask_file), mask_file)
     except InputError as error:
         findings.append(Finding(_reason(mask_data), mask_file, str(error)))
     mask_format = "" if mask is None else _format(mask_data, mask_file)
@@ -149,6 +154,7 @@ def check_encoded(
         mask_format=mask_format,
         image=image,
         mask=mask,
+        mask_colors=colors,
         findings=tuple(findings),
     )
 

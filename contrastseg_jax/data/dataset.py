@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,16 @@ from contrastseg_jax.data.builders import (
     pascal_context,
     synthetic,
 )
-from contrastseg_jax.data.builders.base import DatasetSpec
+from contrastseg_jax.data.builders.base import (
+    DatasetSpec,
+    RecordBuilder,
+    SplitConfig,
+    check_splits,
+    data_root,
+)
 from contrastseg_jax.data.checks import Splits
 from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.prepared import Records, find_fault, open_records, remove, seal
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import lock
 
@@ -65,11 +73,11 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return MODULES[spec.name].label_map(spec)
 
 
-def open_split(spec: DatasetSpec, split: str) -> Sequence[dict[str, bytes]]:
+def open_split(spec: DatasetSpec, split: str) -> Records:
     """The records of a split: encoded `image` and `label`, and the `name` of the image.
 
-    Prepares the data set on first use, and again when its raw files have changed. A split that is
-    not as long as published is worth a warning.
+    Prepares it on first use, and again when its raw files have changed or what was prepared is
+    damaged. A split that is not as long as published is worth a warning.
 
     Raises:
         InputError: the raw data are missing or have faults, or have no such split.
@@ -77,65 +85,134 @@ def open_split(spec: DatasetSpec, split: str) -> Sequence[dict[str, bytes]]:
     return open_splits(spec, [split])[0]
 
 
-def open_splits(spec: DatasetSpec, splits: Sequence[str]) -> list[Sequence[dict[str, bytes]]]:
-    """As `open_split`, for several splits of which the raw files are looked through once."""
-    builder = _prepared(spec)
-    return [_open(builder, spec, split) for split in splits]
+def open_splits(spec: DatasetSpec, splits: Sequence[str]) -> list[Records]:
+    """As `open_split`, for several splits that are checked together; faults come in one error.
+
+    What lies in other splits matters to none of these.
+    """
+    spec = dataclasses.replace(spec, prepared_dir=str(Path(spec.prepared_dir).expanduser()))
+    with _quiet():
+        configs = [_split_config(spec, split) for split in splits]
+        if any(find_fault(_folder(spec, config)) for config in configs):
+            _prepare(spec, configs)
+        return [_open(spec, config) for config in configs]
 
 
 def raw_splits(spec: DatasetSpec) -> Splits:
-    """The examples of each split, to be checked one by one; prepares nothing.
+    """The examples of each split that is there, to be checked one by one; prepares nothing.
 
     Raises:
         InputError: the raw data are missing.
     """
     with _quiet():
-        return MODULES[spec.name].make_builder(spec).raw_splits()
+        found = _existing(spec)
+    if not found:
+        raise _no_data(spec)
+    return {config.split: config.raw for config in found}
 
 
-def _open(
-    builder: tfds.core.DatasetBuilder, spec: DatasetSpec, split: str
-) -> Sequence[dict[str, bytes]]:
-    if split not in builder.info.splits:
-        existing, where = ", ".join(builder.info.splits), f" in {spec.root}" if spec.root else ""
-        raise InputError(
-            f"data set '{spec.name}'{where} has no split '{split}', only {existing};"
-            " README.md has its layout, and --mode=audit shows what each split holds"
-        )
-    decoders = dict.fromkeys(("image", "label"), tfds.decode.SkipDecoding())
-    source = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
-    published = SPLIT_SIZES.get(spec.name, {}).get(split, len(source))
-    if len(source) != published:
+def misplaced(spec: DatasetSpec, splits: Sequence[str]) -> list[str]:
+    """What lies where some absent splits may be meant, and where it belongs."""
+    if not _may_hold_files(spec):
+        return []
+    configs = [MODULES[spec.name].split_config(spec, split) for split in splits]
+    return list(dict.fromkeys(line for config in configs for line in config.raw.elsewhere))
+
+
+def _split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """What there is of a split that must be there."""
+    module, hints = MODULES[spec.name], []
+    if split in module.SPLITS and _may_hold_files(spec):
+        config = module.split_config(spec, split)
+        if _holds_files(config):
+            return config
+        hints = config.raw.elsewhere
+    existing = [config.split for config in _existing(spec)]
+    if not existing:
+        raise _no_data(spec)
+    where = f" in {spec.root}" if spec.root else ""
+    text = f"data set '{spec.name}'{where} has no split '{split}', only {', '.join(existing)};"
+    text += " README.md has its layout, and --mode=audit shows what each split holds"
+    raise InputError("\n".join([text, *hints]))
+
+
+def _existing(spec: DatasetSpec) -> list[SplitConfig]:
+    module = MODULES[spec.name]
+    if not _may_hold_files(spec):
+        return []
+    configs = [module.split_config(spec, split) for split in module.SPLITS]
+    return [config for config in configs if _holds_files(config)]
+
+
+def _holds_files(config: SplitConfig) -> bool:
+    return bool(config.raw.checks or config.raw.findings)
+
+
+def _may_hold_files(spec: DatasetSpec) -> bool:
+    """Whether it is said where the raw data are, if that needs to be said."""
+    return bool(spec.root) or not hasattr(MODULES[spec.name], "LAYOUT")
+
+
+def _no_data(spec: DatasetSpec) -> InputError:
+    state = "has none" if data_root(spec).is_dir() else "is no folder"
+    lines = [f"no images for the data set '{spec.name}': data.root = '{spec.root}' {state}"]
+    lines += misplaced(spec, MODULES[spec.name].SPLITS)
+    lines += [
+        "Give the folder that holds them with --config.data.root=FOLDER; the first start checks"
+        f" and prepares them. Its layout:\n{MODULES[spec.name].LAYOUT}"
+    ]
+    return InputError("\n".join(lines))
+
+
+def _folder(spec: DatasetSpec, config: SplitConfig) -> Path:
+    """Where a split is prepared, as TFDS lays it out."""
+    builder = config.builder
+    return Path(spec.prepared_dir) / builder.name / config.name / str(builder.VERSION)
+
+
+def _builder(spec: DatasetSpec, config: SplitConfig) -> RecordBuilder:
+    return config.builder(config=config, data_dir=spec.prepared_dir)
+
+
+def _open(spec: DatasetSpec, config: SplitConfig) -> Records:
+    records = open_records(_builder(spec, config), config.split)
+    published = SPLIT_SIZES.get(spec.name, {}).get(config.split, len(records))
+    if len(records) != published:
         log.warning(
-            f"data set '{spec.name}', split '{split}': {len(source)} examples, not the {published}"
-            " of the published one"
+            f"data set '{spec.name}', split '{config.split}': {len(records)} examples, not the"
+            f" {published} of the published one"
         )
-    return source
+    return records
 
 
-def _prepared(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
-    spec = dataclasses.replace(spec, prepared_dir=str(Path(spec.prepared_dir).expanduser()))
-    make_builder = MODULES[spec.name].make_builder
-    with _quiet():
-        builder = make_builder(spec)
-        if builder.is_prepared():
-            return builder
-        folder = Path(builder.data_dir).parents[1]  # of all that is prepared by this builder
-        try:
-            with lock(folder / ".lock", wait=True):
-                if not builder.is_prepared():  # else another process was faster
-                    for stale in folder.glob("*/incomplete.*"):  # of a process that was killed
-                        shutil.rmtree(stale)
-                    builder.download_and_prepare(file_format="array_record")
-        except (OSError, RuntimeError) as error:
-            # ArrayRecord's writer says with a RuntimeError that the disk is full.
-            if not isinstance(error, OSError) and "write() failed" not in str(error):
-                raise
-            raise InputError(
-                f"data.prepared_dir = '{spec.prepared_dir}': preparing data set '{spec.name}' there"
-                f" failed: {error}"
-            ) from error
-        return make_builder(spec)
+def _prepare(spec: DatasetSpec, configs: Sequence[SplitConfig]) -> None:
+    """Prepare the splits that are not, when all of them have been checked together."""
+    home = _folder(spec, configs[0]).parents[1]  # of all that is prepared by this builder
+    try:
+        with lock(home / ".lock", wait=True):
+            faults = {config: find_fault(_folder(spec, config)) for config in configs}
+            if not any(faults.values()):  # another process was faster
+                return
+            for config, fault in faults.items():
+                if fault and os.path.lexists(_folder(spec, config)):
+                    log.warning(f"{_folder(spec, config)}: prepared again, because {fault}")
+            for stale in home.glob("*/incomplete.*"):  # of a process that was killed
+                shutil.rmtree(stale)
+            first = configs[0]
+            splits = {config.split: config.raw for config in configs}
+            check_splits(str(first.description), splits, first.label_map)
+            for config in (config for config, fault in faults.items() if fault):
+                remove(_folder(spec, config))
+                _builder(spec, config).download_and_prepare(file_format="array_record")
+                seal(_folder(spec, config))
+    except (OSError, RuntimeError) as error:
+        # ArrayRecord's writer says with a RuntimeError that the disk is full.
+        if not isinstance(error, OSError) and "write() failed" not in str(error):
+            raise
+        raise InputError(
+            f"data.prepared_dir = '{spec.prepared_dir}': preparing data set '{spec.name}' there"
+            f" failed: {error}"
+        ) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8, UInt16
+from jaxtyping import Int64, UInt8, UInt16
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from scipy.io import loadmat
 
@@ -104,6 +104,18 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
             f"{name}: mask values must lie in 0..255, found {mask.min()}..{mask.max()}; {remedy}"
         )
     return mask.astype(np.uint8)
+
+
+def mask_colors(
+    data: bytes, name: str
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None:
+    """Colours (0xRRGGBB) of a mask file and the pixels of each; None: it has but one channel.
+
+    Raises:
+        InputError: the file cannot be read to its end.
+    """
+    with _opened(data, name) as image:
+        return _color_counts(image) if len(image.getbands()) > 1 else None
 
 
 def decode_mat(data: bytes, name: str, variable: str, largest: int) -> UInt16[np.ndarray, "h w"]:
@@ -230,19 +242,24 @@ def _refuse_lost_values(data: bytes, name: str) -> None:
 
 def _colors(image: Image.Image) -> str:
     """The colours of a mask that should have none, and what makes an index mask of it."""
-    red, green, blue = np.moveaxis(np.array(image.convert("RGB")).astype(np.int64), -1, 0)
-    codes, counts = np.unique(red << 16 | green << 8 | blue, return_counts=True)
+    codes, counts = _color_counts(image)
+    total = counts.sum()
     common = np.argsort(-counts, kind="stable")[:COLORS_NAMED]
     named = [
-        f"({codes[i] >> 16}, {codes[i] >> 8 & 255}, {codes[i] & 255}) {counts[i] / red.size:.1%}"
+        f"({codes[i] >> 16}, {codes[i] >> 8 & 255}, {codes[i] & 255}) {counts[i] / total:.1%}"
         for i in common
     ]
     more = ", ..." if len(codes) > len(named) else ""
-    if np.array_equal(red, green) and np.array_equal(red, blue):
+    if np.all(codes % 0x010101 == 0):
         remedy = "all colours are grey, so save one channel of them alone"
     else:
         remedy = "write the class id of each colour into one channel"
     return f"in {len(codes)} colours: {', '.join(named)}{more}; {remedy}"
+
+
+def _color_counts(image: Image.Image) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    red, green, blue = np.moveaxis(np.array(image.convert("RGB")).astype(np.int64), -1, 0)
+    return np.unique(red << 16 | green << 8 | blue, return_counts=True)
 
 
 def _range(array: np.ndarray) -> str:

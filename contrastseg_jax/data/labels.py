@@ -1,16 +1,45 @@
 """From a mask file's pixel values to class ids, and from class ids to names and colours."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Int64, Integer, UInt8
+from jaxtyping import Float32, Int64, Integer, UInt8
 
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 
 TABLE_WIDTH = 98  # of what the log shows
+MAX_CLASSES = 255
+
+Color = tuple[int, int, int]  # red, green, blue
+
+BACKGROUNDS = (0, 128, 255)  # grey levels that colours must differ over
+COLORS: tuple[Color, ...] = (
+    (255, 15, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (0, 90, 105),
+    (240, 135, 255),
+    (225, 255, 165),
+    (255, 255, 0),
+    (15, 255, 255),
+    (105, 60, 0),
+    (255, 150, 0),
+    (0, 120, 255),
+    (255, 0, 255),
+    (0, 255, 150),
+    (0, 90, 0),
+    (135, 0, 45),
+    (90, 0, 165),
+    (0, 0, 75),
+    (255, 150, 150),
+    (255, 0, 150),
+    (180, 210, 255),
+    (105, 180, 0),
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +47,7 @@ class LabelMap:
     """The classes of a data set, in the order of their ids, and how its masks spell them."""
 
     names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]  # RGB, one per class
+    palette: tuple[Color, ...]  # one per class
     train_ids: Mapping[int, int]  # pixel value in a mask file -> class id, or IGNORE_LABEL
 
 
@@ -99,16 +128,14 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """The colours of PASCAL VOC without its black: all distinct up to 255 classes.
+def default_palette(num_classes: int) -> tuple[Color, ...]:
+    """Colours for up to 255 classes, no two alike; those of few classes are the first of more.
 
-    The bits of class number `i + 1` are dealt out in turn to red, green and blue, the lowest bits
-    to the highest bits of the colours.
+    What counts is the distance in CIELAB, of the colours themselves and laid half over black, grey
+    and white. It was maximised for the 21 of `COLORS`; each further one is as far as can be from
+    all before it, and from the black of what has no class.
     """
-    return tuple(
-        (_every_third_bit(i), _every_third_bit(i >> 1), _every_third_bit(i >> 2))
-        for i in range(1, num_classes + 1)
-    )
+    return COLORS[:num_classes] if num_classes <= len(COLORS) else _more_colors()[:num_classes]
 
 
 def colorize(label: Integer[np.ndarray, "h w"], label_map: LabelMap) -> UInt8[np.ndarray, "h w 3"]:
@@ -118,8 +145,32 @@ def colorize(label: Integer[np.ndarray, "h w"], label_map: LabelMap) -> UInt8[np
     return colors[label]
 
 
-def _every_third_bit(number: int) -> int:
-    return sum((number >> 3 * bit & 1) << 7 - bit for bit in range(8))
+@functools.cache
+def _more_colors() -> tuple[Color, ...]:
+    steps = np.arange(0, 256, 15)
+    grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    seen = _as_seen(grid)
+    colors = list(COLORS)
+    nearest = np.full(len(grid), np.inf, np.float32)  # to any colour so far
+    for color in ((0, 0, 0), *COLORS):
+        nearest = np.minimum(nearest, _distances(seen, color))
+    while len(colors) < MAX_CLASSES:
+        red, green, blue = grid[nearest.argmax()].tolist()
+        colors.append((red, green, blue))
+        nearest = np.minimum(nearest, _distances(seen, colors[-1]))
+    return tuple(colors)
+
+
+def _as_seen(colors: Int64[np.ndarray, "n 3"]) -> Float32[np.ndarray, "4 n 3"]:
+    """CIELAB of colours themselves, and of what an overlay makes of them."""
+    shown = np.stack([colors, *((colors + below) // 2 for below in BACKGROUNDS)])
+    return cv2.cvtColor((shown / 255).astype(np.float32), cv2.COLOR_RGB2LAB)
+
+
+def _distances(seen: Float32[np.ndarray, "4 n 3"], color: Color) -> Float32[np.ndarray, " n"]:
+    """Squares of how far colours are from one, wherever they are closest to it."""
+    apart = seen - _as_seen(np.array([color]))
+    return np.einsum("bnc,bnc->bn", apart, apart).min(axis=0)
 
 
 def _ranges(values: list[int]) -> str:

@@ -1,15 +1,17 @@
 """ADE20K scene parsing: the 150 classes of the MIT challenge of 2016 (ADEChallengeData2016)."""
 
-from pathlib import Path
-
-from contrastseg_jax.data.builders.base import DatasetSpec, PairsBuilder, find_splits, pairs_config
-from contrastseg_jax.data.builders.pairs import Found, match_files
+from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, SplitConfig, pairs_config
+from contrastseg_jax.data.builders.folders import match_folders
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
 from contrastseg_jax.structs import IGNORE_LABEL
 
 LAYOUT = """images/training/ images/validation/ (train, val) with *.jpg, annotations/training/
 annotations/validation/ with *.png of the same names"""
-FOLDERS = {"train": "training", "val": "validation"}
+FOLDERS = {
+    "train": ("images/training", "annotations/training"),
+    "val": ("images/validation", "annotations/validation"),
+}
+SPLITS = tuple(FOLDERS)
 OTHER = 0  # mask value of what is none of the classes
 # The first of each class's names in objectInfo150.txt, in its order.
 CLASSES = split_names(
@@ -31,7 +33,7 @@ pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock
 )
 
 
-class Ade20k(PairsBuilder):
+class Ade20k(RecordBuilder):
     """ADE20K (Zhou et al., 2017), 150 classes."""
 
 
@@ -44,17 +46,8 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(CLASSES, default_palette(len(CLASSES)), train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> Ade20k:
-    """Builder of the files below `spec.root`.
-
-    Raises:
-        InputError: no split is there.
-    """
-    splits = find_splits(spec, _find, LAYOUT, tuple(FOLDERS))
-    config = pairs_config(spec.root, splits, label_map(spec))
-    return Ade20k(config=config, data_dir=spec.prepared_dir)
-
-
-def _find(root: Path, split: str) -> Found:
-    folder = FOLDERS[split]
-    return match_files(root / "images" / folder, root / "annotations" / folder)
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """What lies below `spec.root` for a split."""
+    return pairs_config(
+        Ade20k, spec.root, split, match_folders(spec, FOLDERS, split), label_map(spec)
+    )

@@ -9,15 +9,14 @@ files) are turned into such.
 import dataclasses
 import hashlib
 import logging
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
-from contrastseg_jax.data.audit import audit_split, general_findings
+from contrastseg_jax.data.audit import audit_split, general_findings, told_once
 from contrastseg_jax.data.builders.pairs import Found, Pair
 from contrastseg_jax.data.checks import RawSplit, ReadMask, Splits, check_files
 from contrastseg_jax.data.images import decode_mask, encode_png
@@ -49,15 +48,26 @@ class DatasetSpec:
     num_examples: tuple[int, int] = (16, 8)  # synthetic: train, val
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class SplitConfig(tfds.core.BuilderConfig):
+    """A split as it is before it is prepared.
+
+    The name is a hash of all that preparing depends on, so that a split whose files or label
+    settings changed is prepared again, in a folder of its own.
+    """
+
+    builder: type["RecordBuilder"]
+    split: str
+    raw: RawSplit
+    records: Callable[[], Iterable[dict]]  # what is written
+    label_map: LabelMap
+
+
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The record, the same for every data set. Records keep the order they are yielded in."""
+    """One split of a data set. Records keep the order they are yielded in."""
 
     VERSION = tfds.core.Version("1.0.0")  # another one when the same files give other records
     url_infos = None  # nothing is downloaded: no checksums to look for
-
-    @abstractmethod
-    def raw_splits(self) -> Splits:
-        """The examples of each split, to be checked one by one; prepares nothing."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -72,113 +82,69 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,
         )
 
-
-@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
-class PairsConfig(tfds.core.BuilderConfig):
-    """The files of a data set and the values its masks may hold."""
-
-    splits: dict[str, Found]
-    label_map: LabelMap
-    read_mask: ReadMask = decode_mask  # a mask file's content and name to pixel values
-
-
-class PairsBuilder(RecordBuilder, skip_registration=True):
-    """A data set of image files and mask files."""
-
-    def raw_splits(self) -> Splits:
-        """The pairs of each split, and the files that make none."""
-        config = cast(PairsConfig, self.builder_config)
-        check = partial(check_files, label_map=config.label_map, read_mask=config.read_mask)
-        return {
-            split: RawSplit(
-                [partial(check, pair.name, pair.image, pair.mask) for pair in found.pairs],
-                found.findings,
-            )
-            for split, found in config.splits.items()
-        }
-
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        config = cast(PairsConfig, self.builder_config)
-        check_splits(str(config.description), self.raw_splits(), config.label_map)
-        return {
-            split: self._generate_examples(found.pairs) for split, found in config.splits.items()
-        }
+        config = cast(SplitConfig, self.builder_config)
+        return {config.split: self._generate_examples(config.records)}
 
-    def _generate_examples(self, pairs: list[Pair]) -> Iterator[tuple[int, dict]]:
-        read_mask = cast(PairsConfig, self.builder_config).read_mask
-        for index, pair in enumerate(pairs):
-            image, mask = pair.image.read_bytes(), pair.mask.read_bytes()
-            if read_mask is not decode_mask:
-                mask = encode_png(read_mask(mask, str(pair.mask)))
-            yield index, {"image": image, "label": mask, "name": pair.name}
+    def _generate_examples(
+        self, records: Callable[[], Iterable[dict]]
+    ) -> Iterator[tuple[int, dict]]:
+        yield from enumerate(records())
+
+
+def data_root(spec: DatasetSpec) -> Path:
+    """Where the raw data are."""
+    return Path(spec.root).expanduser()
 
 
 def pairs_config(
+    builder: type[RecordBuilder],
     root: str | Path,
-    splits: dict[str, Found],
+    split: str,
+    found: Found,
     label_map: LabelMap,
     read_mask: ReadMask = decode_mask,
     table: Any = None,
-) -> PairsConfig:
-    """A config named by a hash of all that preparing depends on, sizes and times of files included.
-
-    So a data set whose files or label settings changed is prepared again, in a folder of its own.
+) -> SplitConfig:
+    """The split whose pairs of files were found.
 
     Args:
+        builder: of the data set.
         root: where the files are.
-        splits: what is there.
+        split: its name.
+        found: what is there; sizes and times of the files are a part of the name.
         label_map: the values that masks may hold.
         read_mask: a mask file's content and name to pixel values.
         table: what `read_mask` translates by.
     """
-    stamps = [
-        (split, pair.name, file_stamp(pair.image), file_stamp(pair.mask))
-        for split, found in splits.items()
-        for pair in found.pairs
-    ]
-    findings = [found.findings for found in splits.values()]
-    described = repr((sorted(label_map.train_ids.items()), table, stamps, findings))
-    return PairsConfig(
-        name=hashlib.sha256(described.encode()).hexdigest()[:12],
+    stamps = [(pair.name, file_stamp(pair.image), file_stamp(pair.mask)) for pair in found.pairs]
+    check = partial(check_files, label_map=label_map, read_mask=read_mask)
+    checks = [partial(check, pair.name, pair.image, pair.mask) for pair in found.pairs]
+    return SplitConfig(
+        builder=builder,
+        name=name_by_hash(split, label_map, table, stamps, found.findings),
         description=f"the data of {root}",
-        splits=splits,
+        split=split,
+        raw=RawSplit(checks, found.findings, found.elsewhere),
+        records=partial(_read_pairs, found.pairs, read_mask),
         label_map=label_map,
-        read_mask=read_mask,
     )
 
 
-def find_splits(
-    spec: DatasetSpec,
-    find: Callable[[Path, str], Found],
-    layout: str,
-    splits: tuple[str, ...] = SPLITS,
-) -> dict[str, Found]:
-    """The splits that are there, each with what `find(root, split)` finds.
-
-    Raises:
-        InputError: none is; `layout` says what is expected.
-    """
-    root = Path(spec.root).expanduser()
-    found = {split: find(root, split) for split in splits} if spec.root else {}
-    found = {split: files for split, files in found.items() if files.pairs or files.findings}
-    if not found:
-        state = "has none" if root.is_dir() else "is no folder"
-        raise InputError(
-            f"no images for the data set '{spec.name}': data.root = '{spec.root}' {state}\n"
-            "Give the folder that holds them with --config.data.root=FOLDER; the first start checks"
-            f" and prepares them. Its layout:\n{layout}"
-        )
-    return found
+def name_by_hash(split: str, label_map: LabelMap, *facts: Any) -> str:
+    """A name for a split that is another one where its mask values or any of the facts are."""
+    described = repr((split, sorted(label_map.train_ids.items()), *facts))
+    return f"{split}_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
 
 def check_splits(title: str, splits: Splits, label_map: LabelMap) -> None:
-    """Reads every example of a data set to its end; the log has what is worth a warning.
+    """Reads every example of some splits to its end; the log has what is worth a warning.
 
     Raises:
         InputError: lists all that is wrong.
     """
     audits = {name: audit_split(raw, label_map, name) for name, raw in splits.items()}
-    findings = [finding for audit in audits.values() for finding in audit.findings]
+    findings = [found for split, audit in audits.items() for found in told_once(audit, split)]
     findings += general_findings(audits, label_map)
     problems = dict.fromkeys(finding.message for finding in findings if finding.is_error)
     if problems:
@@ -199,3 +165,11 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
     except OSError:  # which the checks name
         return location, 0, 0
     return location, status.st_size, status.st_mtime_ns
+
+
+def _read_pairs(pairs: Sequence[Pair], read_mask: ReadMask) -> Iterator[dict]:
+    for pair in pairs:
+        image, mask = pair.image.read_bytes(), pair.mask.read_bytes()
+        if read_mask is not decode_mask:
+            mask = encode_png(read_mask(mask, str(pair.mask)))
+        yield {"image": image, "label": mask, "name": pair.name}

@@ -10,11 +10,19 @@ from jaxtyping import UInt8
 from contrastseg_jax.data.builders.base import (
     SPLITS,
     DatasetSpec,
-    PairsBuilder,
-    find_splits,
+    RecordBuilder,
+    SplitConfig,
+    data_root,
     pairs_config,
 )
-from contrastseg_jax.data.builders.pairs import Found, Pair, list_files, match_files, read_lines
+from contrastseg_jax.data.builders.pairs import (
+    Found,
+    Pair,
+    list_files,
+    match_files,
+    on_disk,
+    read_lines,
+)
 from contrastseg_jax.data.checks import Finding
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
 from contrastseg_jax.data.labels import LabelMap
@@ -94,7 +102,7 @@ TWO_PATHS = re.compile(
 )
 
 
-class Camvid(PairsBuilder):
+class Camvid(RecordBuilder):
     """CamVid (Brostow et al., 2009), SegNet's split, 11 classes."""
 
 
@@ -104,19 +112,14 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(tuple(CLASSES), tuple(CLASSES.values()), train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> Camvid:
-    """Builder of the files below `spec.root`.
-
-    Raises:
-        InputError: no split is there.
-    """
-    if os.path.isdir(Path(spec.root).expanduser() / ORIGINAL_MASKS):
-        find, read_mask = _find_original, read_color_mask
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """What lies below `spec.root` for a split."""
+    root = data_root(spec)
+    if os.path.isdir(root / ORIGINAL_MASKS):
+        found, read_mask = _find_original(root, split), read_color_mask
     else:
-        find, read_mask = _find_segnet, decode_mask
-    splits = find_splits(spec, find, LAYOUT)
-    config = pairs_config(spec.root, splits, label_map(spec), read_mask, table=COLORS)
-    return Camvid(config=config, data_dir=spec.prepared_dir)
+        found, read_mask = _find_segnet(root, split), decode_mask
+    return pairs_config(Camvid, spec.root, split, found, label_map(spec), read_mask, table=COLORS)
 
 
 def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
@@ -184,7 +187,9 @@ def _find_segnet(root: Path, split: str) -> Found:
     for number, line in enumerate(lines, start=1):
         paths = TWO_PATHS.fullmatch(line)
         if paths:
-            image, mask = (root / path.removeprefix(HISTORICAL_PREFIX) for path in paths.groups())
+            image, mask = (
+                on_disk(root, path.removeprefix(HISTORICAL_PREFIX)) for path in paths.groups()
+            )
             pairs.append(Pair(image.stem, image, mask))
         elif line:
             message = f'{listing}, line {number}: "image mask" is expected, found "{line}"'

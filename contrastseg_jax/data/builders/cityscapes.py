@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 
 from contrastseg_jax.data.builders.base import (
-    SPLITS,
     DatasetSpec,
-    PairsBuilder,
-    find_splits,
+    RecordBuilder,
+    SplitConfig,
+    data_root,
     pairs_config,
 )
 from contrastseg_jax.data.builders.pairs import Found, match_files
@@ -21,6 +21,7 @@ from contrastseg_jax.structs import IGNORE_LABEL
 LAYOUT = """leftImg8bit/train/CITY/*_leftImg8bit.png with gtFine/train/CITY/*_gtFine_labelIds.png,
 and likewise val; test, and train_extra with gtCoarse/train_extra/CITY/*_gtCoarse_labelIds.png, are
 optional"""
+SPLITS = ("train", "val", "test", "train_extra")
 # Label id and colour of each class (cityscapesScripts, helpers/labels.py), in the order of trainId.
 CLASSES = {
     "road": (7, (128, 64, 128)),
@@ -47,7 +48,7 @@ CLASSES = {
 LABEL_IDS = (*range(34), 255)
 
 
-class Cityscapes(PairsBuilder):
+class Cityscapes(RecordBuilder):
     """Cityscapes (Cordts et al., 2016), 19 classes."""
 
 
@@ -59,22 +60,17 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(tuple(CLASSES), palette, train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> Cityscapes:
-    """Builder of the files below `spec.root`.
-
-    Raises:
-        InputError: no split is there.
-    """
-    splits = find_splits(spec, _find, LAYOUT, (*SPLITS, "train_extra"))
-    config = pairs_config(spec.root, splits, label_map(spec))
-    return Cityscapes(config=config, data_dir=spec.prepared_dir)
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """What lies below `spec.root` for a split."""
+    found = _find(data_root(spec), split)
+    return pairs_config(Cityscapes, spec.root, split, found, label_map(spec))
 
 
 def _find(root: Path, split: str) -> Found:
     annotation = "gtCoarse" if split == "train_extra" else "gtFine"
     images, masks = root / "leftImg8bit" / split, root / annotation / split
-    if split in ("test", "train_extra") and not (os.path.isdir(images) and os.path.isdir(masks)):
-        return Found()  # each is optional, and so is half of it
+    if split in ("test", "train_extra") and not os.path.isdir(images):
+        return Found()  # optional, though the masks of all splits come in one archive
     return match_files(
         images,
         masks,

@@ -9,18 +9,26 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.builders.base import DatasetSpec, PairsBuilder, find_splits, pairs_config
-from contrastseg_jax.data.builders.pairs import Found, list_files, match_files
+from contrastseg_jax.data.builders.base import (
+    DatasetSpec,
+    RecordBuilder,
+    SplitConfig,
+    data_root,
+    pairs_config,
+)
+from contrastseg_jax.data.builders.folders import match_folders
+from contrastseg_jax.data.builders.pairs import Found, list_files
 from contrastseg_jax.data.images import decode_mask, decode_mat
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
 from contrastseg_jax.structs import IGNORE_LABEL
 
-LAYOUTS = {
-    "coco_stuff10k": """imageLists/train.txt, imageLists/test.txt (our val) with a name per line,
-images/NAME.jpg, annotations/NAME.mat""",
-    "coco_stuff164k": """images/train2017/*.jpg images/val2017/*.jpg (train, val) with
-annotations/train2017/*.png annotations/val2017/*.png, of stuffthingmaps_trainval2017.zip""",
-}
+LAYOUT = """coco_stuff10k: imageLists/train.txt, imageLists/test.txt (our val) with a name per line,
+images/NAME.jpg, annotations/NAME.mat
+coco_stuff164k: images/train2017/*.jpg images/val2017/*.jpg (train, val) with
+annotations/train2017/*.png annotations/val2017/*.png, of stuffthingmaps_trainval2017.zip"""
+SPLITS = ("train", "val")
+LISTS_10K = {"train": "train.txt", "val": "test.txt"}
+FOLDERS = {split: (f"images/{split}2017", f"annotations/{split}2017") for split in SPLITS}
 NUM_LABELS = 182
 # Labels that COCO has no masks for: street sign, hat, shoe, eye glasses, plate, mirror, window,
 # desk, door, blender, hair brush. The others are the classes, in their order.
@@ -48,7 +56,7 @@ window-other, wood
 )
 
 
-class CocoStuff(PairsBuilder):
+class CocoStuff(RecordBuilder):
     """COCO-Stuff (Caesar et al., 2018), 171 classes."""
 
 
@@ -62,19 +70,13 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(CLASSES, default_palette(len(CLASSES)), train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> CocoStuff:
-    """Builder of the files below `spec.root`.
-
-    Raises:
-        InputError: no split is there.
-    """
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """What lies below `spec.root` for a split."""
     if spec.name == "coco_stuff10k":
-        find, read_mask = _find_10k, read_mat_mask
+        found, read_mask = _find_10k(data_root(spec), split), read_mat_mask
     else:
-        find, read_mask = _find_164k, decode_mask
-    splits = find_splits(spec, find, LAYOUTS[spec.name], ("train", "val"))
-    config = pairs_config(spec.root, splits, label_map(spec), read_mask)
-    return CocoStuff(config=config, data_dir=spec.prepared_dir)
+        found, read_mask = _find_164k(spec, split), decode_mask
+    return pairs_config(CocoStuff, spec.root, split, found, label_map(spec), read_mask)
 
 
 def read_mat_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
@@ -83,13 +85,13 @@ def read_mat_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
 
 
 def _find_10k(root: Path, split: str) -> Found:
-    listing = root / "imageLists" / {"train": "train.txt", "val": "test.txt"}[split]
+    listing = root / "imageLists" / LISTS_10K[split]
     images, masks = root / "images", root / "annotations"
     return list_files(listing, images, masks, image_ending=".jpg", mask_ending=".mat")
 
 
-def _find_164k(root: Path, split: str) -> Found:
-    found = match_files(root / "images" / f"{split}2017", root / "annotations" / f"{split}2017")
+def _find_164k(spec: DatasetSpec, split: str) -> Found:
+    found = match_folders(spec, FOLDERS, split)
     # What mmsegmentation's converter writes beside the masks are none of ours.
     ours = [pair for pair in found.pairs if not pair.name.endswith("_labelTrainIds")]
     return Found(ours, found.findings)

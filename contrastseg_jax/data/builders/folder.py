@@ -1,9 +1,13 @@
 """Anyone's own images: two folders per split, classes named in the config."""
 
-from pathlib import Path
-
-from contrastseg_jax.data.builders.base import DatasetSpec, PairsBuilder, find_splits, pairs_config
-from contrastseg_jax.data.builders.pairs import Found, match_files
+from contrastseg_jax.data.builders.base import (
+    SPLITS,
+    DatasetSpec,
+    RecordBuilder,
+    SplitConfig,
+    pairs_config,
+)
+from contrastseg_jax.data.builders.folders import match_folders
 from contrastseg_jax.data.labels import LabelMap, default_palette
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -11,9 +15,10 @@ from contrastseg_jax.structs import IGNORE_LABEL
 LAYOUT = """images/train/ images/val/ with images, labels/train/ labels/val/ with an index mask of
 the same name for each (PNG, one channel, pixel value = class id); sub-folders and images/test/
 labels/test/ are optional"""
+FOLDERS = {split: (f"images/{split}", f"labels/{split}") for split in SPLITS}
 
 
-class Folder(PairsBuilder):
+class Folder(RecordBuilder):
     """Images and index masks of a folder."""
 
 
@@ -38,16 +43,8 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(spec.class_names, default_palette(len(spec.class_names)), train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> Folder:
-    """Builder of the files below `spec.root`.
-
-    Raises:
-        InputError: no split is there.
-    """
-    splits = find_splits(spec, _find, LAYOUT)
-    config = pairs_config(spec.root, splits, label_map(spec))
-    return Folder(config=config, data_dir=spec.prepared_dir)
-
-
-def _find(root: Path, split: str) -> Found:
-    return match_files(root / "images" / split, root / "labels" / split)
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """What lies below `spec.root` for a split."""
+    return pairs_config(
+        Folder, spec.root, split, match_folders(spec, FOLDERS, split), label_map(spec)
+    )

@@ -4,8 +4,6 @@ Its examples are copied as they are, still encoded, under the names of the recor
 have. Classes are named in the config, as for `folder`.
 """
 
-import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,83 +16,49 @@ from contrastseg_jax.data.builders import folder
 from contrastseg_jax.data.builders.base import (
     DatasetSpec,
     RecordBuilder,
-    check_splits,
+    SplitConfig,
+    data_root,
     file_stamp,
+    name_by_hash,
 )
-from contrastseg_jax.data.checks import Checked, RawSplit, Splits, check_encoded
+from contrastseg_jax.data.checks import Checked, Finding, RawSplit, check_encoded
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
+SPLITS = ("train", "val")
 label_map = folder.label_map
-
-
-@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
-class SourceConfig(tfds.core.BuilderConfig):
-    """Where the examples come from, and the values their masks may hold."""
-
-    source: tfds.core.DatasetBuilder
-    splits: dict[str, str]  # of the source, by ours
-    image_feature: str
-    label_feature: str
-    label_map: LabelMap
 
 
 class FromTfds(RecordBuilder, skip_registration=True):
     """Image and mask of another data set of TFDS."""
 
-    def raw_splits(self) -> Splits:
-        """The examples of the source."""
-        config = cast(SourceConfig, self.builder_config)
-        sources = {ours: open_source(config, ours) for ours in config.splits}
-        return {
-            ours: RawSplit([partial(_check, config, ours, source, i) for i in range(len(source))])
-            for ours, source in sources.items()
-        }
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        config = cast(SourceConfig, self.builder_config)
-        check_splits(str(config.description), self.raw_splits(), config.label_map)
-        return {ours: self._generate_examples(open_source(config, ours)) for ours in config.splits}
-
-    def _generate_examples(self, source: Sequence[dict]) -> Iterator[tuple[int, dict]]:
-        config = cast(SourceConfig, self.builder_config)
-        for index, example in enumerate(source):
-            image, label = example[config.image_feature], example[config.label_feature]
-            yield index, {"image": image, "label": label, "name": f"{index:06d}"}
-
-
-def make_builder(spec: DatasetSpec) -> FromTfds:
-    """Builder of the examples of `spec.dataset`, which TFDS keeps in `spec.root` or its own folder.
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """A split of `spec.dataset`, which TFDS keeps in `spec.root` or its own folder.
 
     Raises:
-        InputError: there is no such data set, it cannot be prepared, or has no such image or mask.
+        InputError: there is no such data set or split, it cannot be prepared or read here, or has
+            no such image or mask.
     """
-    try:
-        source = tfds.builder(
-            spec.dataset, data_dir=Path(spec.root).expanduser() if spec.root else None
-        )
-    except tfds.core.DatasetNotFoundError as error:
-        message = str(error).splitlines()[0]
-        raise InputError(f"data.tfds.dataset = '{spec.dataset}': {message}") from error
+    source = _prepared_source(spec)
     check_features(spec, source)
-    with _named_errors(_title(source)):
-        if not source.is_prepared():
-            source.download_and_prepare(file_format="array_record")
-    chosen = {
-        "splits": {"train": spec.train_split, "val": spec.val_split},
-        "image_feature": spec.image_feature,
-        "label_feature": spec.label_feature,
-        "label_map": label_map(spec),
-    }
+    theirs = {"train": spec.train_split, "val": spec.val_split}[split]
+    encoded = dict.fromkeys(_pictures(source), tfds.decode.SkipDecoding())
+    with _named_errors(f"{_title(source)}, {theirs}"):
+        examples = source.as_data_source(theirs, decoders=encoded)  # pyright: ignore[reportCallIssue]
     stamps = [file_stamp(path) for path in sorted(Path(source.data_dir).iterdir())]
-    described = repr((source.info.full_name, stamps, chosen))
-    config = SourceConfig(
-        name=hashlib.sha256(described.encode()).hexdigest()[:12],
+    features = spec.image_feature, spec.label_feature
+    title, classes = f"{source.info.full_name} {theirs}", label_map(spec)
+    check = partial(_check, examples, *features, title, classes)
+    return SplitConfig(
+        builder=FromTfds,
+        name=name_by_hash(split, classes, source.info.full_name, theirs, features, stamps),
         description=_title(source),
-        source=source,
-        **chosen,
+        split=split,
+        raw=RawSplit([partial(check, index) for index in range(len(examples))]),
+        records=partial(_copy, examples, *features),
+        label_map=classes,
     )
-    return FromTfds(config=config, data_dir=spec.prepared_dir)
 
 
 def check_features(spec: DatasetSpec, source: tfds.core.DatasetBuilder) -> None:
@@ -110,15 +74,26 @@ def check_features(spec: DatasetSpec, source: tfds.core.DatasetBuilder) -> None:
         raise listed(_title(source), problems)
 
 
-def open_source(config: SourceConfig, split: str) -> Sequence[dict]:
-    """The examples of what is our `split`, pictures encoded.
-
-    Raises:
-        InputError: the data set cannot be read here, or has no such split.
-    """
-    encoded = dict.fromkeys(_pictures(config.source), tfds.decode.SkipDecoding())
-    with _named_errors(f"{config.description}, {config.splits[split]}"):
-        return config.source.as_data_source(config.splits[split], decoders=encoded)  # pyright: ignore[reportCallIssue]
+def _prepared_source(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
+    """The data set as TFDS has prepared it, now if need be. What is damaged is left as it is."""
+    title = f"data.tfds.dataset = '{spec.dataset}'"
+    try:
+        source = tfds.builder(spec.dataset, data_dir=data_root(spec) if spec.root else None)
+    except tfds.core.DatasetNotFoundError as error:
+        raise InputError(f"{title}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of several classes, where a file of it is garbled
+        where = spec.root or "TFDS's own folder"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{title}: what TFDS has of it in {where} is damaged: {reason}") from error
+    with _named_errors(_title(source)):
+        if not source.is_prepared():
+            source.download_and_prepare(file_format="array_record")
+    if not source.is_prepared():  # TFDS takes a folder for prepared that holds nothing
+        raise InputError(
+            f"{_title(source)}: {source.data_dir} lacks its json files; delete that folder to have"
+            " it prepared again"
+        )
+    return source
 
 
 @contextmanager
@@ -139,11 +114,32 @@ def _title(source: tfds.core.DatasetBuilder) -> str:
     return f"the data set {source.info.full_name} of TFDS"
 
 
-def _check(config: SourceConfig, ours: str, source: Sequence[dict], index: int) -> Checked:
-    example, name = source[index], f"{index:06d}"
-    title = f"{config.source.info.full_name} {config.splits[ours]}, example {name}"
-    image, label = example[config.image_feature], example[config.label_feature]
-    return check_encoded(name, image, label, f"{title}, image", f"{title}, mask", config.label_map)
+def _check(
+    examples: Sequence[dict],
+    image_feature: str,
+    label_feature: str,
+    title: str,
+    classes: LabelMap,
+    index: int,
+) -> Checked:
+    name = f"{index:06d}"
+    title = f"{title}, example {name}"
+    image_file, mask_file = f"{title}, image", f"{title}, mask"
+    try:
+        example = examples[index]
+    except Exception as error:  # of several classes, whose texts are those of C++
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        message = f"{title}: cannot be read, what TFDS has prepared is damaged: {reason}"
+        finding = Finding("unreadable", title, message)
+        return Checked(name, image_file, mask_file, findings=(finding,))
+    image, label = example[image_feature], example[label_feature]
+    return check_encoded(name, image, label, image_file, mask_file, classes)
+
+
+def _copy(examples: Sequence[dict], image_feature: str, label_feature: str) -> Iterator[dict]:
+    for index, example in enumerate(examples):
+        image, label = example[image_feature], example[label_feature]
+        yield {"image": image, "label": label, "name": f"{index:06d}"}
 
 
 def _pictures(source: tfds.core.DatasetBuilder) -> list[str]:

@@ -6,12 +6,13 @@ Blue Marble images and MODIS land cover, both NASA, in blocks of 512x512 pixels 
 
 from pathlib import Path
 
-from contrastseg_jax.data.builders.base import DatasetSpec, PairsBuilder, pairs_config
+from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, SplitConfig, pairs_config
 from contrastseg_jax.data.builders.pairs import match_files
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
 FOLDER = Path(__file__).parent / "landcover_data"
+SPLITS = ("train", "val")
 CLASSES = {
     "water": (24, 66, 148),
     "forest": (16, 92, 32),
@@ -24,7 +25,7 @@ CLASSES = {
 }
 
 
-class Landcover(PairsBuilder):
+class Landcover(RecordBuilder):
     """NASA Blue Marble with MODIS MCD12C1 land cover of 2019, in 8 classes."""
 
 
@@ -34,9 +35,7 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(tuple(CLASSES), tuple(CLASSES.values()), train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> Landcover:
-    """Builder of the blocks that were held out (val) and the others (train)."""
-    images, labels = FOLDER / "images", FOLDER / "labels"
-    splits = {split: match_files(images / split, labels / split) for split in ("train", "val")}
-    config = pairs_config(FOLDER, splits, label_map(spec))
-    return Landcover(config=config, data_dir=spec.prepared_dir)
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """The blocks that were held out (val), or the others (train)."""
+    found = match_files(FOLDER / "images" / split, FOLDER / "labels" / split)
+    return pairs_config(Landcover, FOLDER, split, found, label_map(spec))

@@ -4,6 +4,7 @@ Files are found by their names, in folders or in lists; none is opened but the l
 """
 
 import os
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Found:
 
     pairs: list[Pair] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)  # of none: what lies where it may be meant
 
 
 def match_files(
@@ -39,21 +41,30 @@ def match_files(
 ) -> Found:
     """Pairs of equal path without ending below the two folders, sorted by that path.
 
-    Links to folders are followed, hidden files and folders left out. An image or mask alone is a
-    pair too, whose other file will be found missing. What makes no pair is a finding: folders that
-    are absent or cannot be read, names that two images share or that are no UTF-8, files of another
-    suffix where one is missing.
+    Letters with accents may be written in one character or in two (Unicode's NFC and NFD): for
+    names these are the same. Links to folders are followed, hidden files and folders left out.
+    An image or mask alone is a pair too, whose other file will be found missing. What makes no pair
+    is a finding: folders that are absent or cannot be read, images none of which has a mask, names
+    that two images share or that are no UTF-8, files of another suffix where one is missing.
     """
     findings: list[Finding] = []
     of_images = _read_side("images", images, image_endings, findings)
     of_masks = _read_side("masks", masks, (mask_ending,), findings)
     names = of_images.files.keys() | of_masks.files.keys()
+    convertible = of_masks.others.keys() & of_images.files.keys()
+    if of_images.files and not (findings or of_masks.files or convertible):
+        first = masks / f"{min(of_images.files)}{mask_ending}"
+        state = f"holds none such as {first}" if masks.is_dir() else "no such folder"
+        message = (
+            f"{masks}: {state}, for the masks of {images}; images without masks can be predicted,"
+            " not trained on or scored"
+        )
+        return Found(findings=[Finding("no_masks", str(masks), message)])
     if findings:  # what is missing may lie in a folder that cannot be read
         names = of_images.files.keys() & of_masks.files.keys()
-    for side, other in ((of_images, of_masks), (of_masks, of_images)):
-        if names and not findings and not side.folder.is_dir():
-            message = f"{side.folder}: no such folder, for the {side.what} of {other.folder}"
-            return Found(findings=[Finding("unpaired", str(side.folder), message)])
+    if names and not findings and not images.is_dir():
+        message = f"{images}: no such folder, for the images of {masks}"
+        return Found(findings=[Finding("unpaired", str(images), message)])
     missing = image_endings[0] if len(image_endings) == 1 else ".*"
     pairs = []
     for name in sorted(names):
@@ -79,10 +90,26 @@ def list_files(
     lines, findings = read_lines(listing)
     names = [name_of(line) for line in lines if line]
     pairs = [
-        Pair(name, images / f"{name}{image_ending}", masks / f"{name}{mask_ending}")
+        Pair(
+            unicodedata.normalize("NFC", name),
+            on_disk(images, f"{name}{image_ending}"),
+            on_disk(masks, f"{name}{mask_ending}"),
+        )
         for name in names
     ]
     return Found(pairs, findings)
+
+
+def on_disk(folder: Path, name: str) -> Path:
+    """The file of a name in a list, which may be written in another Unicode form than on disk."""
+    path = folder / name
+    if name.isascii() or os.path.exists(path):
+        return path
+    path = folder
+    for part in Path(name).parts:
+        spellings = [path / unicodedata.normalize(form, part) for form in ("NFC", "NFD")]
+        path = next((spelling for spelling in spellings if os.path.exists(spelling)), path / part)
+    return path
 
 
 def read_lines(path: Path) -> tuple[list[str], list[Finding]]:
@@ -113,12 +140,12 @@ def _read_side(what: str, folder: Path, endings: tuple[str, ...], findings: list
     """Sorts the files below a folder; appends to `findings`."""
     side = _Side(what, folder, endings, {}, {})
     for path in files_below(folder, findings):
-        below = path.relative_to(folder).as_posix()
+        below = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
         ending = next((e for e in endings if below.lower().endswith(e.lower())), "")
         if ending:
             side.files.setdefault(below[: -len(ending)], []).append(path)
         elif path.suffix:
-            stem = below.removesuffix(path.suffix)
+            stem = below[: below.rindex(".")]
             base = endings[0][: endings[0].rindex(".")]  # "_L" of "_L.png"
             if stem.endswith(base):
                 side.others.setdefault(stem.removesuffix(base), path)
@@ -136,6 +163,8 @@ def _faults(name: str, *sides: _Side) -> list[Finding]:
         files = side.files.get(name, [])
         for file in files[1:]:
             message = f"{file}: same name without suffix as {files[0]}"
+            if file.with_suffix("") != files[0].with_suffix(""):
+                message = f"{file}: same name as {files[0]} in another Unicode form (NFC, NFD)"
             faults.append(Finding("layout", str(file), message))
         if not files and name in side.others:
             file = side.others[name]

@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.builders.base import DatasetSpec, PairsBuilder, find_splits, pairs_config
+from contrastseg_jax.data.builders.base import (
+    DatasetSpec,
+    RecordBuilder,
+    SplitConfig,
+    data_root,
+    pairs_config,
+)
 from contrastseg_jax.data.builders.pairs import Found, list_files
 from contrastseg_jax.data.images import decode_mask, decode_mat
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
@@ -20,6 +26,7 @@ from contrastseg_jax.structs import IGNORE_LABEL
 
 LAYOUT = """JPEGImages/NAME.jpg, SegmentationClassContext/NAME.png or else trainval/NAME.mat, the
 names in train.txt, val.txt below ImageSets/SegmentationContext/ or else ImageSets/Main/"""
+SPLITS = ("train", "val")
 NUM_LABELS = 459
 BACKGROUND = 0
 # The classes by their number among the 459 labels (labels.txt). By name alone one does not get from
@@ -38,7 +45,7 @@ tree 420, truck 424, tvmonitor 427, wall 440, water 445, window 454, wood 458
 CLASSES = {name: int(number) for name, number in map(str.split, NUMBERED)}
 
 
-class PascalContext(PairsBuilder):
+class PascalContext(RecordBuilder):
     """PASCAL-Context (Mottaghi et al., 2014), 59 classes without background."""
 
 
@@ -49,16 +56,14 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(tuple(CLASSES), default_palette(len(CLASSES)), train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> PascalContext:
-    """Builder of the files below `spec.root`, which is the folder VOC2010.
-
-    Raises:
-        InputError: no split is there.
-    """
-    splits = find_splits(spec, _find, LAYOUT, ("train", "val"))
-    read_mask = decode_mask if _has_pngs(Path(spec.root).expanduser()) else read_mat_mask
-    config = pairs_config(spec.root, splits, label_map(spec), read_mask, table=CLASSES)
-    return PascalContext(config=config, data_dir=spec.prepared_dir)
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """What lies below `spec.root`, which is the folder VOC2010, for a split."""
+    root = data_root(spec)
+    read_mask = decode_mask if _has_pngs(root) else read_mat_mask
+    found = _find(root, split)
+    return pairs_config(
+        PascalContext, spec.root, split, found, label_map(spec), read_mask, table=CLASSES
+    )
 
 
 def read_mat_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:

@@ -1,51 +1,23 @@
 """Generated scenes of any size, number of classes and length: for tests and benchmarks only."""
 
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import cast
 
 import cv2
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder
-from contrastseg_jax.data.checks import Checked, RawSplit, Splits, check_encoded
+from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, SplitConfig
+from contrastseg_jax.data.checks import Checked, RawSplit, check_encoded
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.data.labels import LabelMap, default_palette
 from contrastseg_jax.structs import IGNORE_LABEL
 
-
-@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
-class SceneConfig(tfds.core.BuilderConfig):
-    """What the scenes of a data set have in common, and how many there are."""
-
-    image_size: tuple[int, int]  # height, width
-    num_classes: int
-    label_map: LabelMap
-    num_examples: tuple[int, int]  # train, val
+SPLITS = ("train", "val")
 
 
 class Synthetic(RecordBuilder):
     """Discs, rectangles and triangles with the colour and the stripes of their class."""
-
-    def raw_splits(self) -> Splits:
-        """The scenes of train and of val."""
-        config = cast(SceneConfig, self.builder_config)
-        return {
-            split: RawSplit([partial(_check, config, seed, index) for index in range(count)])
-            for split, (seed, count) in _splits(config).items()
-        }
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        splits = _splits(cast(SceneConfig, self.builder_config))
-        return {split: self._generate_examples(*found) for split, found in splits.items()}
-
-    def _generate_examples(self, seed: int, num_examples: int) -> Iterator[tuple[int, dict]]:
-        config = cast(SceneConfig, self.builder_config)
-        for index in range(num_examples):
-            yield index, _record(config, seed, index)
 
 
 def label_map(spec: DatasetSpec) -> LabelMap:
@@ -55,18 +27,20 @@ def label_map(spec: DatasetSpec) -> LabelMap:
     return LabelMap(names, default_palette(spec.num_classes), train_ids)
 
 
-def make_builder(spec: DatasetSpec) -> Synthetic:
-    """Builder of the scenes; one depends on its split, index, size and the number of classes."""
-    height, width = spec.image_size
-    train, val = spec.num_examples
-    config = SceneConfig(
-        name=f"{width}x{height}_{spec.num_classes}classes_{train}train_{val}val",
-        image_size=spec.image_size,
-        num_classes=spec.num_classes,
+def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
+    """The scenes of a split; one depends on split, index, size and the number of classes."""
+    seed = SPLITS.index(split)
+    count, (height, width) = spec.num_examples[seed], spec.image_size
+    check = partial(_check, spec, seed)
+    return SplitConfig(
+        builder=Synthetic,
+        name=f"{split}_{count}x{width}x{height}_{spec.num_classes}classes",
+        description="generated scenes",
+        split=split,
+        raw=RawSplit([partial(check, index) for index in range(count)]),
+        records=partial(_draw, spec, seed, count),
         label_map=label_map(spec),
-        num_examples=spec.num_examples,
     )
-    return Synthetic(config=config, data_dir=spec.prepared_dir)
 
 
 def draw_scene(
@@ -97,21 +71,20 @@ def draw_scene(
     return image, label
 
 
-def _splits(config: SceneConfig) -> dict[str, tuple[int, int]]:
-    """Seed and number of scenes of the splits that have some."""
-    counts = enumerate(zip(("train", "val"), config.num_examples, strict=True))
-    return {split: (seed, count) for seed, (split, count) in counts if count > 0}
+def _draw(spec: DatasetSpec, seed: int, count: int) -> Iterator[dict]:
+    for index in range(count):
+        yield _record(spec, seed, index)
 
 
-def _record(config: SceneConfig, seed: int, index: int) -> dict:
+def _record(spec: DatasetSpec, seed: int, index: int) -> dict:
     rng = np.random.default_rng((seed, index))
-    image, label = draw_scene(rng, config.image_size, config.num_classes)
+    image, label = draw_scene(rng, spec.image_size, spec.num_classes)
     return {"image": encode_png(image), "label": encode_png(label), "name": f"{index:06d}"}
 
 
-def _check(config: SceneConfig, seed: int, index: int) -> Checked:
-    record = _record(config, seed, index)
+def _check(spec: DatasetSpec, seed: int, index: int) -> Checked:
+    record = _record(spec, seed, index)
     name = record["name"]
     return check_encoded(
-        name, record["image"], record["label"], f"image {name}", f"mask {name}", config.label_map
+        name, record["image"], record["label"], f"image {name}", f"mask {name}", label_map(spec)
     )
