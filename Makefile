@@ -26,8 +26,8 @@ lint: .venv/installed-dev
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 
-.venv/installed: requirements.txt | .venv/bin/python
-	.venv/bin/pip install -q -r requirements.txt
+.venv/installed: requirements.txt pyproject.toml | .venv/bin/python
+	.venv/bin/pip install -q -e .
 	@touch $@
 
 .venv/installed-dev: requirements.txt pyproject.toml | .venv/bin/python

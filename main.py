@@ -10,14 +10,18 @@
 Any setting of configs/default.py can be changed: --config.train.batch_size=4.
 """
 
+import errno
 import functools
+import io
 import os
 import sys
 from pathlib import Path
+from typing import cast
 
 from absl import app, flags
 
 from contrastseg_jax import config as config_lib
+from contrastseg_jax import out_of_memory
 from contrastseg_jax.config import Config
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.workdir import find_run, read_config, refuse_differences
@@ -27,7 +31,7 @@ SETTING = "--config."
 START = ("coordinator", "num_processes", "process_id", "start_timeout")
 # The flags of each mode: those it needs, and others that it reads.
 NEEDED = {
-    "train": ("workdir",),
+    "train": ("config", "workdir"),
     "eval": ("workdir",),
     "predict": ("workdir", "input", "output"),
     "audit": ("workdir",),
@@ -35,8 +39,8 @@ NEEDED = {
     "convert": ("input", "output"),
 }
 OPTIONAL = {
-    "train": ("config", "checkpoint", *START),
-    "eval": ("config", "checkpoint", "split", *START),
+    "train": ("checkpoint", *START),
+    "eval": ("config", "checkpoint", "split", "output", *START),
     "predict": ("config", "checkpoint"),
     "audit": ("config", "split"),
     "plan": ("output", "topology", "quick", "time_limit"),
@@ -62,7 +66,12 @@ flags.DEFINE_multi_string(
     "predict: image, folder of images or pattern ('photos/*.jpg'), and again for more of them;"
     " convert: .pth, .safetensors, folder of a run.",
 )
-flags.DEFINE_string("output", None, "predict, convert: folder for the results; plan: JSON file.")
+flags.DEFINE_string(
+    "output",
+    None,
+    "predict, convert: folder for the results; eval: likewise, instead of one in the workdir, which"
+    " may be read-only then; plan: JSON file.",
+)
 flags.DEFINE_string(
     "coordinator", None, "train, eval in several processes: HOST:PORT of process 0."
 )
@@ -88,19 +97,27 @@ def main(argv: list[str], settings: list[str]) -> None:
             plan(load_config(settings))
         else:
             start_and_run(load_config(settings), path_of("workdir"))
-    except (InputError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        is_of_user = isinstance(error, (InputError, OSError, FloatingPointError))
+        message = out_of_memory.explanation(error) or (str(error) if is_of_user else "")
+        if not message:
             raise
-        sys.exit(
-            f"error: not enough memory: {str(error).strip().splitlines()[0]}\nLower"
-            " augment.crop_size, train.batch_size or eval.batch_size; --mode=plan says what fits"
-        )
+        sys.exit(f"error: {message}")
     except KeyboardInterrupt:
         outlook = "; a run goes on from its last checkpoint" if FLAGS.mode == "train" else ""
         print(f"interrupted{outlook}", file=sys.stderr)
         leave(130)
+
+
+def usage() -> str:
+    """Modes with their flags, those that may be left out in brackets, and examples."""
+    lines = ["usage: python main.py --mode=MODE --FLAG=VALUE ...", ""]
+    for mode, needed in NEEDED.items():
+        optional = " ".join(f"--{name}" for name in OPTIONAL[mode] if name not in START)
+        lines.append(f"  --mode={mode:9}{' '.join(f'--{n}' for n in needed)} [{optional}]")
+    start = " ".join(f"--{name}" for name in START)
+    lines += [f"  train, eval in several processes: {start}", "", "--help explains each flag.", ""]
+    return "\n".join([*lines, (__doc__ or "").partition("\n\n")[2].rstrip()])
 
 
 def leave(status: int) -> None:
@@ -131,7 +148,7 @@ def require_flags(settings: list[str]) -> None:
 def require_places(mode: str) -> None:
     """Raise an error for a file or folder that the mode cannot read or write, before it works."""
     path_of("input")
-    writes = ("output", "workdir") if mode in ("train", "eval", "audit") else ("output",)
+    in_workdir = mode in ("train", "audit") or (mode == "eval" and not FLAGS.output)
     for name in ("workdir", "output"):
         text, path = FLAGS[name].value, path_of(name)
         is_file = name == "output" and mode == "plan"
@@ -141,8 +158,13 @@ def require_places(mode: str) -> None:
         found = next(place for place in (folder, *folder.parents) if place.exists())
         if not found.is_dir():
             raise InputError(f"--{name}={text}: {found} is a file, not a folder")
-        if text and name in writes and not os.access(found, os.W_OK | os.X_OK):
-            raise InputError(f"--{name}={text}: cannot be written ({found}: Permission denied)")
+        if not text or os.access(found, os.W_OK | os.X_OK):
+            continue
+        if name == "output" or in_workdir:
+            is_read_only = os.statvfs(found).f_flag & os.ST_RDONLY
+            reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
+            advice = "; results go elsewhere with --output=FOLDER" if mode == "eval" else ""
+            raise InputError(f"--{name}={text}: cannot be written ({found}: {reason}){advice}")
 
 
 def path_of(name: str) -> Path:
@@ -159,8 +181,6 @@ def load_config(settings: list[str]) -> Config:
     """The config of the command line, or that of the run in the workdir."""
     workdir = path_of("workdir")
     if not FLAGS.config:
-        if FLAGS.mode == "train":
-            raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
         return read_config(workdir, settings)
     config = config_lib.load(FLAGS.config, settings)
     if FLAGS.mode in ("eval", "predict"):
@@ -208,7 +228,8 @@ def run(config: Config, workdir: Path) -> None:
     elif FLAGS.mode == "eval":
         from contrastseg_jax.evaluate import evaluate_run
 
-        evaluate_run(config, workdir, FLAGS.checkpoint, FLAGS.split or "val")
+        output = path_of("output") if FLAGS.output else None
+        evaluate_run(config, workdir, FLAGS.checkpoint, FLAGS.split or "val", output)
     elif FLAGS.mode == "predict":
         from contrastseg_jax.predict import predict_run
 
@@ -253,6 +274,11 @@ def plan(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        print(usage(), file=sys.stderr)
+        sys.exit(2)
+    # Names of files and classes may hold what the terminal's encoding lacks.
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     settings = [text.removeprefix(SETTING) for text in sys.argv if text.startswith(SETTING)]
     flags_only = [text for text in sys.argv if not text.startswith(SETTING)]
     app.run(functools.partial(main, settings=settings), argv=flags_only)

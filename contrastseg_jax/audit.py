@@ -1,5 +1,6 @@
 """Audits a data set: a summary to read, `audit.json` with all of it, and a sheet of examples."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -32,6 +33,7 @@ from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.structs import IGNORE_LABEL
+from contrastseg_jax.text import table
 
 NUM_SHOWN = 20  # examples on the sheet
 NUM_NAMED = 3  # findings of a kind that the summary spells out
@@ -155,6 +157,19 @@ def class_weights(audit: SplitAudit, split: str, num_classes: int) -> dict[str, 
     return results | {rule: [float(f"{x:.4g}") for x in w] for rule, w in weights.items()}
 
 
+def audited_class_weights(workdir: Path, class_names: Sequence[str]) -> list[float] | None:
+    """The weights by median frequency that an audit left in a workdir; None: of these classes none.
+
+    `class_names`: in the order of their ids.
+    """
+    try:
+        results = json.loads((workdir / "audit" / "audit.json").read_bytes())
+        of_these = list(results["classes"])[: len(class_names)] == list(class_names)
+        return results["class_weights"]["median_frequency"] if of_these else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def split_results(audit: SplitAudit, classes: LabelMap) -> dict[str, Any]:
     """Numbers of a split. Shares are those of all pixels, the ignored ones included."""
     num_pixels = int(audit.value_pixels.sum())
@@ -207,7 +222,7 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     splits: dict[str, Any] = results["splits"]
     lines = [f"{results['data']} {results['root']}".rstrip()]
     if splits:
-        lines += ["", *_table(_split_rows(splits)), "", *_table(_class_rows(results))]
+        lines += ["", *table(_split_rows(splits)), "", *table(_class_rows(results))]
         lines += _weight_lines(results["class_weights"])
     for level, is_error in (("errors", True), ("warnings", False)):
         found = [f for f in results["findings"] if f["is_error"] == is_error]
@@ -293,11 +308,3 @@ def _most(counts: Mapping[str, int]) -> str:
         return next(iter(counts))
     named = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:3])
     return f"{named}, {len(counts) - 3} more" if len(counts) > 3 else named
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]

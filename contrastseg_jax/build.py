@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,30 @@ def state_sharding(config: Config, state: TrainState, mesh: Mesh) -> TrainState:
     )
 
 
-def keep_compiled(config: Config, workdir: Path) -> None:
-    """Keep compiled programs where the environment or the config says, or in the workdir."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = config.parallel.compilation_cache or workdir / "compilation_cache"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+def keep_compiled(config: Config, workdir: Path | None) -> None:
+    """Keep compiled programs where the environment or the config says, else in the workdir."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or config.parallel.compilation_cache
+    if not folder and workdir:
+        folder = str(workdir / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
+    _shorten_warnings(folder)
+
+
+def _shorten_warnings(folder: str) -> None:
+    """JAX warns of each program that it cannot read or write in its folder: log the first alone."""
+    show, logged = warnings.showwarning, False
+
+    def show_or_log(message: Warning | str, *details: Any) -> None:
+        nonlocal logged
+        text = str(message)
+        if "persistent compilation cache entry" not in text:
+            show(message, *details)
+        elif not logged:
+            logged = True
+            reason = text.partition(": ")[2]
+            log.warning(f"{folder}: compiled programs are not kept, or not found there ({reason})")
+
+    warnings.showwarning = show_or_log
 
 
 def abstract_state(

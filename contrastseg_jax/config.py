@@ -55,21 +55,23 @@ def schema() -> Config:
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """A copy of the config with "PATH=VALUE" settings applied; all bad ones in one error."""
     known = dict(leaves(config))
-    problems = []
+    problems: dict[str, str] = {}
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals:
-            problems.append(f"{path}: write it as --config.{path}=VALUE")
+            problems[path] = f"{path}: write it as --config.{path}=VALUE"
         elif path not in known:
-            problems.append(f"{path}: no such setting{_nearest(path, known)}")
+            problems[path] = f"{path}: no such setting{_nearest(path, known)}"
         else:
             try:
                 known[path] = _typed(_parsed(value, known[path]), known[path])
             except TypeError as error:
-                problems.append(f"{path} = {value}: {error}")
+                problems[path] = f"{path} = {value}: {error}"
     config = replaced(config, _located(known))
     if problems:
-        raise listed("the config", problems + broken_rules(config, choices={}, num_devices=1))
+        broken = broken_rules(config, choices={}, num_devices=1)
+        others = [line for line in broken if line.partition(" = ")[0] not in problems]
+        raise listed("the config", [*problems.values(), *others])
     return config
 
 
@@ -139,25 +141,23 @@ def from_json(text: str, source: str) -> Config:
 def broken_rules(
     config: Config, *, choices: dict[str, Sequence[str]], num_devices: int
 ) -> list[str]:
-    """Every setting that breaks a rule, as a line with its value and the rule.
+    """Every setting that breaks a rule, as a line with its value and the first rule it breaks.
 
     `choices`: for a path, the values that exist (data sets and networks know their own names).
     `num_devices`: what a training batch is split over.
     """
     settings = dict(leaves(config))
     choices = CHOICES | choices
-    problems = [
-        f"{path} = {settings[path]!r}: must be one of {', '.join(allowed)}"
-        + _nearest(str(settings[path]), allowed)
+    broken = {
+        path: f"must be one of {', '.join(allowed)}" + _nearest(str(settings[path]), allowed)
         for path, allowed in choices.items()
         if settings[path] not in allowed
-    ]
+    }
     for paths, holds, rule in RULES:
-        problems += [
-            f"{path} = {settings[path]!r}: {rule}"
-            for path in paths.split()
-            if not holds(settings[path], config)
-        ]
+        for path in paths.split():
+            if path not in broken and not holds(settings[path], config):
+                broken[path] = rule
+    problems = [f"{path} = {settings[path]!r}: {rule}" for path, rule in broken.items()]
     size = config.train.batch_size
     if size > 0 and size % num_devices:
         below = size - size % num_devices
@@ -315,10 +315,14 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         "contrast.warmup_steps",
-        lambda v, c: v < c.train.num_steps or not uses_contrast(c),
+        lambda v, c: v < c.train.num_steps or c.train.num_steps < 1 or not uses_contrast(c),
         "must be less than train.num_steps, or the contrast loss never counts",
     ),
-    ("optim.warmup_steps", lambda v, c: v < c.train.num_steps, "must be less than train.num_steps"),
+    (
+        "optim.warmup_steps",
+        lambda v, c: v < c.train.num_steps or c.train.num_steps < 1,
+        "must be less than train.num_steps",
+    ),
     (
         "memory.pixel_size",
         lambda v, c: v + c.memory.segment_size > 0 or not uses_memory(c),

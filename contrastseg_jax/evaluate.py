@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from contrastseg_jax import checkpoint, distributed, processes, programs, report
+from contrastseg_jax.audit import audited_class_weights
 from contrastseg_jax.build import (
     abstract_state,
     build_model,
@@ -32,11 +33,18 @@ from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.logging import log
-from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
+from contrastseg_jax.metrics import (
+    confusion_matrix,
+    iou,
+    mean_iou,
+    never_predicted,
+    pixel_accuracy,
+)
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.programs import Programs
 from contrastseg_jax.resize import most_likely
 from contrastseg_jax.structs import Batch, ImageFormat, SegmentationOutput, TrainState
+from contrastseg_jax.text import table
 
 
 class EvalStep(NamedTuple):
@@ -187,12 +195,14 @@ def evaluate(
     *,
     mesh: Mesh,
     folder: Path,
+    workdir: Path,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Scores on the records of a split, in groups, after `step` steps of training.
 
     They go to `folder/metrics.json`, and to `folder/index.html` together with the first images of
-    process 0, drawn beside label and prediction. `before_batch` may raise to end it early.
+    process 0, drawn beside label and prediction. Classes that are never predicted are named, with
+    the weights of an audit in the workdir. `before_batch` may raise to end it early.
     """
     spec = dataset_spec(config)
     classes = label_map(spec)
@@ -238,11 +248,29 @@ def evaluate(
         "mean_iou": mean_iou(confusion),
         "pixel_accuracy": pixel_accuracy(confusion),
         "iou": dict(zip(classes.names, iou(confusion).tolist(), strict=True)),
+        "never_predicted": [classes.names[i] for i in never_predicted(confusion)],
         "confusion": confusion.tolist(),
     }
     if processes.is_first():
-        report.save_evaluation(folder, results, pictures)
+        advice = unpredicted_advice(results["never_predicted"], config, workdir)
+        if advice:
+            log.info(advice)
+        report.save_evaluation(folder, results, pictures, advice)
     return results
+
+
+def unpredicted_advice(names: Sequence[str], config: Config, workdir: Path) -> str:
+    """What may help classes that are labelled and never predicted; nothing where there are none."""
+    if not names:
+        return ""
+    advice = f"labelled but never predicted: {', '.join(names)}; "
+    if config.loss.class_weights:
+        return f"{advice}raise their loss.class_weights in a new run"
+    advice += "class weights may help, in a new run"
+    weights = audited_class_weights(workdir, label_map(dataset_spec(config)).names)
+    if weights is None:
+        return f"{advice}: --mode=audit --workdir={workdir} computes some"
+    return f'{advice}: --config.loss.class_weights="({", ".join(map(str, weights))})"'
 
 
 def _batch_size(config: Config, mesh: Mesh) -> int:
@@ -281,8 +309,16 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
     return model, variables, step, mesh
 
 
-def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
-    """Evaluate a checkpoint of a workdir, and print the table of its scores."""
+def evaluate_run(
+    config: Config, workdir: Path, which: str, split: str, output: Path | None = None
+) -> None:
+    """Evaluate a checkpoint of a workdir, and print the table of its scores.
+
+    `output`: where results go instead of a folder in the workdir, in which nothing is written then.
+    """
+    if which != "init":  # before the data are read, which may take long
+        with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
+            processes.together(lambda: checkpoint.find_step(manager, which))
     spec = dataset_spec(config)
     source = processes.first_then_others(lambda: open_split(spec, split))
     facts = {"images": len(source), "--checkpoint": which, "--split": split}
@@ -291,13 +327,24 @@ def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
     log.info(label_table(label_map(spec)))
     groups = group_examples(config, source, split, distributed.make_mesh())
     model, variables, step, mesh = load_run(config, workdir, which)
-    keep_compiled(config, workdir)  # makes the folder, so not before all that may be refused
-    folder = workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
+    # Makes the folder, so not before all that may be refused.
+    keep_compiled(config, None if output else workdir)
+    name = str(step) if split == "val" else f"{step}_{split}"
+    folder = output or workdir / "eval" / name
     eval_step = compile_eval_step(config, model, mesh)
     require_memory(config, eval_step, variables, source, groups, split, mesh)
     results = evaluate(
-        config, eval_step, variables, source, groups, split, step, mesh=mesh, folder=folder
+        config,
+        eval_step,
+        variables,
+        source,
+        groups,
+        split,
+        step,
+        mesh=mesh,
+        folder=folder,
+        workdir=workdir,
     )
-    for name, value in report.score_rows(results).items():
-        log.info(f"{name:20} {value:.4f}")
+    for line in table([(row, f"{x:.4f}") for row, x in report.score_rows(results).items()]):
+        log.info(line)
     log.info(f"pictures: {folder / 'index.html'}")

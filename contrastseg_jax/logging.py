@@ -2,8 +2,11 @@
 
 import json
 import logging
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 import tensorboardX
@@ -25,25 +28,41 @@ def start_logging(process: int = 0) -> None:
 
 
 def open_board(workdir: Path, start_step: int) -> tensorboardX.SummaryWriter:
-    """TensorBoard files that go on after `start_step`, in a workdir whose log does too.
+    """TensorBoard files that go on after `start_step`, in a workdir whose `metrics.jsonl` does too.
 
-    A run that was killed has logged steps that it will take again: they are dropped.
+    A run that was killed has logged steps that it will take again: they are dropped from both.
+    TensorBoard's files cannot be shortened, so what was logged is written into a new one.
     """
-    path = workdir / "metrics.jsonl"
-    if path.exists():
-        write_atomically(path, "".join(_lines_until(path.read_text(), start_step)))
-    return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+    path, folder = workdir / "metrics.jsonl", workdir / "tensorboard"
+    lines = _lines_until(path.read_text(), start_step) if path.exists() else []
+    write_atomically(path, "".join(lines))
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+    # A TensorBoard that shows the old files forgets all steps from `purge_step` on.
+    board = tensorboardX.SummaryWriter(str(folder), purge_step=0)
+    for line in lines:
+        _show(board, json.loads(line))
+    board.flush()
+    return board
 
 
 def write_metrics(
     workdir: Path, board: tensorboardX.SummaryWriter, step: int, values: Mapping[str, float]
 ) -> None:
     """Append one line of numbers; what is not finite (IoU of an absent class) becomes null."""
+    line = {"step": step, "time": round(time.time(), 3), **values}
     with (workdir / "metrics.jsonl").open("a") as file:
-        file.write(to_json({"step": step, **values}) + "\n")
-    for key, value in values.items():
-        board.add_scalar(key, value, step)
+        file.write(to_json(line) + "\n")
+    _show(board, line)
     board.flush()
+
+
+def _show(board: tensorboardX.SummaryWriter, line: Mapping[str, Any]) -> None:
+    """Give a line of `metrics.jsonl` to TensorBoard, with the time at which it was logged."""
+    for key, value in line.items():
+        if key not in ("step", "time"):
+            value = math.nan if value is None else value
+            board.add_scalar(key, value, line["step"], walltime=line.get("time"))
 
 
 def _lines_until(text: str, last_step: int) -> list[str]:

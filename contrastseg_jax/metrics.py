@@ -30,6 +30,11 @@ def mean_iou(confusion: Int[np.ndarray, "k k"]) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
+def never_predicted(confusion: Int[np.ndarray, "k k"]) -> list[int]:
+    """The classes that are labelled somewhere and predicted at no labelled pixel."""
+    return np.flatnonzero((confusion.sum(1) > 0) & (confusion.sum(0) == 0)).tolist()
+
+
 def pixel_accuracy(confusion: Int[np.ndarray, "k k"]) -> float:
     """Share of labelled pixels that are predicted rightly; NaN without any."""
     total = confusion.sum()

@@ -21,7 +21,7 @@ import jax
 # as long as it must, and needs no devices.
 from jax._src.distributed import global_state
 
-from contrastseg_jax import distributed
+from contrastseg_jax import distributed, out_of_memory
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import write_atomically
 
@@ -152,15 +152,20 @@ def ending_at_once() -> Iterator[None]:
     except Exception as error:
         if count() == 1:
             raise
-        text = str(error)
-        if is_of_another(error):
-            text += (
-                "\nWhere one process ends, all do: the first error among them is the cause. Started"
-                " again, the run goes on from its last checkpoint."
-            )
-        elif not isinstance(error, (InputError, OSError, FloatingPointError)):
-            text = "".join(traceback.format_exception(error)).rstrip()
+        text = out_of_memory.explanation(error) or _message(error)
         _end(f"error: process {index()} of {count()}: {text}")
+
+
+def _message(error: Exception) -> str:
+    """What tells the user most of an error of one among several processes."""
+    if is_of_another(error):
+        return (
+            f"{error}\nWhere one process ends, all do: the first error among them is the cause."
+            " Started again, the run goes on from its last checkpoint."
+        )
+    if isinstance(error, (InputError, OSError, FloatingPointError)):
+        return str(error)
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _end(message: str) -> NoReturn:

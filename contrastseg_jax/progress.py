@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -16,6 +17,11 @@ from contrastseg_jax.optim import Schedule
 from contrastseg_jax.train_step import Metrics
 
 DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
+# What is 0 in a step whose contrast compares nothing: in its warm-up, or without a pair.
+OF_CONTRAST = (
+    *("contrast", "positive_similarity", "negative_similarity", "positives_per_anchor"),
+    "hard_anchors",
+)
 
 
 @dataclass
@@ -38,8 +44,8 @@ def log_interval(
     """A line of means over the interval, which ends after `step`; the share of it without work."""
     seconds, size = time.monotonic() - interval.began, len(interval.metrics)
     history = distributed.fetch(interval.metrics)
-    values = {key: float(np.mean([metrics[key] for metrics in history])) for key in history[0]}
-    values |= {
+    values = interval_means(history) | {
+        "interval_steps": size,
         "learning_rate": float(schedule(step - 1)),
         "images_per_second": size * config.train.batch_size / seconds,
         "data_wait": interval.waited / seconds,
@@ -48,6 +54,20 @@ def log_interval(
         write_metrics(workdir, board, step, {f"train/{key}": v for key, v in values.items()})
     log.info(_line(step, config.train.num_steps, values, size / seconds))
     return values["data_wait"]
+
+
+def interval_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of each metric over some steps; of the contrast's over those in which there were pairs.
+
+    Where there were none, these are left out: no mean, and not 0.
+    """
+    with_pairs = [metrics for metrics in history if metrics.get("positives_per_anchor") != 0]
+    steps = {key: with_pairs if key in OF_CONTRAST else history for key in history[0]}
+    return {
+        key: float(np.mean([metrics[key] for metrics in found]))
+        for key, found in steps.items()
+        if found
+    }
 
 
 def require_finite(history: Sequence[Metrics], step: int) -> None:

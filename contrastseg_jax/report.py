@@ -29,6 +29,13 @@ NARROWEST = 8  # times as long as wide: what is narrower is drawn stretched, to 
 TALLEST = 8.0  # inches of a picture
 REDUCED_SIDE = 1500  # pixels: more cannot be seen in a figure
 TITLE_LENGTH = 48  # letters of an example's name that fit over it
+# The curves of a run, several in a panel where they are to be compared.
+PANELS = {
+    "cross entropy": ("train/cross_entropy",),
+    "contrast": ("train/contrast",),
+    "similarity": ("train/positive_similarity", "train/negative_similarity"),
+    "validation mean IoU": ("val/mean_iou",),
+}
 
 
 def overlay(
@@ -113,22 +120,52 @@ def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, tit
 
 
 def save_curves(path: Path, metrics_file: Path) -> None:
-    """Losses and validation mIoU over the steps of a run, from its `metrics.jsonl`."""
+    """Losses, similarities and validation mIoU over the steps of a run, of its `metrics.jsonl`."""
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    # A contrast of 0 is one that does not count yet.
-    curves = {
-        key: points
-        for key in ("train/cross_entropy", "train/contrast", "val/mean_iou")
-        if (points := [(line["step"], line[key]) for line in lines if line.get(key)])
+    curves = {key: curve(lines, key) for keys in PANELS.values() for key in keys}
+    panels = {
+        title: [key for key in keys if curves[key]]
+        for title, keys in PANELS.items()
+        if any(curves[key] for key in keys)
     }
-    cells = figure.subplots(1, max(len(curves), 1), squeeze=False)[0]
-    for axes, (key, points) in zip(cells, curves.items(), strict=False):
-        axes.plot(*np.array(points).T, "." if len(points) == 1 else "-")
-        axes.set_title(key)
+    figure = Figure(figsize=(4 * max(len(panels), 1), 3.5), layout="constrained")
+    cells = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+    for axes, (title, keys) in zip(cells, panels.items(), strict=False):
+        for key in keys:
+            points = curves[key]
+            label = key.partition("/")[2].partition("_")[0]
+            axes.plot(*np.array(points).T, "." if len(points) == 1 else "-", label=label)
+        if len(keys) > 1:
+            axes.legend(frameon=False)
+        axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     _save(path, figure)
+
+
+def curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """The points (step, value) of a metric in the lines of `metrics.jsonl`; none where it is null.
+
+    A stop or a start makes an interval short, and a mean over a few steps goes up or down by chance
+    alone: such intervals are put together until they are as long as the longest.
+    """
+    longest = max((line.get("train/interval_steps", 1) for line in lines), default=1)
+    found = [
+        (line["step"], line[key], line.get("train/interval_steps", longest))
+        for line in lines
+        if line.get(key) is not None
+    ]
+    groups: list[list[tuple[int, float, int]]] = []
+    for point in found:
+        if not groups or _num_steps(groups[-1]) >= longest:
+            groups.append([])
+        groups[-1].append(point)
+    if len(groups) > 1 and _num_steps(groups[-1]) < longest:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return [
+        (group[-1][0], sum(v * size for _, v, size in group) / _num_steps(group))
+        for group in groups
+    ]
 
 
 def score_rows(results: Mapping[str, Any]) -> dict[str, float]:
@@ -137,7 +174,9 @@ def score_rows(results: Mapping[str, Any]) -> dict[str, float]:
     return rows | {f"IoU {name}": value for name, value in results["iou"].items()}
 
 
-def save_evaluation(folder: Path, results: Mapping[str, Any], pictures: Sequence[str]) -> None:
+def save_evaluation(
+    folder: Path, results: Mapping[str, Any], pictures: Sequence[str], advice: str = ""
+) -> None:
     """`metrics.json`, and `index.html` that shows the same numbers with the pictures."""
     write_atomically(folder / "metrics.json", to_json(dict(results)) + "\n")
     rows = "".join(
@@ -145,12 +184,13 @@ def save_evaluation(folder: Path, results: Mapping[str, Any], pictures: Sequence
         for name, value in score_rows(results).items()
     )
     images = "".join(f'<p><img src="{html.escape(name)}" width="100%"></p>' for name in pictures)
+    note = f"<p>{html.escape(advice)}</p>" if advice else ""
     title = html.escape(f"{results['data']} {results['split']}, step {results['step']}")
     write_atomically(
         folder / "index.html",
         f"<!doctype html><meta charset=utf-8><title>{title}</title>"
         "<style>body{font:15px sans-serif;max-width:1100px;margin:2em auto}td{padding:2px 1em}"
-        f"</style><h1>{title}</h1><table>{rows}</table>{images}",
+        f"</style><h1>{title}</h1><table>{rows}</table>{note}{images}",
     )
 
 
@@ -182,6 +222,10 @@ def _hatched(
     rows, columns = np.indices(label.shape)
     lines = ((rows + columns) % 8 < 2) & (label == IGNORE_LABEL)
     return np.where(lines[:, :, None], np.uint8(255), picture)
+
+
+def _num_steps(intervals: Sequence[tuple[int, float, int]]) -> int:
+    return sum(size for _, _, size in intervals)
 
 
 def _save(path: Path, figure: Figure) -> None:

@@ -253,6 +253,7 @@ def _score(
         step,
         mesh=mesh,
         folder=workdir / "eval" / str(step),
+        workdir=workdir,
         before_batch=before_batch,
     )
     if board:

@@ -1,8 +1,12 @@
 """What a config makes."""
 
+import warnings
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from small import ROOT, make_config
 
 from contrastseg_jax import build
@@ -84,6 +88,54 @@ def test_dropout_is_that_of_the_original(model, rate):
 def test_dropout_of_auxiliary_heads_is_that_of_the_original(model, rate):
     config = config_lib.load(f"{ROOT / 'configs' / 'default.py'}:{model}")
     assert build.build_model(config, 3).aux_head.dropout_rate == pytest.approx(rate)
+
+
+@pytest.fixture
+def cache_dir():
+    """JAX's setting, which the test may change."""
+    yield
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+    compilation_cache.reset_cache()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(cache_dir, tmp_path, monkeypatch, caplog):
+    """Of JAX's warnings for each program; other warnings are shown as ever."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    (tmp_path / "compilation_cache").write_text("a file, in which nothing can be written")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = []
+        monkeypatch.setattr(warnings, "showwarning", lambda *details: shown.append(details[0]))
+        build.keep_compiled(make_config(), tmp_path)
+        compilation_cache.reset_cache()
+        for size in (3, 5, 7):
+            jax.jit(lambda x: x + 1)(np.ones(size)).block_until_ready()
+        warnings.warn("another", stacklevel=1)
+    assert [str(message) for message in shown] == ["another"]
+    (line,) = [line for line in caplog.messages if "compiled programs" in line]
+    assert line.startswith(f"{tmp_path / 'compilation_cache'}: compiled programs are not kept")
+    assert "FileExistsError" in line
+
+
+@pytest.mark.parametrize(
+    ("variable", "setting", "workdir", "folder"),
+    [
+        ("/env", "/set", "/run", "/env"),
+        ("", "/set", "/run", "/set"),
+        ("", "~/set", None, "/home/x/set"),
+        ("", "", "/run", "/run/compilation_cache"),
+        ("", "", None, None),
+    ],
+)
+def test_where_compiled_programs_are_kept(
+    cache_dir, monkeypatch, variable, setting, workdir, folder
+):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    config = make_config(f"parallel.compilation_cache={setting}")
+    build.keep_compiled(config, workdir and Path(workdir))
+    assert jax.config.jax_compilation_cache_dir == folder
 
 
 def test_padding_is_the_mean_colour():

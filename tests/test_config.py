@@ -121,6 +121,21 @@ def test_overrides_of_another_type_are_refused(text):
         load(text)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.num_steps=-5", "train.num_steps = -5: must be at least 1"),  # so no warm-up fits
+        ("memory.pixel_size=-5000", "memory.pixel_size = -5000: must not be negative"),
+        ("data.class_names=abc", "data.class_names = abc: must be a tuple, e.g. (1, 2)"),
+    ],
+)
+def test_what_follows_from_a_fault_is_no_other_fault(setting, message):
+    with pytest.raises(InputError) as error:
+        of_names = ("data.name=tfds", "data.tfds.dataset=x") if "names" in setting else ()
+        check_rules(*of_names, setting)
+    assert str(error.value).startswith(f"1 problem in the config:\n  {message}")
+
+
 def test_all_broken_rules_are_listed():
     with pytest.raises(InputError) as error:
         check_rules(

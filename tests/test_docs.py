@@ -1,9 +1,59 @@
-"""What the documents name exists."""
+"""What the documents name exists, and their commands are understood."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
+from absl.testing import flagsaver
+
+import main
+from contrastseg_jax import config as config_lib
+from contrastseg_jax.data.dataset import dataset_names
+from contrastseg_jax.models.segmenter import model_names
+
 ROOT = Path(__file__).parents[1]
+COMMAND = re.compile(r"python ((?:main|benchmarks/\w+)\.py[^\n`;#]*(?:(?<=\\)\n[^\n`;#]*)*)")
+
+
+def commands():
+    """Program and arguments of each call that documents, configs or programs show, once."""
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "main.py"]
+    for path in (*files, *(ROOT / "configs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
+        for text in COMMAND.findall(path.read_text()):
+            if text.count('"') % 2:  # the call stands in quotes itself
+                text = text.rpartition('"')[0]
+            if "=…" in text or "=MODE" in text:
+                continue
+            for shown, meant in (("\\\n", " "), ("$t", "0.1"), (", …", "")):
+                text = text.replace(shown, meant)
+            yield tuple(shlex.split(text))
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())), ids=" ".join)
+def test_every_command_is_understood(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, *arguments = command
+    if program != "main.py":
+        defined = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", Path(program).read_text())
+        assert {text[2:].partition("=")[0] for text in arguments} <= {*defined}
+        return
+    monkeypatch.setattr(main, "require_places", lambda _: None)  # made-up ones
+    settings = [text.removeprefix(main.SETTING) for text in arguments if main.SETTING in text]
+    with flagsaver.flagsaver():
+        flags = [text for text in arguments if main.SETTING not in text]
+        assert main.FLAGS([program, *flags]) == [program]
+        main.require_flags(settings)
+        if main.FLAGS.config:
+            config = config_lib.load(main.FLAGS.config, settings)
+            choices = {"model.name": model_names(), "data.name": dataset_names()}
+            problems = config_lib.broken_rules(config, choices=choices, num_devices=1)
+            assert problems == [] or main.FLAGS.mode == "plan"  # which needs no data
+
+
+def test_there_are_such_commands():
+    found = set(commands())
+    assert len(found) > 30 and len({program for program, *_ in found}) > 5
 
 
 def test_every_fault_of_the_original_has_its_test():

@@ -136,7 +136,7 @@ def test_the_audit_fails_where_training_would(prepared_dir, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
-        ([], ["--config: is needed to train"]),
+        ([], ["--config: is needed, --mode=train has no default for it"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py: no such file"]),
         (["--mode=eval"], ["has no config.json"]),
         (["--mode=predict"], ["--input: is needed, --mode=predict has no default for it"]),

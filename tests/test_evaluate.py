@@ -1,16 +1,21 @@
 """Whole-image evaluation is exact whatever the batches, and its pages say what was measured."""
 
+import html
 import json
 import re
+import shutil
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from contrastseg_jax import config as config_lib
 from contrastseg_jax import distributed
+from contrastseg_jax import evaluate as evaluate_module
+from contrastseg_jax.audit import audit_run
 from contrastseg_jax.build import dataset_spec, image_format
 from contrastseg_jax.data.augment import resize_image
 from contrastseg_jax.data.dataset import label_map, open_split
@@ -56,7 +61,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
     assert [group.example_ids for group in groups] == [[0, 2], [1], [3]]
     results = evaluate(
         *(config, eval_step, variables, source, groups, "val", step),
-        **{"mesh": mesh, "folder": tmp_path},
+        **{"mesh": mesh, "folder": tmp_path, "workdir": tmp_path},
     )
     expected = np.zeros((3, 3), int)
     logits_of = jax.jit(
@@ -132,6 +137,58 @@ def test_evaluate_run_writes_scores_and_pictures(trained, caplog):
     page = (folder / "index.html").read_text()
     assert f"{scores['mean_iou']:.4f}" in page and "000000.png" in page
     assert (folder / "000000.png").stat().st_size > 5000
+
+
+def contents(folder):
+    """Every file and folder below, with the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
+def test_an_evaluation_with_an_output_leaves_the_workdir_as_it_is(trained, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    config, workdir = trained
+    before, output = contents(workdir), tmp_path / "scores"
+    evaluate_run(config, workdir, "latest", "val", output)
+    assert contents(workdir) == before
+    assert {path.name for path in output.iterdir()} == {"metrics.json", "index.html", "000000.png"}
+    scores = json.loads((output / "metrics.json").read_text())
+    assert scores == json.loads((workdir / "eval" / "6" / "metrics.json").read_text())
+
+
+def test_a_misspelt_checkpoint_is_named_before_data_are_read(trained, monkeypatch):
+    config, workdir = trained
+    monkeypatch.setattr(evaluate_module, "open_split", lambda *_: pytest.fail("read"))
+    with pytest.raises(InputError, match="--checkpoint=lastest: must be latest, best or one of"):
+        evaluate_run(config, workdir, "lastest", "val")
+
+
+@pytest.mark.parametrize("audited", [False, True])
+def test_classes_that_are_never_predicted_are_named_with_weights(
+    trained, tmp_path, monkeypatch, caplog, audited
+):
+    """A network that only knows class 0, and labels of all three."""
+    caplog.set_level("INFO", "contrastseg_jax")
+    config, run = trained
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    if audited:
+        audit_run(config, workdir, None)
+        audit = json.loads((workdir / "audit" / "audit.json").read_text())
+        weights = ", ".join(map(str, audit["class_weights"]["median_frequency"]))
+
+    def logits(variables, image, **_):
+        return jnp.zeros((*image.shape[:3], 3)).at[..., 0].set(1.0)
+
+    monkeypatch.setattr(evaluate_module, "network_logits", logits)
+    evaluate_run(config, workdir, "latest", "train")
+    (line,) = [line for line in caplog.messages if "never predicted" in line]
+    assert line.startswith("labelled but never predicted: class_1, class_2; class weights may help")
+    advice = f'--config.loss.class_weights="({weights})"' if audited else "--mode=audit"
+    assert advice in line
+    folder = workdir / "eval" / "6_train"
+    assert html.escape(line) in (folder / "index.html").read_text()
+    scores = json.loads((folder / "metrics.json").read_text())
+    assert scores["never_predicted"] == ["class_1", "class_2"]
 
 
 def test_a_split_that_is_absent_is_named(trained):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "contrastseg_jax"
-VOCABULARY = {"structs", "errors", "files", "config", "workdir"}
+VOCABULARY = {"structs", "errors", "files", "text", "config", "workdir"}
 METHOD = {"contrast", "memory", "losses", "metrics", "resize", "selection", "streaming"}
 LIBRARIES_OF = {"flax": {"models", "structs"}, "tensorflow": set()}
 

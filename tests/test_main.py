@@ -1,5 +1,8 @@
 """Flags of the command line: what is said of them before anything is read or written."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ def flags():
     "arguments",
     [
         ["--mode=convert", "--input=x", "--output=gs://bucket/x"],
-        ["--mode=train", "--workdir=s3://bucket/x"],
+        ["--mode=train", CONFIG, "--workdir=s3://bucket/x"],
         ["--mode=predict", "--workdir=w", "--input=gs://x", "--output=y"],
     ],
 )
@@ -58,14 +61,41 @@ def test_what_cannot_be_written_is_named_before_the_work(flags, tmp_path, monkey
                 main.require_flags([])
 
 
-def test_too_little_memory_is_no_traceback(flags, monkeypatch):
+@pytest.mark.parametrize("text", ["Unable to allocate 233. GiB", ""])
+def test_too_little_memory_is_no_traceback(flags, monkeypatch, text):
     def fail(_):
-        raise MemoryError("Unable to allocate 233. GiB")
+        raise MemoryError(text)
 
     monkeypatch.setattr(main, "load_config", fail)
     flags(["main.py", CONFIG, "--workdir=w"])
-    with pytest.raises(SystemExit, match="(?s)Unable to allocate 233. GiB.*augment.crop_size"):
+    with pytest.raises(SystemExit, match=f"error: not enough memory: {text or 'an alloc'}"):
         main.main(["main.py"], [])
+
+
+def test_without_flags_the_usage_is_shown():
+    """Every mode with the flags that it needs, and others that it reads in brackets."""
+    result = subprocess.run([sys.executable, ROOT / "main.py"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    for mode, names in main.NEEDED.items():
+        (line,) = re.findall(rf"^  --mode={mode} +(.*) \[(.*)\]$", result.stderr, re.MULTILINE)
+        assert line[0].split() == [f"--{name}" for name in names]
+        assert all(f"--{name}" in result.stderr for name in main.OPTIONAL[mode])
+    assert max(map(len, result.stderr.splitlines())) <= 100
+    assert "python main.py --config=configs/quickstart.py --workdir=runs/quickstart" in (
+        result.stderr
+    )
+
+
+def test_results_of_an_evaluation_may_lie_outside_a_closed_workdir(flags, tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.setattr(main.os, "access", lambda path, _: path != closed)
+    arguments = ["main.py", "--mode=eval", f"--workdir={closed}"]
+    flags(arguments)
+    with pytest.raises(InputError, match="cannot be written .*; results go elsewhere with --out"):
+        main.require_flags([])
+    flags([*arguments, f"--output={tmp_path / 'scores'}"])
+    main.require_flags([])
 
 
 def test_the_home_folder_is_spelt_out(flags, tmp_path, monkeypatch):

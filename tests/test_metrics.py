@@ -6,7 +6,13 @@ import pytest
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from sklearn.metrics import jaccard_score
 
-from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
+from contrastseg_jax.metrics import (
+    confusion_matrix,
+    iou,
+    mean_iou,
+    never_predicted,
+    pixel_accuracy,
+)
 from contrastseg_jax.structs import IGNORE_LABEL
 
 
@@ -32,6 +38,11 @@ def test_classes_that_do_not_occur_are_left_out_of_the_mean():
     confusion = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
     np.testing.assert_allclose(iou(confusion), [3 / 4, 4 / 5, np.nan])
     assert mean_iou(confusion) == pytest.approx((3 / 4 + 4 / 5) / 2)
+
+
+def test_classes_that_are_labelled_and_never_predicted():
+    confusion = np.array([[3, 0, 1, 0], [2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert never_predicted(confusion) == [1]  # 2 is predicted alone, 3 does not occur
 
 
 def test_nothing_labelled_has_no_score():

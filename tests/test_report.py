@@ -73,17 +73,42 @@ def test_sheet_shows_every_example_and_a_legend_of_what_occurs(tmp_path):
     assert not (pixels == (0, 255, 0)).all(axis=1).any()
 
 
-def test_curves_of_a_run(tmp_path):
+@pytest.mark.parametrize(("similarities", "panels"), [((), 2), ((0.9, 0.1), 3)])
+def test_curves_of_a_run(tmp_path, similarities, panels):
+    names = ("train/positive_similarity", "train/negative_similarity")
     lines = [
         {"step": 1, "train/cross_entropy": 2.0, "train/contrast": None},
-        {"step": 2, "train/cross_entropy": 1.0, "train/contrast": 3.0},
+        {"step": 2, "train/cross_entropy": 1.0, **dict(zip(names, similarities, strict=False))},
         {"step": 2, "val/mean_iou": 0.5},
         {"step": 3, "val/mean_iou": None},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.save_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1440, 420)
+        assert picture.size == (480 * panels, 420)
+        pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
+    orange = (pixels == (255, 127, 14)).all(axis=1).any()  # the second curve of a panel
+    assert orange == bool(similarities)
+
+
+def test_a_stop_makes_no_dip():
+    """Intervals that a stop or a start cuts short are joined to means over as many steps."""
+    rng = np.random.default_rng(0)
+    of_steps, lines, done = 1 + 0.5 * rng.normal(size=130), [], 0
+    for step in (20, 40, 43, 60, 80, 81, 82, 100, 120, 130):
+        mean = of_steps[done:step].mean()
+        lines.append({"step": step, "train/x": mean, "train/interval_steps": step - done})
+        done = step
+    expected = [(20, 0), (40, 20), (60, 40), (80, 60), (100, 80), (130, 100)]
+    assert report.curve(lines, "train/x") == [
+        (end, pytest.approx(of_steps[begin:end].mean())) for end, begin in expected
+    ]
+
+
+def test_curves_have_zeros_and_no_nulls():
+    lines = [{"step": 1, "val/x": 0.0}, {"step": 2, "val/x": None}, {"step": 3, "val/x": 0.5}]
+    assert report.curve(lines, "val/x") == [(1, 0.0), (3, 0.5)]
+    assert report.curve([], "val/x") == []
 
 
 def test_evaluation_page_escapes_names_and_metrics_are_valid_json(tmp_path):

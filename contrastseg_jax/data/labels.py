@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int64, Integer, UInt8
 
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
+from contrastseg_jax.text import display_width, ljust
 
 TABLE_WIDTH = 98  # of what the log shows
 MAX_CLASSES = 255
@@ -115,10 +116,10 @@ def label_table(label_map: LabelMap) -> str:
         f"{_ranges(found)}->{class_id}->{written[class_id]} {label_map.names[class_id]}"
         for class_id, found in values.items()
     ]
-    width = max(map(len, cells)) + 2
+    width = max(map(display_width, cells)) + 2
     columns = max(1, TABLE_WIDTH // width)
     rows = (cells[i : i + columns] for i in range(0, len(cells), columns))
-    lines = ["  " + "".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
+    lines = ["  " + "".join(ljust(cell, width) for cell in row).rstrip() for row in rows]
     title = f"mask values -> {len(label_map.names)} class ids -> values written"
     return "\n".join([f"{title}; ignored: {ignored}", *lines])
 
