@@ -19,7 +19,7 @@ from raw_data import (
 from contrastseg_jax.data import dataset
 from contrastseg_jax.data.builders import camvid
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import label_map, open_split, raw_splits
+from contrastseg_jax.data.dataset import label_map, open_split, open_splits, raw_splits
 from contrastseg_jax.data.images import decode_image, decode_mask, encode_png
 from contrastseg_jax.data.labels import to_train_ids
 from contrastseg_jax.errors import InputError
@@ -133,6 +133,15 @@ def test_lists_decide_the_original_camvids_splits(line, spec_of, raw):
         (raw / f"{name}.txt").unlink()
     with pytest.raises(InputError, match=r"elsewhere\.png: not a frame of CamVid .*train\.txt"):
         open_split(spec_of("camvid"), "train")
+
+
+def test_faults_of_the_original_camvids_test_frames_stop_no_training(spec_of, raw):
+    write_original_camvid(raw, "0001TP_006690", "0016E5_07959", "Seq05VD_f00000")
+    for suffix in ("jpg", "tif"):  # two images of one frame
+        write_image(raw / "701_StillsRaw_full" / f"Seq05VD_f00000.{suffix}")
+    assert len(open_splits(spec_of("camvid"), ("train", "val"))) == 2
+    with pytest.raises(InputError, match=r"2 problems(.*\n)+.*same name without suffix as"):
+        open_split(spec_of("camvid"), "test")
 
 
 def test_frames_of_no_split_stop_the_preparing_and_not_the_audit(spec_of, raw):

@@ -122,3 +122,39 @@ def test_what_tfds_does_not_have_is_said_with_the_setting(changes, message, tfds
         open_splits(tfds_spec(**changes), ("train", "val"))
     prepared = Path(tfds_spec().prepared_dir)
     assert {path.name for path in prepared.rglob("*") if path.is_file()} <= {".lock"}
+
+
+def spoil(path):
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1  # in a record
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (
+            "*train*",
+            Path.unlink,
+            r"3 problems .*\n.*train\[:75%\], example 000000: cannot be re",
+        ),
+        ("*train*", spoil, r"1 problem .*\n.*cannot be read, what TFDS has prepared is damaged"),
+        (
+            "*test*",
+            lambda path: path.write_bytes(b""),
+            r"2 problems .*\n.*test, example 000000: can",
+        ),
+        ("dataset_info.json", lambda path: path.write_bytes(b"{"), "what TFDS has of it in .*raw"),
+        ("*", Path.unlink, "lacks its json files; delete that folder"),
+    ],
+)
+def test_what_tfds_has_is_named_where_it_is_damaged_and_let_be(
+    name, damage, message, tfds_spec, raw
+):
+    tfds.builder("tiny_masks", data_dir=raw).download_and_prepare(file_format="array_record")
+    for path in raw.rglob("*/1.0.0/" + name):
+        damage(path)
+    left = {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=message):
+        open_splits(tfds_spec(), ("train", "val"))
+    assert {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()} == left

@@ -210,12 +210,12 @@ def color_table(split: str, results: Mapping[str, Any]) -> str:
     if results["masks"] > 1:
         masks += f" ({results['files'][0]}, ...)"
     rows = [
-        f"  {'({}, {}, {})'.format(*found['color']):16}{found['share']:7.2%} of the pixels, in"
+        f"    {'({}, {}, {})'.format(*found['color']):16}{found['share']:7.2%} of the pixels, in"
         f" {found['masks']} of {results['masks']}"
         for found in colors[:COLORS_NAMED]
     ]
     more = len(colors) - COLORS_NAMED
-    rows += [f"  and {more} more in audit.json"] if more > 0 else []
+    rows += [f"    and {more} more in audit.json"] if more > 0 else []
     title = f"split '{split}': {masks}, in {number}; {remedy}"
     return "\n".join([title, *rows])
 

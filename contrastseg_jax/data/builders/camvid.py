@@ -175,8 +175,13 @@ def _find_original(root: Path, split: str) -> Found:
         for pair in found.pairs
         if split_of(pair.name) is None
     ]
-    # What is of no split is told once.
-    return Found(pairs, [*found.findings, *strays] if split == SPLITS[0] else [])
+    # What is of no split is told with the first.
+    findings = [
+        finding
+        for finding in (*found.findings, *strays)
+        if split == (split_of(Path(finding.file).stem.removesuffix("_L")) or SPLITS[0])
+    ]
+    return Found(pairs, findings)
 
 
 def _find_segnet(root: Path, split: str) -> Found:

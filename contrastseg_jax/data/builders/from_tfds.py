@@ -115,7 +115,7 @@ def _title(source: tfds.core.DatasetBuilder) -> str:
 
 
 def _check(
-    examples: Sequence[dict],
+    examples: Sequence,
     image_feature: str,
     label_feature: str,
     title: str,
@@ -136,7 +136,7 @@ def _check(
     return check_encoded(name, image, label, image_file, mask_file, classes)
 
 
-def _copy(examples: Sequence[dict], image_feature: str, label_feature: str) -> Iterator[dict]:
+def _copy(examples: Sequence, image_feature: str, label_feature: str) -> Iterator[dict]:
     for index, example in enumerate(examples):
         image, label = example[image_feature], example[label_feature]
         yield {"image": image, "label": label, "name": f"{index:06d}"}
