@@ -1,13 +1,16 @@
 """`main.py` as users run it: in a process of its own, or in several."""
 
+import io
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
 
 from small import ROOT, SETTINGS
+from tensorboardX.proto.event_pb2 import Event
 
 TIMEOUT = 240  # seconds, of anything that is waited for
 AFTER_A_KILL = 60  # seconds in which the processes that are left must have ended
@@ -63,6 +66,25 @@ def logged_steps(workdir):
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line)["step"] for line in lines if "train/loss" in line]
+
+
+def events(workdir):
+    """All that TensorBoard's files hold: records of a length, a checksum, data, a checksum."""
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content = io.BytesIO(path.read_bytes())
+        while header := content.read(12):
+            (length,) = struct.unpack("<Q", header[:8])
+            yield Event.FromString(content.read(length))
+            content.read(4)
+
+
+def scalars(workdir):
+    """Name, step, value and time of each scalar in TensorBoard's files."""
+    return [
+        (value.tag, event.step, value.simple_value, event.wall_time)
+        for event in events(workdir)
+        for value in event.summary.value
+    ]
 
 
 def ended(group, timeout=TIMEOUT):
