@@ -181,6 +181,8 @@ def load_config(settings: list[str]) -> Config:
     """The config of the command line, or that of the run in the workdir."""
     workdir = path_of("workdir")
     if not FLAGS.config:
+        if FLAGS.mode == "audit" and not (workdir / "config.json").exists():
+            raise InputError(f"--config: is needed, as --workdir={workdir} holds no run")
         return read_config(workdir, settings)
     config = config_lib.load(FLAGS.config, settings)
     if FLAGS.mode in ("eval", "predict"):

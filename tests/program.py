@@ -1,13 +1,16 @@
 """`main.py` as users run it: in a process of its own, or in several; TOY with a small network."""
 
+import io
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
 
 from small import ROOT, SETTINGS
+from tensorboardX.proto.event_pb2 import Event
 
 # Seconds, of anything that is waited for: no more than a guard against what hangs, so that a busy
 # machine is given its time.
@@ -75,6 +78,25 @@ def require_prompt_end(killed):
     """
     busy = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
     assert time.monotonic() - killed < 60 * busy
+
+
+def events(workdir):
+    """All that TensorBoard's files hold: records of a length, a checksum, data, a checksum."""
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content = io.BytesIO(path.read_bytes())
+        while header := content.read(12):
+            (length,) = struct.unpack("<Q", header[:8])
+            yield Event.FromString(content.read(length))
+            content.read(4)
+
+
+def scalars(workdir):
+    """Name, step, value and time of each scalar in TensorBoard's files."""
+    return [
+        (value.tag, event.step, value.simple_value, event.wall_time)
+        for event in events(workdir)
+        for value in event.summary.value
+    ]
 
 
 def ended(group, timeout=TIMEOUT):

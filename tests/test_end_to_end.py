@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from program import TIMEOUT, TRAIN, command, environment, logged_steps, run
+from program import TIMEOUT, TRAIN, command, environment, logged_steps, run, scalars
 from safetensors.numpy import save_file
 from small import ROOT, SETTINGS
 from state_dicts import tiny
@@ -46,6 +46,10 @@ def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "going on after step" in result.stderr
     assert logged_steps(tmp_path / "killed") == list(range(1, 15))
+    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    logged = [(key, line["step"]) for line in map(json.loads, lines) for key in line]
+    shown = [(key, step) for key, step, *_ in scalars(tmp_path / "killed")]
+    assert sorted(shown) == sorted(entry for entry in logged if entry[0] not in ("step", "time"))
     expected, got = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
     assert expected.keys() == got.keys()
     assert any("memory" in path for path in got) and any("ema" in path for path in got)
@@ -139,6 +143,7 @@ def test_the_audit_fails_where_training_would(prepared_dir, tmp_path):
         ([], ["--config: is needed, --mode=train has no default for it"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py: no such file"]),
         (["--mode=eval"], ["has no config.json"]),
+        (["--mode=audit"], ["--config: is needed, as --workdir=", "holds no run"]),
         (["--mode=predict"], ["--input: is needed, --mode=predict has no default for it"]),
         (["--mode=predict", "--input=x", "--output=y"], ["has no config.json"]),
         (["--mode=convert", "--input=x"], ["--output: is needed"]),

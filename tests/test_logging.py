@@ -1,37 +1,16 @@
 """What a run writes down, and what a resumed one keeps of it."""
 
-import io
 import json
 import math
-import struct
 import time
 
-from tensorboardX.proto.event_pb2 import Event
+from program import events, scalars
 
 from contrastseg_jax.logging import open_board, write_metrics
 
 
 def read(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(workdir):
-    """All that TensorBoard's files hold: records of a length, a checksum, data, a checksum."""
-    for path in sorted((workdir / "tensorboard").iterdir()):
-        content = io.BytesIO(path.read_bytes())
-        while header := content.read(12):
-            (length,) = struct.unpack("<Q", header[:8])
-            yield Event.FromString(content.read(length))
-            content.read(4)
-
-
-def scalars(workdir):
-    """Name, step, value and time of each scalar in TensorBoard's files."""
-    return [
-        (value.tag, event.step, value.simple_value, event.wall_time)
-        for event in events(workdir)
-        for value in event.summary.value
-    ]
 
 
 def test_metrics_are_one_valid_json_line_each(tmp_path):
