@@ -20,6 +20,7 @@ from absl import app, flags
 from contrastseg_jax import config as config_lib
 from contrastseg_jax.config import Config
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
 from contrastseg_jax.workdir import find_run, read_config, refuse_differences
 
 SETTING = "--config."
@@ -128,6 +129,7 @@ def require_flags(settings: list[str]) -> None:
 def require_places(mode: str) -> None:
     """Raise an error for a file or folder that the mode cannot read or write, before it works."""
     path_of("input")
+    require_literal(path_of("workdir"), "--workdir", OF_CHECKPOINTS)
     writes = ("output", "workdir") if mode in ("train", "eval", "audit") else ("output",)
     for name in ("workdir", "output"):
         text, path = FLAGS[name].value, path_of(name)

@@ -1,8 +1,7 @@
 """Evaluation on whole images: one confusion matrix over the split, exact on the last batch."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +28,13 @@ from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import decode_image
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
+from contrastseg_jax.errors import best_effort
 from contrastseg_jax.logging import log
 from contrastseg_jax.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.resize import most_likely, resize_bilinear
 from contrastseg_jax.structs import Batch, ImageFormat, SegmentationOutput, TrainState
+from contrastseg_jax.workdir import evaluation_folder
 
 LogitsFn = Callable[[Variables, Any], Array]
 EvalStep = Callable[[Variables, Batch], tuple[Array, Array]]
@@ -83,6 +84,11 @@ def score(
     return prediction.astype(jnp.uint8), counts
 
 
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
 def compile_eval_step(config: Config, model: Segmenter, mesh: Mesh) -> EvalStep:
     """`network_logits`, then `score`, for a mesh.
 
@@ -124,12 +130,13 @@ def evaluate(
     *,
     mesh: Mesh,
     folder: Path,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Callable[[Exception | None], None] = _raise,
 ) -> dict[str, Any]:
     """Scores on the records of a split, in groups, after `step` steps of training.
 
     They go to `folder/metrics.json`, and to `folder/index.html` together with the first images of
-    process 0, drawn beside label and prediction. `before_batch` may raise to end it early.
+    process 0, drawn beside label and prediction. `before_batch` is given the error of a batch that
+    cannot be made, and may raise that or another one to end it early.
     """
     spec = dataset_spec(config)
     classes = label_map(spec)
@@ -147,24 +154,28 @@ def evaluate(
     )
     confusion = np.zeros((len(classes.names),) * 2, np.int64)  # more pixels than int32 can count
     pictures, num_pictures = [], config.eval.num_pictures if processes.is_first() else 0
-    for batch in batches:
-        before_batch()
+    for batch in _asking(batches, before_batch):
         prediction, counts = step_fn(variables, distributed.to_devices(batch, mesh))
         confusion += np.asarray(counts)
-        for row in np.flatnonzero(batch.valid)[: num_pictures - len(pictures)]:
+        predicted = distributed.local_rows(prediction)
+        shown = np.flatnonzero(batch.valid)[:num_pictures]
+        num_pictures -= len(shown)
+        for row in shown:
             example_id = int(batch.example_id[row])
-            pictures.append(f"{example_id:06d}.png")
-            record = source[example_id]
-            image = decode_image(record["image"], pictures[-1])
-            height, width = image.shape[:2]
-            report.save_panel(
-                folder / pictures[-1],
-                image,
-                batch.label[row, :height, :width],
-                distributed.local_rows(prediction)[row, :height, :width],
-                classes,
-                record["name"].decode(),
-            )
+            picture = f"{example_id:06d}.png"
+            with best_effort(str(folder / picture)):
+                record = source[example_id]
+                image = decode_image(record["image"], picture)
+                height, width = image.shape[:2]
+                report.save_panel(
+                    folder / picture,
+                    image,
+                    batch.label[row, :height, :width],
+                    predicted[row, :height, :width],
+                    classes,
+                    record["name"].decode(),
+                )
+                pictures.append(picture)
     results = {
         "data": spec.name,
         "split": split,
@@ -175,9 +186,26 @@ def evaluate(
         "iou": dict(zip(classes.names, iou(confusion).tolist(), strict=True)),
         "confusion": confusion.tolist(),
     }
-    if processes.is_first():
-        report.save_evaluation(folder, results, pictures)
+    processes.together(
+        lambda: report.save_evaluation(folder, results, pictures) if processes.is_first() else None
+    )
     return results
+
+
+def _asking(
+    batches: Iterator[Batch], before_batch: Callable[[Exception | None], None]
+) -> Iterator[Batch]:
+    """The batches; `before_batch` is asked before each, and at the end."""
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except Exception as caught:
+            error = caught
+        before_batch(error)
+        if batch is None:
+            return
+        yield batch
 
 
 def _batch_size(config: Config, mesh: Mesh) -> int:
@@ -206,12 +234,9 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
         split_memory=splits_memory(config) and not any(uneven),
         fsdp=config.parallel.fsdp,
     )
-    with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
-        # As process 0 sees it: a run beside this one may save another at any moment.
-        found = processes.together(lambda: checkpoint.find_step(manager, which))
-        step = int(processes.gather(str(found))[0])
-        state = checkpoint.restore(manager, step, state, of_state)
-    log.info(f"{manager.directory / str(step)}: {config.model.name} after {step} steps")
+    step = checkpoint.find_whole(workdir, which)
+    state = checkpoint.restore(workdir, step, state, of_state)
+    log.info(f"{workdir / 'checkpoints' / str(step)}: {config.model.name} after {step} steps")
     variables = jax.device_put(inference_variables(state), distributed.replicated(mesh))
     return model, variables, step, mesh
 
@@ -226,7 +251,7 @@ def evaluate_run(config: Config, workdir: Path, which: str, split: str) -> None:
     log.info(label_table(label_map(spec)))
     model, variables, step, mesh = load_run(config, workdir, which)
     keep_compiled(config, workdir)  # makes the folder, so not before all that may be refused
-    folder = workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
+    folder = evaluation_folder(workdir, step, split)
     step_fn = compile_eval_step(config, model, mesh)
     groups = group_examples(config, source, split, mesh)
     results = evaluate(

@@ -2,20 +2,37 @@
 
 import json
 import logging
+import math
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import absl.logging
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
+from contrastseg_jax.errors import best_effort
 from contrastseg_jax.files import to_json, write_atomically
 
 log = logging.getLogger("contrastseg_jax")
+# What these libraries log of an error is its traceback, and they raise it as well.
+TELL_TWICE = ("orbax", "tensorstore", "asyncio")
+
+
+@dataclass(frozen=True)
+class Board:
+    """Where numbers go, besides `metrics.jsonl`."""
+
+    events: EventsWriter | None  # None: TensorBoard's file cannot be written
 
 
 def start_logging(process: int = 0) -> None:
     """Plain lines on standard error; of the libraries, and of processes but 0, what is wrong."""
     absl.logging.set_verbosity(absl.logging.ERROR)
+    for library in (absl.logging.get_absl_logger(), logging.getLogger("asyncio")):
+        library.addFilter(_is_news)
     handler = logging.StreamHandler()
     name = f"process {process}: " if process else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S"))
@@ -24,32 +41,66 @@ def start_logging(process: int = 0) -> None:
     log.setLevel(logging.WARNING if process else logging.INFO)
 
 
-def open_board(workdir: Path, start_step: int) -> tensorboardX.SummaryWriter:
-    """TensorBoard files that go on after `start_step`, in a workdir whose log does too.
+def open_board(workdir: Path, start_step: int) -> Board:
+    """The numbers go on after `start_step`; what cannot be written is a warning.
 
     A run that was killed has logged steps that it will take again: they are dropped.
     """
-    path = workdir / "metrics.jsonl"
-    if path.exists():
-        write_atomically(path, "".join(_lines_until(path.read_text(), start_step)))
-    return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+    events, path = None, workdir / "metrics.jsonl"
+    with best_effort(str(path)):
+        if path.exists():
+            write_atomically(path, "".join(_lines_until(path.read_text(), start_step)))
+    # Not tensorboardX's SummaryWriter: the thread that it writes with dies of a full disk, and
+    # whoever has more to write waits for it for ever.
+    folder = (workdir / "tensorboard").absolute()
+    with best_effort(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        events = EventsWriter(str(folder / "events"))
+        restart = SessionLog(status=SessionLog.START)  # of steps from here on what was is void
+        events.write_event(Event(step=start_step + 1, session_log=restart, wall_time=time.time()))
+        events.flush()
+    return Board(events)
 
 
-def write_metrics(
-    workdir: Path, board: tensorboardX.SummaryWriter, step: int, values: Mapping[str, float]
-) -> None:
+def write_metrics(workdir: Path, board: Board, step: int, values: Mapping[str, float]) -> None:
     """Append one line of numbers; what is not finite (IoU of an absent class) becomes null."""
-    with (workdir / "metrics.jsonl").open("a") as file:
+    path = workdir / "metrics.jsonl"
+    with best_effort(str(path)), path.open("a") as file:
         file.write(to_json({"step": step, **values}) + "\n")
-    for key, value in values.items():
-        board.add_scalar(key, value, step)
-    board.flush()
+    if board.events:
+        with best_effort(str(workdir / "tensorboard")):
+            board.events.write_event(_event(step, values))
+            board.events.flush()
+
+
+def close_board(board: Board) -> None:
+    """Write what is left to write."""
+    if board.events:
+        with best_effort("TensorBoard"):
+            board.events.close()
+
+
+def _event(step: int, values: Mapping[str, float]) -> Event:
+    # Not tensorboardX's `scalar`, which takes ASCII alone: 天 and 地 would be one curve, `_`.
+    scalars = [
+        Summary.Value(tag=key.encode(errors="backslashreplace").decode(), simple_value=value)
+        for key, value in values.items()
+    ]
+    return Event(step=step, summary=Summary(value=scalars), wall_time=time.time())
 
 
 def _lines_until(text: str, last_step: int) -> list[str]:
-    """The whole lines of steps up to `last_step`; a kill may have cut the last line short."""
-    return [
-        line
-        for line in text.splitlines(keepends=True)
-        if line.endswith("\n") and json.loads(line)["step"] <= last_step
-    ]
+    """The whole lines of steps up to `last_step`; a kill may have cut a line short."""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if _step(line) <= last_step]
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(f"/{name}/" in record.pathname for name in TELL_TWICE)

@@ -22,7 +22,7 @@ from contrastseg_jax.data.images import (
     is_turned,
 )
 from contrastseg_jax.data.labels import to_mask_values
-from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.errors import InputError, best_effort, listed
 from contrastseg_jax.evaluate import LogitsFn, load_run, network_logits
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.logging import log
@@ -58,10 +58,12 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
             prediction = predict_image(config, logits_fn, variables, image)
             mask = encode_png(to_mask_values(prediction, classes))
             write_atomically(output / "masks" / f"{name}.png", mask)
-            picture = encode_jpeg(report.overlay(image, prediction, classes), 90)
-            write_atomically(output / "overlays" / f"{name}.jpg", picture)
+            with best_effort(str(output / "overlays" / f"{name}.jpg")):
+                picture = encode_jpeg(report.overlay(image, prediction, classes), 90)
+                write_atomically(output / "overlays" / f"{name}.jpg", picture)
     if len(problems) < len(files):
-        report.save_legend(output / "legend.png", classes)
+        with best_effort(str(output / "legend.png")):
+            report.save_legend(output / "legend.png", classes)
     log.info(f"{len(files) - len(problems)} of {len(files)} images predicted: {output}")
     if num_turned:
         log.info(f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn")

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from contrastseg_jax import distributed
 from contrastseg_jax.config import Config
-from contrastseg_jax.logging import log, write_metrics
+from contrastseg_jax.logging import Board, log, write_metrics
 from contrastseg_jax.optim import Schedule
 from contrastseg_jax.train_step import Metrics
 
@@ -30,7 +29,7 @@ class Interval:
 def log_interval(
     config: Config,
     workdir: Path,
-    board: SummaryWriter | None,
+    board: Board | None,
     step: int,
     interval: Interval,
     schedule: Schedule,
