@@ -24,6 +24,7 @@ from contrastseg_jax import config as config_lib
 from contrastseg_jax import out_of_memory
 from contrastseg_jax.config import Config
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
 from contrastseg_jax.workdir import find_run, read_config, refuse_differences
 
 SETTING = "--config."
@@ -148,6 +149,7 @@ def require_flags(settings: list[str]) -> None:
 def require_places(mode: str) -> None:
     """Raise an error for a file or folder that the mode cannot read or write, before it works."""
     path_of("input")
+    require_literal(path_of("workdir"), "--workdir", OF_CHECKPOINTS)
     in_workdir = mode in ("train", "audit") or (mode == "eval" and not FLAGS.output)
     for name in ("workdir", "output"):
         text, path = FLAGS[name].value, path_of(name)

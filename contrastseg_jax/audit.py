@@ -30,7 +30,7 @@ from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.checks import Finding
 from contrastseg_jax.data.dataset import label_map, misplaced, raw_splits
 from contrastseg_jax.data.labels import LabelMap
-from contrastseg_jax.errors import InputError
+from contrastseg_jax.errors import InputError, best_effort
 from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.structs import IGNORE_LABEL
 from contrastseg_jax.text import table
@@ -103,8 +103,9 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
     print("\n".join(summary(results)))
     examples = examples_to_show(splits, audits, classes, NUM_SHOWN)
     if examples:
-        report.save_sheet(sheet, examples, classes, f"{spec.name} {spec.root}")
-    print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if examples else ""))
+        with best_effort(str(sheet)):
+            report.save_sheet(sheet, examples, classes, f"{spec.name} {spec.root}")
+    print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if sheet.exists() else ""))
     if results["num_errors"]:
         number = results["num_errors"]
         optional = [name for name in audits if name not in NEEDED]

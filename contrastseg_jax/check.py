@@ -11,6 +11,7 @@ from contrastseg_jax.build import build_model, dataset_spec, num_anchors, traini
 from contrastseg_jax.config import Config, broken_rules, uses_contrast, uses_memory
 from contrastseg_jax.data.dataset import dataset_names, label_map
 from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.files import OF_PREPARED_DATA, require_literal
 from contrastseg_jax.logging import log
 from contrastseg_jax.models.segmenter import model_names, stage_names
 from contrastseg_jax.selection import POOLED, RANK_BITS
@@ -47,6 +48,8 @@ def check(
     )
     if mode == "plan":  # reads no data
         problems = [problem for problem in problems if not problem.startswith("data.root")]
+    else:
+        problems += place_problems(config)
     if config.model.name in model_names():
         problems += weights_problems(config) if reads_weights else []
         stages = stage_names(config.model.name)
@@ -76,6 +79,19 @@ def check(
             problems += statistics_problems(config, num_classes=len(classes))
     if problems:
         raise listed("the config", problems)
+
+
+def place_problems(config: Config) -> list[str]:
+    """Folders that the library which prepares data sets would take for other ones."""
+    names = ("prepared_dir", "root") if config.data.name == "tfds" else ("prepared_dir",)
+    problems = []
+    for name in names:
+        try:
+            folder = Path(config.data[name]).expanduser()
+            require_literal(folder, f"data.{name}", OF_PREPARED_DATA)
+        except InputError as error:
+            problems.append(str(error))
+    return problems
 
 
 def weights_problems(config: Config) -> list[str]:

@@ -1,6 +1,14 @@
-"""The one error for bad input, so that `main.py` can tell it from a fault of the program."""
+"""The one error for bad input, and how errors are told; `main.py` shows the rest as faults."""
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+OS_ERROR = r"(?:os_error_code='|OS error |\[Errno )(\d+)"  # in texts of TensorStore, and others
+log = logging.getLogger("contrastseg_jax")
+_warned: set[str] = set()
 
 
 class InputError(ValueError):
@@ -14,3 +22,35 @@ def listed(title: str, problems: Sequence[str], *, limit: int = 20) -> InputErro
     if len(problems) > limit:
         lines.append(f"  and {len(problems) - limit} more")
     return InputError("\n".join(lines))
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong, for people; of the operating system, what that says.
+
+    TensorStore hides the number of such an error in a long text.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if strerror := getattr(cause, "strerror", None):
+            return strerror
+        if number := re.search(OS_ERROR, str(cause)):
+            return os.strerror(int(number[1]))
+        cause = cause.__cause__ or cause.__context__
+    line = str(error).strip().partition("\n")[0][:200]
+    return line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
+
+
+@contextlib.contextmanager
+def best_effort(what: str) -> Iterator[None]:
+    """Within, an error is a warning, the first time: nothing else is to be lost with `what`."""
+    try:
+        yield
+    except Exception as error:
+        warn_once(what, f"{what}: {reason(error)}; going on without it")
+
+
+def warn_once(subject: str, message: str) -> None:
+    """Warn, unless there was a warning of this subject before."""
+    if subject not in _warned:
+        log.warning(message)
+    _warned.add(subject)

@@ -1,9 +1,8 @@
 """Evaluation on whole images: one confusion matrix over the split, exact on the last batch."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -31,7 +30,7 @@ from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import decode_image
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
-from contrastseg_jax.errors import InputError
+from contrastseg_jax.errors import InputError, best_effort
 from contrastseg_jax.logging import log
 from contrastseg_jax.metrics import (
     confusion_matrix,
@@ -45,6 +44,7 @@ from contrastseg_jax.programs import Programs
 from contrastseg_jax.resize import most_likely
 from contrastseg_jax.structs import Batch, ImageFormat, SegmentationOutput, TrainState
 from contrastseg_jax.text import table
+from contrastseg_jax.workdir import evaluation_folder
 
 
 class EvalStep(NamedTuple):
@@ -89,14 +89,19 @@ def score(
     Rows that only fill up carry no labels.
     """
     image, label = batch.image.shape[1:3], batch.label.shape[1:3]
-    sizes = batch.image_size, batch.label_size
-    if batch.image_size is None or batch.label_size is None:
-        sizes = [
-            jnp.tile(jnp.asarray(size, jnp.int32), (len(logits), 1)) for size in (image, label)
-        ]
-    prediction = most_likely(logits, *sizes, padded_image=image, padded_label=label)
+    sizes = (batch.image_size, image), (batch.label_size, label)
+    own_sizes = [
+        jnp.tile(jnp.asarray(padded, jnp.int32), (len(logits), 1)) if size is None else size
+        for size, padded in sizes
+    ]
+    prediction = most_likely(logits, *own_sizes, padded_image=image, padded_label=label)
     counts = confusion_matrix(batch.label, prediction, num_classes=logits.shape[-1])
     return prediction.astype(jnp.uint8), counts
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def compile_network(config: Config, model: Segmenter, mesh: Mesh) -> Programs:
@@ -196,13 +201,14 @@ def evaluate(
     mesh: Mesh,
     folder: Path,
     workdir: Path,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Callable[[Exception | None], None] = _raise,
 ) -> dict[str, Any]:
     """Scores on the records of a split, in groups, after `step` steps of training.
 
     They go to `folder/metrics.json`, and to `folder/index.html` together with the first images of
     process 0, drawn beside label and prediction. Classes that are never predicted are named, with
-    the weights of an audit in the workdir. `before_batch` may raise to end it early.
+    the weights of an audit in the workdir. `before_batch` is given the error of a batch that cannot
+    be made, and may raise that or another one to end it early.
     """
     spec = dataset_spec(config)
     classes = label_map(spec)
@@ -220,26 +226,30 @@ def evaluate(
     )
     confusion = np.zeros((len(classes.names),) * 2, np.int64)  # more pixels than int32 can count
     pictures, num_pictures = [], config.eval.num_pictures if processes.is_first() else 0
-    for batch in batches:
-        before_batch()
+    for batch in _asking(batches, before_batch):
         on_devices = distributed.to_devices(batch, mesh)
         logits = programs.run(eval_step.network, variables, on_devices.image)
         prediction, counts = programs.run(eval_step.score, logits, on_devices)
         confusion += np.asarray(counts)
-        for row in np.flatnonzero(batch.valid)[: num_pictures - len(pictures)]:
+        predicted = distributed.local_rows(prediction)
+        shown = np.flatnonzero(batch.valid)[:num_pictures]
+        num_pictures -= len(shown)
+        for row in shown:
             example_id = int(batch.example_id[row])
-            pictures.append(f"{example_id:06d}.png")
-            record = source[example_id]
-            image = decode_image(record["image"], pictures[-1])
-            height, width = image.shape[:2]
-            report.save_panel(
-                folder / pictures[-1],
-                image,
-                batch.label[row, :height, :width],
-                distributed.local_rows(prediction)[row, :height, :width],
-                classes,
-                record["name"].decode(),
-            )
+            picture = f"{example_id:06d}.png"
+            with best_effort(str(folder / picture)):
+                record = source[example_id]
+                image = decode_image(record["image"], picture)
+                height, width = image.shape[:2]
+                report.save_panel(
+                    folder / picture,
+                    image,
+                    batch.label[row, :height, :width],
+                    predicted[row, :height, :width],
+                    classes,
+                    record["name"].decode(),
+                )
+                pictures.append(picture)
     results = {
         "data": spec.name,
         "split": split,
@@ -251,12 +261,31 @@ def evaluate(
         "never_predicted": [classes.names[i] for i in never_predicted(confusion)],
         "confusion": confusion.tolist(),
     }
-    if processes.is_first():
-        advice = unpredicted_advice(results["never_predicted"], config, workdir)
-        if advice:
-            log.info(advice)
+    advice = unpredicted_advice(results["never_predicted"], config, workdir)
+    if advice and processes.is_first():
+        log.info(advice)
+
+    def write() -> None:
         report.save_evaluation(folder, results, pictures, advice)
+
+    processes.together(write if processes.is_first() else lambda: None)
     return results
+
+
+def _asking(
+    batches: Iterator[Batch], before_batch: Callable[[Exception | None], None]
+) -> Iterator[Batch]:
+    """The batches; `before_batch` is asked before each, and at the end."""
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except Exception as caught:
+            error = caught
+        before_batch(error)
+        if batch is None:
+            return
+        yield batch
 
 
 def unpredicted_advice(names: Sequence[str], config: Config, workdir: Path) -> str:
@@ -299,12 +328,9 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
         split_memory=splits_memory(config) and not any(uneven),
         fsdp=config.parallel.fsdp,
     )
-    with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
-        # As process 0 sees it: a run beside this one may save another at any moment.
-        found = processes.together(lambda: checkpoint.find_step(manager, which))
-        step = int(processes.gather(str(found))[0])
-        state = checkpoint.restore(manager, step, state, of_state)
-    log.info(f"{manager.directory / str(step)}: {config.model.name} after {step} steps")
+    step = checkpoint.find_whole(workdir, which)
+    state = checkpoint.restore(workdir, step, state, of_state)
+    log.info(f"{workdir / 'checkpoints' / str(step)}: {config.model.name} after {step} steps")
     variables = jax.device_put(inference_variables(state), distributed.replicated(mesh))
     return model, variables, step, mesh
 
@@ -317,8 +343,7 @@ def evaluate_run(
     `output`: where results go instead of a folder in the workdir, in which nothing is written then.
     """
     if which != "init":  # before the data are read, which may take long
-        with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
-            processes.together(lambda: checkpoint.find_step(manager, which))
+        processes.together(lambda: checkpoint.find_step(workdir, which))
     spec = dataset_spec(config)
     source = processes.first_then_others(lambda: open_split(spec, split))
     facts = {"images": len(source), "--checkpoint": which, "--split": split}
@@ -329,8 +354,7 @@ def evaluate_run(
     model, variables, step, mesh = load_run(config, workdir, which)
     # Makes the folder, so not before all that may be refused.
     keep_compiled(config, None if output else workdir)
-    name = str(step) if split == "val" else f"{step}_{split}"
-    folder = output or workdir / "eval" / name
+    folder = output or evaluation_folder(workdir, step, split)
     eval_step = compile_eval_step(config, model, mesh)
     require_memory(config, eval_step, variables, source, groups, split, mesh)
     results = evaluate(

@@ -1,17 +1,26 @@
 """Writing files so that nothing is ever half there."""
 
+import errno
 import fcntl
 import json
 import logging
 import math
 import os
+import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from contrastseg_jax.errors import InputError
+from contrastseg_jax.errors import InputError, warn_once
 
 log = logging.getLogger("contrastseg_jax")
+
+CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of a file system
+
+# What the libraries that write a folder do not take for letters of its path, and what they read.
+OF_CHECKPOINTS = {"\\": "/", "gs:/": "a bucket of Google's"}  # TensorStore, Orbax
+OF_PREPARED_DATA = {"?": "the end of the path"}  # TFDS
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -30,21 +39,70 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def lock(path: Path, *, wait: bool = False) -> IO[str]:
     """Hold a lock until the file that is returned is closed, at the latest when the process ends.
 
+    On a file system without locks there is a warning instead, and nothing is held.
+
     Raises:
         InputError: another process holds it, and `wait` does not say to wait for that one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        if not wait:
+        _flock(file, wait)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
             file.close()
             message = f"{path.parent}: another process is training in this folder"
             raise InputError(message) from error
-        log.info(f"{path.parent}: waiting for another process")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if error.errno not in CANNOT_LOCK:
+            file.close()
+            raise
+        warn_once(
+            str(path),
+            f"{path.parent}: its file system has no locks ({error.strerror}), so nothing keeps a"
+            " second process from writing there at the same time",
+        )
     return file
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raise an OSError for a disk that is too full for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left on device: {folder} needs {needed:,} bytes, {free:,} are free",
+        )
+
+
+def require_literal(path: Path, name: str, misread: Mapping[str, str]) -> None:
+    """Raise an InputError for a path, given as `name`, that is another one to those who write it.
+
+    `misread`: OF_CHECKPOINTS or OF_PREPARED_DATA.
+    """
+    text = f"{path.absolute()}/"
+    found = [
+        f"{part!r}, which would be read as {other}"
+        for part, other in misread.items()
+        if part in text
+    ]
+    if "\0" in text:
+        found.append("the character NUL")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        found.append("bytes that are not UTF-8")
+    if found:
+        raise InputError(
+            f"{name}={str(path)!r}: its path must not have {found[0]}; choose another folder"
+        )
+
+
+def _flock(file: IO[str], wait: bool) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise
+        log.info(f"{Path(file.name).parent}: waiting for another process")
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def to_json(value: Any) -> str:

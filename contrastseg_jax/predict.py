@@ -28,7 +28,7 @@ from contrastseg_jax.data.images import (
     is_turned,
 )
 from contrastseg_jax.data.labels import LabelMap, to_mask_values
-from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.errors import InputError, best_effort, listed
 from contrastseg_jax.evaluate import compile_network, load_run
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.inputs import RESULTS, find_images, told
@@ -132,12 +132,13 @@ def _begin(output: Path, classes: LabelMap) -> None:
     """Makes the folders of the results, to see that they can be written."""
     *folders, legend = RESULTS
     try:
-        report.save_legend(output / legend, classes)
         for name in folders:
-            (output / name).mkdir(exist_ok=True)
+            (output / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}"
         raise InputError(f"--output={output}: cannot be written ({reason})") from error
+    with best_effort(str(output / legend)):
+        report.save_legend(output / legend, classes)
 
 
 def _by_size(config: Config, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
@@ -179,12 +180,12 @@ def _write(
     classes: LabelMap,
 ) -> None:
     mask = encode_png(to_mask_values(prediction, classes))
-    picture = report.overlay(image, prediction, classes)
     write_atomically(output / "masks" / f"{name}.png", mask)
-    if _is_long(image):
-        write_atomically(output / "overlays" / f"{name}.png", encode_png(picture))
-    else:
-        write_atomically(output / "overlays" / f"{name}.jpg", encode_jpeg(picture, 90))
+    path = output / "overlays" / f"{name}{'.png' if _is_long(image) else '.jpg'}"
+    with best_effort(str(path)):
+        picture = report.overlay(image, prediction, classes)
+        content = encode_png(picture) if _is_long(image) else encode_jpeg(picture, 90)
+        write_atomically(path, content)
 
 
 def _is_long(image: UInt8[np.ndarray, "h w 3"]) -> bool:

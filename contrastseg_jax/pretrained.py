@@ -7,7 +7,6 @@ report.txt     every array with its shape, mean and standard deviation
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
@@ -18,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from contrastseg_jax.errors import InputError
+from contrastseg_jax import digests
+from contrastseg_jax.checkpoint import LiteralPath
+from contrastseg_jax.errors import InputError, reason
+from contrastseg_jax.files import OF_CHECKPOINTS, require_literal, require_room
 from contrastseg_jax.logging import log
 from contrastseg_jax.models import weights as weights_lib
 from contrastseg_jax.models.segmenter import NETWORKS, Variables, sharing_backbone
@@ -47,16 +50,19 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
         InputError: it cannot be written.
     """
     target = folder.resolve()
+    require_literal(target, "--output", OF_CHECKPOINTS)
     # One that is there may be a mount point, or have nothing writable around it: it is filled.
     is_there = target.exists()
     partial = (target if is_there else target.parent) / f".{target.name}.{os.getpid()}.partial"
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
-        _require_room(partial, variables)
+        require_room(partial, sum(leaf.nbytes for leaf in jax.tree.leaves(variables)))
         (partial / "report.txt").write_text(report)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / "variables", variables)
+            checkpointer.save(LiteralPath(partial / "variables"), variables)
+            found: Any = checkpointer.restore(LiteralPath(partial / "variables"))
+        _require_same(variables, found)
         record = dataclasses.asdict(weights) | {"files": _digests(partial / "variables")}
         (partial / "weights.json").write_text(json.dumps(record, indent=2))
         if is_there:
@@ -65,8 +71,7 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
         else:
             os.replace(partial, target)
     except (OSError, ValueError) as error:  # Orbax raises ValueError for a device that fails
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200]
-        raise InputError(f"--output={folder}: cannot be written ({reason})") from error
+        raise InputError(f"--output={folder}: cannot be written ({reason(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in new_parents:
@@ -82,13 +87,13 @@ def read(folder: Path, network: str) -> Weights:
     """
     path = folder / "weights.json"
     if not path.is_file():
-        reason = f"{path} does not exist"
+        why = f"{path} does not exist"
         if folder.is_file() or (folder / "checkpoints").is_dir():
-            reason = f"python main.py --mode=convert --input={folder} --output=FOLDER makes one"
+            why = f"python main.py --mode=convert --input={folder} --output=FOLDER makes one"
         raise InputError(
-            f"model.init_from = '{folder}': must be a folder that --mode=convert has written;"
-            f" {reason}"
+            f"model.init_from = '{folder}': must be a folder that --mode=convert has written; {why}"
         )
+    require_literal(folder, "model.init_from", OF_CHECKPOINTS)
     try:
         values = json.loads(path.read_text())
         image, files = values.pop("image_format"), values.pop("files")
@@ -152,10 +157,10 @@ def start_from(
     weights = read(folder, network)
     require_intact(folder)
     with ocp.StandardCheckpointer() as checkpointer:
-        given: Any = checkpointer.restore(folder.absolute() / "variables")
+        given: Any = checkpointer.restore(LiteralPath(folder.absolute() / "variables"))
     parts = None if network in weights.networks else ("backbone",)
     variables, kept = weights_lib.merge(given, fresh, parts=parts, source=str(folder))
-    fresh_parts = {name: f"{name} ({reason})" for name, reason in kept.items()}
+    fresh_parts = {name: f"{name} ({why})" for name, why in kept.items()}
     for_training = ("proj_head",) if NETWORKS[network].aux_guides else ("proj_head", "aux_head")
     needed = [text for name, text in fresh_parts.items() if name.split("/")[0] not in for_training]
     if whole and needed:
@@ -191,17 +196,14 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _require_room(folder: Path, variables: Variables) -> None:
-    """Raise an error for a disk that is too full.
-
-    Orbax would fail there too, but its threads go on writing after it has.
-    """
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC, f"No space left on device: {needed:,} bytes are needed, {free:,} free"
-        )
+def _require_same(written: Variables, found: Any) -> None:
+    """Raise an error where what was written did not come back."""
+    sent, came = (
+        {name: digests.of_array(np.asarray(array)) for name, array in digests.named(tree).items()}
+        for tree in (written, found)
+    )
+    if wrong := [name for name in sent | came if sent.get(name) != came.get(name)]:
+        raise ValueError(f"read back, it is another: {', '.join(wrong[:3])}")
 
 
 def _require_format(image_format: ImageFormat) -> None:

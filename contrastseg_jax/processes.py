@@ -39,6 +39,10 @@ class Stopped(Exception):  # noqa: N818
     """The run was told to stop, and what it was doing is given up."""
 
 
+class SharedError(InputError):
+    """What one process could not do, raised in all of them at the same place."""
+
+
 _questions = itertools.count()  # of `gather`; all processes ask the same ones in the same order
 
 
@@ -208,7 +212,7 @@ def together(work: Callable[[], Result]) -> Result:
     """What `work` gives in this process.
 
     Raises:
-        InputError: in all processes, if `work` raised one or an OSError in any; it names them.
+        SharedError: in all processes, if `work` raised one or an OSError in any; it names them.
     """
     if count() == 1:
         return work()
@@ -217,12 +221,17 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except (InputError, OSError) as error:
         problem = str(error)
+    raise_shared(problem)
+    return result  # pyright: ignore[reportReturnType]  # None only where `work` gave it
+
+
+def raise_shared(problem: str) -> None:
+    """Raise a SharedError in all processes, if one has a problem; all must ask."""
     problems = [(other, text) for other, text in enumerate(gather(problem)) if text]
     if problems:
+        texts = "\n".join(dict.fromkeys(text for _, text in problems))
         indices = ", ".join(str(other) for other, _ in problems)
-        texts = dict.fromkeys(text for _, text in problems)
-        raise InputError(f"in process {indices}: " + "\n".join(texts))
-    return result  # pyright: ignore[reportReturnType]  # None only where `work` gave it
+        raise SharedError(f"in process {indices}: {texts}" if count() > 1 else texts)
 
 
 def first_then_others(work: Callable[[], Result]) -> Result:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from contrastseg_jax import distributed
 from contrastseg_jax.config import Config
-from contrastseg_jax.logging import log, write_metrics
+from contrastseg_jax.logging import Board, log, write_metrics
 from contrastseg_jax.optim import Schedule
 from contrastseg_jax.train_step import Metrics
 
@@ -36,7 +35,7 @@ class Interval:
 def log_interval(
     config: Config,
     workdir: Path,
-    board: SummaryWriter | None,
+    board: Board | None,
     step: int,
     interval: Interval,
     schedule: Schedule,

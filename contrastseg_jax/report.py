@@ -7,17 +7,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import cv2
 import matplotlib
 import numpy as np
 from jaxtyping import Integer, UInt8
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from contrastseg_jax.data.audit import Example
 from contrastseg_jax.data.labels import LabelMap, colorize
+from contrastseg_jax.errors import best_effort
 from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -28,7 +31,7 @@ WIDE = 3  # times as wide as high: from there on pictures lie one above the othe
 NARROWEST = 8  # times as long as wide: what is narrower is drawn stretched, to be seen at all
 TALLEST = 8.0  # inches of a picture
 REDUCED_SIDE = 1500  # pixels: more cannot be seen in a figure
-TITLE_LENGTH = 48  # letters of an example's name that fit over it
+TITLE_LENGTH = 48  # letters of a name that fit
 # The curves of a run, several in a panel where they are to be compared.
 PANELS = {
     "cross entropy": ("train/cross_entropy",),
@@ -36,6 +39,8 @@ PANELS = {
     "similarity": ("train/positive_similarity", "train/negative_similarity"),
     "validation mean IoU": ("val/mean_iou",),
 }
+# Not as a matplotlibrc of the user's may say: text.usetex would read names as LaTeX.
+plain_style = style.context("default")
 
 
 def overlay(
@@ -48,13 +53,17 @@ def overlay(
     return np.where(labelled, (image & color) + ((image ^ color) >> 1), image)
 
 
+@plain_style
 def save_legend(path: Path, label_map: LabelMap) -> None:
     """A picture that says which colour is which class."""
-    figure = Figure(figsize=(2.4, 0.3 + 0.22 * len(label_map.names)))
-    figure.legend(handles=_patches(label_map), loc="center", frameon=False)
+    names = label_map.names
+    width = max(2.4, 0.8 + 0.11 * max(len(shortened(name)) for name in names))
+    figure = Figure(figsize=(width, 0.3 + 0.22 * len(names)))
+    _legend(figure, _patches(label_map), names, loc="center", frameon=False)
     _save(path, figure)
 
 
+@plain_style
 def save_panel(
     path: Path,
     image: UInt8[np.ndarray, "h w 3"],
@@ -77,27 +86,31 @@ def save_panel(
     figure.set_layout_engine("constrained")
     image, label, prediction = (reduced(x.astype(np.uint8)) for x in (image, label, prediction))
     known = np.where(label < len(label_map.names), prediction, label)
-    shown = {
-        name: image,
-        "label": colorize(label, label_map),
-        "prediction": colorize(known, label_map),
-    }
-    for axes, (title, picture) in zip(figure.subplots(*stacked), shown.items(), strict=True):
+    shown = [
+        (name, image),
+        ("label", colorize(label, label_map)),
+        ("prediction", colorize(known, label_map)),
+    ]
+    for axes, (title, picture) in zip(figure.subplots(*stacked), shown, strict=True):
         _show(axes, picture)
-        axes.set_title(title)
+        axes.set_title(shortened(title), parse_math=False)
         axes.axis("off")
-    handles = [*_patches(label_map), Patch(facecolor="black", label="no class")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    handles = [*_patches(label_map), Patch(facecolor="black")]
+    names = [*label_map.names, "no class"]
+    _legend(figure, handles, names, loc="outside lower center", ncols=columns)
     _save(path, figure)
 
 
+@plain_style
 def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, title: str) -> None:
     """Many labelled images, their classes in colour over them, and a legend of those that occur."""
     columns = min(5, len(examples))
     rows = -(-len(examples) // columns)
     present = np.unique(np.concatenate([np.unique(example.label) for example in examples]))
-    handles = [_patches(label_map)[i] for i in present if i < len(label_map.names)]
-    handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////", label="no class"))
+    occurring = [i for i in present if i < len(label_map.names)]
+    handles = [_patches(label_map)[i] for i in occurring]
+    handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////"))
+    names = [*(label_map.names[i] for i in occurring), "no class"]
     tallest = max(shown_aspect(*example.label.shape) for example in examples)
     legend_columns = SHEET_LEGEND_COLUMNS * columns
     legend_rows = -(-len(handles) // legend_columns)
@@ -111,14 +124,18 @@ def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, tit
         axes.axis("off")
     for axes, example in zip(cells, examples, strict=False):
         _show(axes, _hatched(overlay(example.image, example.label, label_map), example.label))
-        axes.set_title(example.name[-TITLE_LENGTH:], fontsize=10, parse_math=False)
-    figure.suptitle(title, parse_math=False)
-    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, fontsize=12)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # in names: a box will do
-        _save(path, figure)
+        axes.set_title(shortened(example.name), fontsize=10, parse_math=False)
+    figure.suptitle(shortened(title, 200), parse_math=False)
+    _legend(
+        *(figure, handles, names),
+        loc="outside lower center",
+        ncols=legend_columns,
+        fontsize=12,
+    )
+    _save(path, figure)
 
 
+@plain_style
 def save_curves(path: Path, metrics_file: Path) -> None:
     """Losses, similarities and validation mIoU over the steps of a run, of its `metrics.jsonl`."""
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
@@ -180,18 +197,19 @@ def save_evaluation(
     """`metrics.json`, and `index.html` that shows the same numbers with the pictures."""
     write_atomically(folder / "metrics.json", to_json(dict(results)) + "\n")
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>"
+        f"<tr><td>{html.escape(_printable(name))}</td><td>{value:.4f}</td></tr>"
         for name, value in score_rows(results).items()
     )
-    images = "".join(f'<p><img src="{html.escape(name)}" width="100%"></p>' for name in pictures)
+    images = "".join(f'<p><img src="{quote(name)}" width="100%"></p>' for name in pictures)
     note = f"<p>{html.escape(advice)}</p>" if advice else ""
     title = html.escape(f"{results['data']} {results['split']}, step {results['step']}")
-    write_atomically(
-        folder / "index.html",
+    page = (
         f"<!doctype html><meta charset=utf-8><title>{title}</title>"
         "<style>body{font:15px sans-serif;max-width:1100px;margin:2em auto}td{padding:2px 1em}"
-        f"</style><h1>{title}</h1><table>{rows}</table>{note}{images}",
+        f"</style><h1>{title}</h1><table>{rows}</table>{note}{images}"
     )
+    with best_effort(str(folder / "index.html")):
+        write_atomically(folder / "index.html", page)
 
 
 def shown_aspect(height: int, width: int) -> float:
@@ -228,14 +246,37 @@ def _num_steps(intervals: Sequence[tuple[int, float, int]]) -> int:
     return sum(size for _, _, size in intervals)
 
 
+def shortened(name: str, length: int = TITLE_LENGTH) -> str:
+    """A name on one line: both its ends, where it is longer than `length` letters."""
+    name = _printable(name)
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+
+
+def _printable(name: str) -> str:
+    """The name without what no font and no page has: control characters, lone surrogates."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name
+    )
+
+
+def _legend(figure: Figure, handles: list[Patch], names: Sequence[str], **settings: Any) -> None:
+    """A legend of any names: given as labels, those that begin with _ would be left out."""
+    legend = figure.legend(handles=handles, labels=[""] * len(handles), **settings)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=shortened(name), parse_math=False)
+
+
 def _save(path: Path, figure: Figure) -> None:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # letters that the font lacks: a box will do
+        figure.savefig(picture, format="png", dpi=120)
     write_atomically(path, picture.getvalue())
 
 
 def _patches(label_map: LabelMap) -> list[Patch]:
     return [
-        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*color), edgecolor="0.5", label=name)
-        for name, color in zip(label_map.names, label_map.palette, strict=True)
+        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*color), edgecolor="0.5")
+        for color in label_map.palette[: len(label_map.names)]
     ]

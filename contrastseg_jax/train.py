@@ -10,10 +10,8 @@ from pathlib import Path
 
 import jax
 import optax
-import orbax.checkpoint as ocp
 from clu import parameter_overview
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -37,6 +35,7 @@ from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.dataset import label_map, open_splits
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
+from contrastseg_jax.errors import best_effort, reason
 from contrastseg_jax.evaluate import (
     EvalStep,
     compile_eval_step,
@@ -46,13 +45,14 @@ from contrastseg_jax.evaluate import (
     require_memory,
 )
 from contrastseg_jax.files import lock
-from contrastseg_jax.logging import log, open_board, write_metrics
+from contrastseg_jax.logging import Board, close_board, log, open_board, write_metrics
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.progress import Interval, data_advice, log_interval, require_finite
 from contrastseg_jax.structs import Batch, TrainState
 from contrastseg_jax.train_step import Metrics, batch_shape, compile_step
-from contrastseg_jax.workdir import claim, find_run
+from contrastseg_jax.workdir import claim, evaluation_folder, find_run
 
+AskFn = Callable[..., jax.Array]  # as `_any_came`
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -102,20 +102,20 @@ def _train_on(
     val_source: Source,
     val_groups: Sequence[EvalGroup],
 ) -> None:
-    """Train from `variables`, or where there are none from the newest checkpoint."""
+    """Train from `variables`, or where there are none from the newest whole checkpoint."""
     # Where the run is.
     keep_compiled(config, workdir)
     mesh = distributed.make_mesh()
     tx, schedule = build_optimizer(config)
     num_steps = config.train.num_steps
-    manager = checkpoint.open_manager(workdir, keep_checkpoints=config.train.keep_checkpoints)
-    start_step = manager.latest_step() or 0
-    processes.require_same({"begins": variables is not None, "newest checkpoint": start_step})
+    processes.require_same({"begins": variables is not None})
+    start_step = checkpoint.find_whole(workdir, "latest", goes_on=True) if not variables else 0
     scored = _is_scored(config, workdir, start_step)
     if start_step >= num_steps and scored:
         log.info(f"{workdir}: is trained to its end, step {start_step}")
         return
-    state = _placed_state(config, model, tx, variables, manager, start_step, mesh)
+    checkpoint.prepare(workdir)
+    state = _placed_state(config, model, tx, variables, workdir, start_step, mesh)
 
     # Scores.
     eval_step = compile_eval_step(config, model, mesh)
@@ -124,17 +124,11 @@ def _train_on(
     del predicting  # each step uses up the state before
     board = open_board(workdir, start_step) if processes.is_first() else None
     score = functools.partial(
-        _score,
-        config,
-        eval_step,
-        val_source,
-        val_groups,
+        *(_try_to_score, config, eval_step, val_source, val_groups),
         mesh=mesh,
         workdir=workdir,
         board=board,
     )
-    if not scored:
-        score(state, start_step)
 
     # Steps.
     if uses_contrast(config):
@@ -156,15 +150,20 @@ def _train_on(
     with contextlib.ExitStack() as stack:
         # Outermost: SIGTERM must not end the process before the last checkpoint is written.
         sigterm_came = stack.enter_context(processes.noted_sigterm())
-        for resource in (manager, batches, *([board] if board else [])):
-            stack.enter_context(contextlib.closing(resource))
+        writer = stack.enter_context(
+            checkpoint.open_writer(workdir, keep_checkpoints=config.train.keep_checkpoints)
+        )
+        stack.enter_context(contextlib.closing(batches))
+        if board:
+            stack.callback(close_board, board)
         stack.enter_context(bar)
         stack.enter_context(logging_redirect_tqdm([log]))
         ask = functools.partial(_any_came, sigterm_came, mesh)
+        stopping = not scored and not score(state, start_step, ask)
         stop_asked = ask()
         interval, advice = Interval(time.monotonic()), ""
-        step, stopping = start_step, False
-        steps = take_steps(step_fn, state, batches, mesh)
+        step = start_step
+        steps = iter(()) if stopping else take_steps(step_fn, state, batches, mesh)
         del state  # each step uses up the one before
         for step, (state, metrics, waited) in enumerate(steps, start_step + 1):
             interval.metrics.append(metrics)
@@ -184,23 +183,22 @@ def _train_on(
                         log.warning(advice)
                 interval = Interval(time.monotonic())
 
-            mean_iou, paused = None, time.monotonic()
-            if not stopping and is_due(step, config.train.eval_steps, num_steps):
-                try:
-                    mean_iou = score(state, step, before_batch=functools.partial(_stop_if, ask))
-                except processes.Stopped:
-                    stopping = True
-            saving = mean_iou is not None or is_due(step, config.train.checkpoint_steps, num_steps)
-            if saving or stopping:
+            paused = time.monotonic()
+            evaluating = not stopping and is_due(step, config.train.eval_steps, num_steps)
+            if stopping or evaluating or is_due(step, config.train.checkpoint_steps, num_steps):
                 require_finite([metrics], step)  # a lost state must not replace a good one
-                checkpoint.save(manager, step, state, mean_iou)
+                checkpoint.save(writer, step, state)
+            if evaluating:
+                stopping = not score(state, step, ask)
             interval.began += time.monotonic() - paused
             if stopping:
                 break
     if stopping:
         log.warning(f"SIGTERM: stopped after step {step}, which is saved; run again to go on")
         sys.exit(processes.TERMINATED)
-    log.info(f"scores and pictures: {workdir / 'eval' / str(num_steps) / 'index.html'}")
+    page = evaluation_folder(workdir, num_steps) / "index.html"
+    if page.exists():
+        log.info(f"scores and pictures: {page}")
 
 
 def _placed_state(
@@ -208,7 +206,7 @@ def _placed_state(
     model: Segmenter,
     tx: optax.GradientTransformation,
     variables: Variables | None,
-    manager: ocp.CheckpointManager,
+    workdir: Path,
     step: int,
     mesh: Mesh,
 ) -> TrainState:
@@ -217,7 +215,7 @@ def _placed_state(
     of_state = state_sharding(config, abstract, mesh)
     if variables is None:
         log.info(f"going on after step {step} of {config.train.num_steps}")
-        state = checkpoint.restore(manager, step, abstract, of_state)
+        state = checkpoint.restore(workdir, step, abstract, of_state)
     else:
         state = jax.device_put(init_state(config, model, tx, variables), of_state)
     num_params = parameter_overview.count_parameters(state.params)
@@ -228,57 +226,68 @@ def _placed_state(
     return state
 
 
-def _score(
+def _try_to_score(
     config: Config,
     eval_fn: EvalStep,
     source: Source,
     groups: Sequence[EvalGroup],
     state: TrainState,
     step: int,
+    ask: AskFn,
     *,
     mesh: Mesh,
     workdir: Path,
-    board: SummaryWriter | None,
-    before_batch: Callable[[], None] = lambda: None,
-) -> float:
-    """Mean IoU on the validation split; all scores go where the run's numbers go."""
-    variables = jax.device_put(inference_variables(state), distributed.replicated(mesh))
-    results = evaluate(
-        config,
-        eval_fn,
-        variables,
-        source,
-        groups,
-        "val",
-        step,
-        mesh=mesh,
-        folder=workdir / "eval" / str(step),
-        workdir=workdir,
-        before_batch=before_batch,
-    )
+    board: Board | None,
+) -> bool:
+    """Evaluate on the validation split; all scores go where the run's numbers go.
+
+    An evaluation that fails is a warning. False: the run was told to stop.
+    """
+    try:
+        variables = jax.device_put(inference_variables(state), distributed.replicated(mesh))
+        results = evaluate(
+            *(config, eval_fn, variables, source, groups, "val", step),
+            mesh=mesh,
+            folder=evaluation_folder(workdir, step),
+            workdir=workdir,
+            before_batch=functools.partial(_require_well, ask),
+        )
+    except processes.Stopped:
+        return False
+    except Exception as error:
+        if processes.count() > 1 and not isinstance(error, processes.SharedError):
+            raise  # the others wait for this one
+        log.warning(f"step {step}: the evaluation failed, and the run goes on: {reason(error)}")
+        return True
     if board:
         scores = {key: results[key] for key in ("mean_iou", "pixel_accuracy")}
         scores |= {f"iou_{name}": value for name, value in results["iou"].items()}
         write_metrics(workdir, board, step, {f"val/{key}": value for key, value in scores.items()})
-        report.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
+        with best_effort(str(workdir / "curves.png")):
+            report.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
         log.info(f"step {step}  val mIoU {results['mean_iou']:.4f}")
-    return results["mean_iou"]
+    return True
 
 
-def _any_came(sigterm_came: Callable[[], bool], mesh: Mesh) -> jax.Array:
-    """Whether SIGTERM has come to any process; all must ask, and hear the same once it is known."""
-    return distributed.any_process(sigterm_came(), mesh)
+def _any_came(sigterm_came: Callable[[], bool], mesh: Mesh, failed: bool = False) -> jax.Array:
+    """Whether SIGTERM has come to any process, or one has failed.
+
+    All must ask, and hear the same once it is known.
+    """
+    return distributed.any_process(sigterm_came() or failed, mesh)
 
 
-def _stop_if(ask: Callable[[], jax.Array]) -> None:
-    if ask():
+def _require_well(ask: AskFn, error: Exception | None) -> None:
+    """Raise the same in all processes, where one has an error or was told to stop."""
+    if ask(error is not None):
+        processes.raise_shared(reason(error) if error else "")
         raise processes.Stopped
 
 
 def _is_scored(config: Config, workdir: Path, step: int) -> bool:
     """Whether a checkpoint has the scores that are due with it; a run that was stopped may not."""
     due = step > 0 and is_due(step, config.train.eval_steps, config.train.num_steps)
-    there = (workdir / "eval" / str(step) / "metrics.json").exists()
+    there = (evaluation_folder(workdir, step) / "metrics.json").exists()
     return processes.gather(str(there or not due))[0] == "True"
 
 

@@ -1,10 +1,15 @@
-"""The folder of a run: the config that it has, and which others may go on in it. No JAX here."""
+"""The folder of a run: the config that it has, which others may go on in it, what it holds.
 
+No JAX here.
+"""
+
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from contrastseg_jax.config import LEFT_OPEN, Config, from_json, leaves, override, to_json
-from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.errors import InputError, listed, warn_once
 from contrastseg_jax.files import write_atomically
 
 # Settings of the machine and of the watching, not of the experiment: a run may resume with others.
@@ -59,11 +64,36 @@ def find_run(workdir: Path) -> Config | None:
     other settings.
     """
     path = workdir / "config.json"
-    if not any(name.name.isdecimal() for name in (workdir / "checkpoints").glob("*")):
+    if not saved_steps(workdir):
         return None
     if not path.exists():
         raise InputError(f"--workdir={workdir}: has checkpoints but no config.json")
     return from_json(path.read_text(), str(path))
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of the finished checkpoints, in order."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
+def evaluation_folder(workdir: Path, step: int, split: str = "val") -> Path:
+    """Where the scores and pictures of a checkpoint are."""
+    return workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
+
+
+def read_score(workdir: Path, step: int) -> float:
+    """What "best" means: val mIoU. Below all others: a checkpoint without one, or on no pixel."""
+    path = evaluation_folder(workdir, step) / "metrics.json"
+    try:
+        score = json.loads(path.read_text())["mean_iou"]
+        return -math.inf if score is None else float(score)
+    except FileNotFoundError:
+        return -math.inf
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        warn_once(str(path), f"{path}: is damaged ({error!r}); step {step} counts as not evaluated")
+        return -math.inf
 
 
 def refuse_differences(config: Config, run: Config, workdir: Path) -> None:

@@ -6,7 +6,7 @@ import time
 
 from program import events, scalars
 
-from contrastseg_jax.logging import open_board, write_metrics
+from contrastseg_jax.logging import close_board, open_board, write_metrics
 
 
 def read(workdir):
@@ -18,7 +18,7 @@ def test_metrics_are_one_valid_json_line_each(tmp_path):
     board = open_board(tmp_path, 0)
     write_metrics(tmp_path, board, 1, {"train/loss": 1.5})
     write_metrics(tmp_path, board, 2, {"val/iou_snow": math.nan})
-    board.close()
+    close_board(board)
     lines = read(tmp_path)
     assert before <= lines[0].pop("time") <= lines[1].pop("time") <= time.time()
     assert lines == [{"step": 1, "train/loss": 1.5}, {"step": 2, "val/iou_snow": None}]
@@ -31,13 +31,13 @@ def test_resuming_drops_what_comes_again(tmp_path):
     board = open_board(tmp_path, 0)
     for step in (1, 2, 3):
         write_metrics(tmp_path, board, step, {"train/loss": float(step)})
-    board.close()
+    close_board(board)
     logged = read(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/lo')  # killed while writing
     board = open_board(tmp_path, 2)
     write_metrics(tmp_path, board, 3, {"train/loss": 30.0})
-    board.close()
+    close_board(board)
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3]
     found = scalars(tmp_path)
     assert [scalar[:3] for scalar in found] == [
