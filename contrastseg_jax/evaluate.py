@@ -54,6 +54,18 @@ def inference_variables(state: TrainState) -> Variables:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
+def require_finite(variables: Variables, step: int) -> None:
+    """Raise an error for a network that is lost: argmax would make the first class of its NaN."""
+    arrays = jax.tree_util.tree_leaves_with_path(variables)
+    lost = [path for path, x in arrays if not np.isfinite(np.asarray(x)).all()]
+    if lost:
+        name = jax.tree_util.keystr(lost[0], simple=True, separator="/")
+        raise FloatingPointError(
+            f"the network after {step} steps predicts nothing: {len(lost)} of its {len(arrays)}"
+            f" arrays hold values that are not finite, e.g. {name}; take an earlier checkpoint"
+        )
+
+
 def network_logits(
     variables: Variables,
     image: UInt8[Array, "b h w 3"],
@@ -131,6 +143,7 @@ def evaluate(
     They go to `folder/metrics.json`, and to `folder/index.html` together with the first images of
     process 0, drawn beside label and prediction. `before_batch` may raise to end it early.
     """
+    require_finite(variables, step)
     spec = dataset_spec(config)
     classes = label_map(spec)
     batches = pipeline.eval_batches(
@@ -195,6 +208,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
         variables = jax.device_put(
             initial_variables(config, model, whole=True), distributed.replicated(mesh)
         )
+        require_finite(variables, 0)
         return model, variables, 0, mesh
     tx, _ = build_optimizer(config)
     state = abstract_state(config, model, tx)
@@ -213,6 +227,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
         state = checkpoint.restore(manager, step, state, of_state)
     log.info(f"{manager.directory / str(step)}: {config.model.name} after {step} steps")
     variables = jax.device_put(inference_variables(state), distributed.replicated(mesh))
+    require_finite(variables, step)
     return model, variables, step, mesh
 
 
