@@ -69,6 +69,18 @@ def inference_variables(state: TrainState) -> Variables:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
+def require_finite(variables: Variables, step: int) -> None:
+    """Raise an error for a network that is lost: argmax would make the first class of its NaN."""
+    arrays = jax.tree_util.tree_leaves_with_path(variables)
+    lost = [path for path, x in arrays if not np.isfinite(np.asarray(x)).all()]
+    if lost:
+        name = jax.tree_util.keystr(lost[0], simple=True, separator="/")
+        raise FloatingPointError(
+            f"the network after {step} steps predicts nothing: {len(lost)} of its {len(arrays)}"
+            f" arrays hold values that are not finite, e.g. {name}; take an earlier checkpoint"
+        )
+
+
 def network_logits(
     variables: Variables,
     image: UInt8[Array, "b h w 3"],
@@ -210,6 +222,7 @@ def evaluate(
     the weights of an audit in the workdir. `before_batch` is given the error of a batch that cannot
     be made, and may raise that or another one to end it early.
     """
+    require_finite(variables, step)
     spec = dataset_spec(config)
     classes = label_map(spec)
     batches = pipeline.eval_batches(
@@ -317,6 +330,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
         variables = jax.device_put(
             initial_variables(config, model, whole=True), distributed.replicated(mesh)
         )
+        require_finite(variables, 0)
         return model, variables, 0, mesh
     tx, _ = build_optimizer(config)
     state = abstract_state(config, model, tx)
@@ -332,6 +346,7 @@ def load_run(config: Config, workdir: Path, which: str) -> tuple[Segmenter, Vari
     state = checkpoint.restore(workdir, step, state, of_state)
     log.info(f"{workdir / 'checkpoints' / str(step)}: {config.model.name} after {step} steps")
     variables = jax.device_put(inference_variables(state), distributed.replicated(mesh))
+    require_finite(variables, step)
     return model, variables, step, mesh
 
 

@@ -74,14 +74,14 @@ class Plan:
 
 def report(plan: Plan, config: Config) -> str:
     """The plan to read."""
-    n, anchors = plan.num_devices, f"{plan.anchors_per_image} of {plan.cells_per_image} cells"
+    n, anchors = plan.num_devices, f"{plan.anchors_per_image} of {plan.cells_per_image}"
     own = plan.compiled.flops if plan.compiled else plan.flops / n
     lines = [
         f"{plan.model}, {plan.batch_size} images a step, on {plan.topology}:"
         f" {n} x {plan.device} with {_size(plan.device_bytes)} each",
         "",
         *_rows({"parameters": f"{plan.parameters / 1e6:.2f} M"}),
-        *_rows({"anchors of an image": anchors} if plan.anchors_per_image else {}),
+        *_rows({"anchors, of an image's cells": anchors} if plan.anchors_per_image else {}),
         *_rows({"operations of a step": _flops(plan.flops)}),
         *_rows({"contrast loss, computed": _flops(plan.contrast_flops)}, indent=2),
         *_rows({"operations of a device": _flops(own)}),

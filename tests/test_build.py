@@ -28,6 +28,32 @@ def test_state_holds_what_the_variant_needs():
         assert state.ema is None
 
 
+@pytest.mark.parametrize(
+    ("name", "crop_size", "cells", "expected"),
+    [
+        ("hrnet_tiny", (32, 32), 8 * 8, 16),
+        ("hrnet_tiny", (128, 128), 32 * 32, 64),
+        ("hrnet_tiny", (512, 1024), 128 * 256, 512),
+        ("deeplabv3_r18", (256, 512), 33 * 65, 134),
+    ],
+)
+def test_anchors_are_a_sixteenth_of_the_cells(name, crop_size, cells, expected):
+    settings = f"model.name={name}", f"augment.crop_size={crop_size}"
+    for given, number in ((0, expected), (7, 7)):
+        config = make_config(*settings, f"contrast.anchors_per_image={given}")
+        model = build.build_model(config, 3)
+        assert build.num_anchors(config, model) == number
+        assert build.num_cells(config, model) == cells
+
+
+def test_recipes_of_published_data_sets_keep_their_number_of_anchors():
+    numbers = {}
+    for path in (ROOT / "configs").glob("*.py"):
+        numbers[path.stem] = config_lib.load(str(path)).contrast.anchors_per_image
+    published = {"ade20k", "camvid", "cityscapes", "coco_stuff", "pascal_context"}
+    assert numbers == {name: 512 if name in published else 0 for name in numbers}
+
+
 @pytest.mark.parametrize("name", ["hrnet_tiny_ocr", "deeplabv3plus_r18"])
 def test_all_but_the_backbone_takes_longer_steps(name):
     config = make_config(f"model.name={name}", "optim.head_lr_multiplier=10")

@@ -81,6 +81,51 @@ def test_more_candidates_than_can_be_drawn_from_are_refused():
     assert "at most 16777216 candidates; there are 18000108" in problem
 
 
+def test_the_number_of_anchors_in_a_message_is_that_of_the_map():
+    """A crop of 64x64 has 16x16 cells, a sixteenth of which are 16."""
+    overrides = ["contrast.anchors_per_image=0", "augment.crop_size=(64, 64)"]
+    (problem,) = problems(*overrides, "contrast.negatives=random", "contrast.candidates=batch")
+    assert "at most 64, of 3 classes, 0 slots a class and 64 anchors in the batch" in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layer", "remedy"),
+    [
+        (["model.name=deeplabv3_r18"], "cls_head/aspp/b4_1", "train.batch_size to 8"),
+        (["model.name=deeplabv3plus_r18"], "neck/aspp/b4_1", "train.batch_size to 8"),
+        ([], r"backbone/\S+ and \d more layers", "train.batch_size to 8, or augment.crop_size"),
+    ],
+    ids=["pooled", "pooled in the neck", "small crop"],
+)
+def test_one_value_has_no_variance(overrides, layer, remedy):
+    """DeepLabV3's mean over the image on crops of any size, HRNet's stride of 32 on small ones."""
+    config = make_config("train.batch_size=1", *overrides)
+    with pytest.raises(InputError) as error:
+        check(config, mode="train", num_devices=1)
+    first, *others = str(error.value).splitlines()[1:]
+    assert not others
+    assert re.search(rf"train.batch_size = 1, augment.crop_size = \(32, 32\): .*{layer}", first)
+    assert first.endswith(f"raise {remedy}")
+    check(config, mode="eval")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.name=deeplabv3_r18", "train.batch_size=4"], r"4 values \(cls_head/aspp/b4_1\)"),
+        (["model.name=ocr_r18", "train.batch_size=1"], r"3 values .*: raise train.batch_size to 3"),
+        (["model.name=deeplabv3_r18", "train.batch_size=8", "contrast.candidates=batch"], None),
+        (["train.batch_size=2", "augment.crop_size=(64, 64)"], None),
+    ],
+    ids=["pooled", "one vector per class", "eight images", "eight places"],
+)
+def test_few_values_are_a_warning(overrides, said, caplog):
+    check(make_config(*overrides), mode="plan", num_devices=1)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (said is not None)
+    assert said is None or re.search(said, warnings[0])
+
+
 def test_check_lists_the_problems_of_the_bank_in_training_alone():
     config = make_config("memory.pixel_size=5", "contrast.negatives=random")
     check(config, mode="eval")

@@ -116,6 +116,21 @@ def test_the_projection_head_is_not_computed(trained):
     assert "proj_head" not in text.as_text(debug_info=True)
 
 
+def test_a_network_that_is_lost_is_not_scored(trained, tmp_path):
+    """Its logits are NaN, of which argmax makes class 0."""
+    config, workdir = trained
+    model, variables, step, mesh = load_run(config, workdir, "latest")
+    eval_step = compile_eval_step(config, model, mesh)
+    for value in (np.nan, np.inf):
+        variables["params"]["cls_head"]["conv2"]["kernel"] = np.full((1, 1, 4, 3), value)
+        with pytest.raises(FloatingPointError, match="after 6 steps.* 1 of its .*cls_head/conv2"):
+            evaluate(
+                *(config, eval_step, variables, [], [], "val", step),
+                **{"mesh": mesh, "folder": tmp_path},
+            )
+    assert not list(tmp_path.iterdir())
+
+
 def test_averaged_parameters_are_used_where_kept():
     state = TrainState(0, {"x": 1}, {"y": 2}, None)
     assert inference_variables(state) == {"params": {"x": 1}, "batch_stats": {"y": 2}}

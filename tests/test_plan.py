@@ -9,11 +9,13 @@ import sys
 from importlib.util import find_spec
 
 import jax
+import jax.numpy as jnp
 import needs
 import pytest
+from jax.sharding import PartitionSpec
 from small import ROOT, make_config, start
 
-from contrastseg_jax import build, plan
+from contrastseg_jax import build, distributed, plan
 from contrastseg_jax.check import check
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.plan import plan_run
@@ -81,6 +83,9 @@ def test_the_compiled_step_is_reported_whole(two_devices):
     _, status, values, text = two_devices
     compiled = values["compiled"]
     assert values["parameters"] == 410_296
+    assert values["anchors_per_image"] == 24 and values["cells_per_image"] == 8 * 8
+    assert values["flops"] > values["contrast_flops"] > 0
+    assert "anchors, of an image's cells             24 of 64" in text
     assert values["bytes_held"]["batch"] == 4 * (32 * 32 * 4 + 4 + 1)
     assert status == 0 and values["fits"] is True
     assert values["least_bytes"] == (
@@ -210,6 +215,25 @@ def test_what_does_not_fit_comes_with_the_settings_to_change(two_devices):
     changed = make_config(*BANK, "model.dtype=bfloat16", "memory.sharding=slots", variant="ce")
     rest = report(dataclasses.replace(small, bytes_held=held | {"bank": 0}), changed)
     assert not re.search("bfloat16|slots|pixel_size", rest)
+
+
+def test_one_device_sends_nothing(two_devices):
+    """Though the sums over the devices stand in its program too."""
+    config, _, values, _ = two_devices
+    mesh = distributed.make_mesh(jax.devices()[:1])
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(x.sum(), "data"),
+        mesh=mesh,
+        in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec(),
+    )
+    program = jax.jit(total).lower(jnp.zeros(8)).compile()
+    alone = Plan(**figures_of(values) | {"num_devices": 1, "bytes_sent": {}, "compiled": None})
+    compiled = plan.figures(program, alone, 1.0)
+    assert compiled.flops >= alone.contrast_flops
+    text = report(dataclasses.replace(alone, compiled=compiled), config)
+    for said in (text, report(alone, config)):
+        assert re.search(r"sent by each device in a step.*\n  nothing +0 bytes\n\n", said)
 
 
 def test_what_the_compiler_finds_no_room_for_does_not_fit(two_devices, monkeypatch):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from small import make_batch, make_config, run_steps, start
 
-from contrastseg_jax import distributed
+from contrastseg_jax import distributed, train_step
+from contrastseg_jax.contrast import sample_anchors
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,20 @@ def test_contrast_counts_after_its_warmup_and_the_bank_fills_before(warming_up):
     written = np.arange(16)[None] < state.memory.pixel_count[:, None]
     np.testing.assert_allclose(lengths[written], 1, rtol=1e-5)
     assert not lengths[~written].any()
+
+
+def test_as_many_anchors_are_sampled_as_the_map_has_sixteenths(monkeypatch):
+    sampled = []
+
+    def sample(*arguments, **settings):
+        sampled.append(sample_anchors(*arguments, **settings))
+        return sampled[-1]
+
+    monkeypatch.setattr(train_step, "sample_anchors", sample)
+    config = make_config("contrast.anchors_per_image=0", "augment.crop_size=(64, 128)")
+    step_fn, state, mesh = start(config)
+    jax.eval_shape(step_fn, state, train_step.batch_shape(config, mesh))
+    assert {anchors.embedding.shape for anchors in sampled} == {(4, 16 * 32 // 16, 16)}
 
 
 def test_warmup_computes_no_contrast():
