@@ -1,6 +1,5 @@
 """Several processes with real collectives, through `main.py`: told to stop, killed, as one."""
 
-import contextlib
 import json
 import signal
 import time
@@ -41,8 +40,8 @@ def final_state(workdir):
         config, build.build_model(config, num_classes=3), build.build_optimizer(config)[0]
     )
     everywhere = distributed.replicated(distributed.make_mesh())
-    with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
-        return checkpoint.restore(manager, 12, state, everywhere)
+    assert checkpoint.find_whole(workdir, "latest") == 12
+    return checkpoint.restore(workdir, 12, state, everywhere)
 
 
 def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
