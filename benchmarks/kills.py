@@ -24,7 +24,7 @@ from absl import app, flags
 
 from contrastseg_jax import build, checkpoint, distributed
 from contrastseg_jax.data.dataset import label_map
-from contrastseg_jax.workdir import read_config
+from contrastseg_jax.workdir import read_config, saved_steps
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT = 60  # seconds after which a process ends that has not met the others
@@ -145,7 +145,7 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 def checkpoints(workdir: Path) -> list[int]:
     """The steps of the whole checkpoints; Orbax gives others another name until they are."""
-    return [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.is_dir()]
+    return saved_steps(workdir)
 
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
@@ -154,9 +154,8 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     model = build.build_model(config, len(label_map(build.dataset_spec(config)).names))
     state = build.abstract_state(config, model, build.build_optimizer(config)[0])
     everywhere = distributed.replicated(distributed.make_mesh())
-    with contextlib.closing(checkpoint.open_reader(workdir)) as manager:
-        step = checkpoint.find_step(manager, "latest")
-        state = checkpoint.restore(manager, step, state, everywhere)
+    step = checkpoint.find_whole(workdir, "latest")
+    state = checkpoint.restore(workdir, step, state, everywhere)
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
 
 

@@ -81,7 +81,7 @@ def require_literal(path: Path, name: str, misread: Mapping[str, str]) -> None:
     """
     text = f"{path.absolute()}/"
     found = [
-        f"{part!r}, which would be read as {other}"
+        f"{part} , which would be read as {other}"
         for part, other in misread.items()
         if part in text
     ]
@@ -90,9 +90,7 @@ def require_literal(path: Path, name: str, misread: Mapping[str, str]) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
         found.append("bytes that are not UTF-8")
     if found:
-        raise InputError(
-            f"{name}={str(path)!r}: its path must not have {found[0]}; choose another folder"
-        )
+        raise InputError(f"{name}={path}: its path must not have {found[0]}; choose another folder")
 
 
 def _flock(file: IO[str], wait: bool) -> None:

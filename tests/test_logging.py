@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from pathlib import Path
 
+import pytest
 from program import events, scalars
 
 from contrastseg_jax.logging import close_board, open_board, write_metrics
@@ -47,3 +49,47 @@ def test_resuming_drops_what_comes_again(tmp_path):
     # By which a TensorBoard that has read the old files forgets them.
     starts = [event.step for event in events(tmp_path) if event.session_log.status]
     assert starts == [0]
+
+
+def test_classes_of_any_name_have_a_curve_of_their_own(tmp_path):
+    board = open_board(tmp_path, 6)
+    names = ["val/iou_天", "val/iou_地", "val/iou_a b", "val/iou_\udcff"]
+    write_metrics(tmp_path, board, 7, dict.fromkeys(names, 0.5))
+    close_board(board)
+    assert read(tmp_path)[0].items() >= dict.fromkeys(names, 0.5).items()
+    shown = [*names[:3], "val/iou_\\udcff"]
+    assert [scalar[:3] for scalar in scalars(tmp_path)] == [(name, 7, 0.5) for name in shown]
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "tensorboard"])
+def test_what_cannot_be_written_is_one_warning(tmp_path, caplog, lost):
+    if lost == "tensorboard":
+        (tmp_path / lost).write_text("a file")
+    else:
+        (tmp_path / lost).mkdir()
+    board = open_board(tmp_path, 0)
+    for step in (1, 2, 3):
+        write_metrics(tmp_path, board, step, {"train/loss": 1.5})
+    close_board(board)
+    assert caplog.text.count("WARNING") == 1 and f"{tmp_path / lost}: " in caplog.text
+    if lost == "tensorboard":
+        assert len(read(tmp_path)) == 3
+    else:
+        assert len(scalars(tmp_path)) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_stops_no_tracker(tmp_path, caplog):
+    board = open_board(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    for step in range(30):  # more than a queue would take
+        write_metrics(tmp_path, board, step, {"train/loss": 1.5})
+    close_board(board)
+    assert caplog.text.count(f"{tmp_path / 'metrics.jsonl'}: No space left on device") == 1
+
+
+def test_a_line_that_is_damaged_is_dropped(tmp_path):
+    lines = ['{"step": 1}', '{"step": 2, "tr{"step": 3}', "[]", '{"step": 4}']
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    close_board(open_board(tmp_path, 9))
+    assert [line["step"] for line in read(tmp_path)] == [1, 4]

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -121,3 +122,63 @@ def test_evaluation_page_escapes_names_and_metrics_are_valid_json(tmp_path):
     assert "&lt;green&gt;" in page and "<green>" not in page and 'src="000001.png"' in page
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text and json.loads(text)["iou"] == {"red": 0.25, "<green>": None}
+
+
+STRANGE = [
+    "price_$5_and_$6.png",
+    r"$\frac{",
+    "_hidden",
+    "",
+    "two\nlines\ttab\r",
+    "写真 हिन्दी עברית 🛣",
+    "e\u0301",
+    "%d \\ {} & # ^ ~ <b>",
+    "\udcff",
+    "x" * 5000,
+    "label",
+    "prediction",
+]
+
+
+@pytest.mark.parametrize("name", STRANGE, ids=lambda name: ascii(name)[:24])
+def test_text_of_users_is_drawn_as_it_is(tmp_path, monkeypatch, name):
+    """In titles and legends; names are no mathtext, no LaTeX and no instruction to a legend."""
+    drawn = []
+    draw = matplotlib.text.Text.draw
+
+    def noted(text, *arguments, **settings):
+        drawn.append((text.get_text(), text.get_parse_math(), text.get_usetex()))
+        return draw(text, *arguments, **settings)
+
+    monkeypatch.setattr(matplotlib.text.Text, "draw", noted)
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # as a matplotlibrc may say
+    classes = LabelMap((name, "other"), ((255, 0, 0), (0, 255, 0)), {0: 0, 1: 1})
+    image, label = np.zeros((20, 30, 3), np.uint8), np.zeros((20, 30), np.uint8)
+    report.save_panel(tmp_path / "panel.png", image, label, label, classes, name)
+    report.save_legend(tmp_path / "legend.png", classes)
+    report.save_sheet(tmp_path / "sheet.png", [Example(name, image, label)], classes, name)
+    expected = report.shortened(name)
+    assert sum(text == expected for text, _, _ in drawn) >= (5 if name else 0)
+    assert not any(usetex for _, _, usetex in drawn)
+    assert not any(parse_math for text, parse_math, _ in drawn if text == expected and name)
+    with Image.open(tmp_path / "legend.png") as picture:
+        assert picture.width < 1000
+
+
+def test_names_are_shortened_in_the_middle():
+    assert report.shortened("a.png") == "a.png"
+    short = report.shortened("begin" + "x" * 100 + "end.png")
+    assert short.startswith("begin") and short.endswith("end.png") and len(short) <= 48
+    assert report.shortened("a\nb\udcff\x00") == "a\ufffdb\ufffd\ufffd"
+
+
+def test_a_page_has_any_name(tmp_path):
+    results = {
+        **{"data": "d", "split": "val", "step": 7, "mean_iou": 0.25, "pixel_accuracy": 0.5},
+        "iou": {'"><script>\udcff': 0.25},
+    }
+    report.save_evaluation(tmp_path, results, ["a#b?c%20 'x'\".png"])
+    page = (tmp_path / "index.html").read_text()
+    assert "<script>" not in page
+    assert 'src="a%23b%3Fc%2520%20%27x%27%22.png"' in page
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["iou"]) == ['"><script>\udcff']

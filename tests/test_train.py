@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import make_batch, make_config
+from small import ROOT, make_batch, make_config
 
-from contrastseg_jax import distributed, processes
+from contrastseg_jax import distributed, processes, report
 from contrastseg_jax import evaluate as evaluate_module
 from contrastseg_jax import train as train_module
+from contrastseg_jax.data import pipeline
+from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.train import is_due, take_steps
 
@@ -56,10 +59,18 @@ def test_waiting_for_data_is_what_no_step_hides(monkeypatch, of_batch, of_step, 
     np.testing.assert_allclose(np.median(waited[2:]), idle, atol=0.08)
 
 
+def config_of(tmp_path, *settings):
+    """Its programs are compiled once for all tests."""
+    return make_config(
+        *(f"data.prepared_dir={tmp_path / 'prepared'}", *settings),
+        f"parallel.compilation_cache={ROOT / '.cache' / 'jax'}",
+    )
+
+
 def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for_it(
     tmp_path, monkeypatch
 ):
-    config = make_config(f"data.prepared_dir={tmp_path / 'prepared'}", "train.eval_steps=3")
+    config = config_of(tmp_path, "train.eval_steps=3")
     come = threading.Event()
 
     @contextlib.contextmanager
@@ -83,3 +94,71 @@ def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for
     train_module.train(config, workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val/mean_iou" in line] == [3, 6]
+
+
+def val_steps(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "val/mean_iou" in line]
+
+
+def test_an_evaluation_that_fails_is_a_warning_and_comes_after_the_checkpoint(
+    tmp_path, monkeypatch, caplog
+):
+    config = config_of(tmp_path, "train.eval_steps=3")
+    workdir, saved = tmp_path / "run", []
+
+    def bad_batches(*arguments, **settings):
+        saved.append({path.name[:1] for path in (workdir / "checkpoints").iterdir()})
+        yield from ()
+        raise InputError("x.png: is damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "eval_batches", bad_batches)
+        train_module.train(config, workdir)
+        train_module.train(config, workdir)  # tries again, and does not end either
+    assert "step 3: the evaluation failed, and the run goes on: x.png: is damaged" in caplog.text
+    assert caplog.text.count("step 6: the evaluation failed") == 2
+    assert "3" in saved[0] and "6" in saved[1]  # at least begun
+    assert val_steps(workdir) == []
+
+    train_module.train(config, workdir)
+    assert val_steps(workdir) == [6]
+    assert not list((workdir / "checkpoints").glob("*damaged*"))
+
+
+def test_pictures_and_curves_that_fail_are_warnings(tmp_path, monkeypatch, caplog):
+    config = config_of(tmp_path, "train.num_steps=3")
+
+    def fail(*_):
+        raise ValueError("no picture")
+
+    monkeypatch.setattr(report, "save_panel", fail)
+    monkeypatch.setattr(report, "save_curves", fail)
+    workdir = tmp_path / "run"
+    train_module.train(config, workdir)
+    assert val_steps(workdir) == [3]
+    for name in ("eval/3/000000.png", "curves.png"):
+        assert f"{workdir / name}: ValueError: no picture; going on without it" in caplog.text
+    assert "<img" not in (workdir / "eval" / "3" / "index.html").read_text()
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_the_same(trained, tmp_path):
+    config, whole = trained
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)  # with its compiled programs
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "6"]
+    shutil.rmtree(workdir / "eval" / "6")
+    files = [path for path in (workdir / "checkpoints" / "6").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    train_module.train(config, workdir)
+    kept = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert kept == {"4", "6", "6.damaged"}
+    digests = [
+        json.loads((run / "checkpoints" / "6" / "_CHECKPOINT_METADATA").read_text())
+        for run in (whole, workdir)
+    ]
+    assert digests[0]["custom_metadata"] == digests[1]["custom_metadata"]
+    assert val_steps(workdir) == [4, 6]
