@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -101,12 +102,12 @@ def score(
     Rows that only fill up carry no labels.
     """
     image, label = batch.image.shape[1:3], batch.label.shape[1:3]
-    sizes = (batch.image_size, image), (batch.label_size, label)
-    own_sizes = [
-        jnp.tile(jnp.asarray(padded, jnp.int32), (len(logits), 1)) if size is None else size
-        for size, padded in sizes
-    ]
-    prediction = most_likely(logits, *own_sizes, padded_image=image, padded_label=label)
+    image_size, label_size = batch.image_size, batch.label_size
+    if image_size is None or label_size is None:
+        image_size, label_size = (
+            jnp.tile(jnp.asarray(size, jnp.int32), (len(logits), 1)) for size in (image, label)
+        )
+    prediction = most_likely(logits, image_size, label_size, padded_image=image, padded_label=label)
     counts = confusion_matrix(batch.label, prediction, num_classes=logits.shape[-1])
     return prediction.astype(jnp.uint8), counts
 
@@ -146,22 +147,20 @@ def require_memory(
     mesh: Mesh,
 ) -> None:
     """Raise an error if the largest images of a split, or the largest labels, do not fit."""
-    sizes: tuple[Callable[[EvalGroup], int], ...] = (
-        lambda group: math.prod(group.image_size),
-        lambda group: math.prod(group.label_size),
-    )
-    for group in (max(groups, key=size) for size in sizes):
+    for size_of in (attrgetter("image_size"), attrgetter("label_size")):
+        group_of = {size_of(group): group for group in groups}
+        height, width = max(group_of, key=math.prod)
+        group = group_of[height, width]
         try:
             processes.together(
                 functools.partial(_compile, config, eval_step, variables, group, mesh)
             )
         except InputError as error:
             name = source[group.example_ids[0]]["name"].decode()
-            height, width = group.label_size
             raise InputError(
-                f"{split}, image {name}: to evaluate {_batch_size(config, mesh)} of about"
-                f" {width}x{height} pixels at a time {error}; lower eval.batch_size or"
-                " data.short_side, or cut it into tiles"
+                f"{split}, image {name}: to evaluate {_batch_size(config, mesh)} at a time, padded"
+                f" to {width}x{height} pixels, {error}; lower eval.batch_size or data.short_side,"
+                " or cut it into tiles"
             ) from error
 
 

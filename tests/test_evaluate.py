@@ -219,9 +219,9 @@ def test_an_image_for_which_memory_is_missing_is_named_before_all_work(trained, 
     with pytest.raises(InputError) as error:
         evaluate_run(config, workdir, "latest", "train")
     assert re.fullmatch(
-        r"train, image 000000: to evaluate 2 of about 64x64 pixels at a time takes 0\.\d GiB of"
-        r" memory, 0\.0 GiB are free; lower eval\.batch_size or data\.short_side, or cut it into"
-        r" tiles",
+        r"train, image 000000: to evaluate 2 at a time, padded to 64x64 pixels, takes 0\.\d GiB"
+        r" of memory, 0\.0 GiB are free; lower eval\.batch_size or data\.short_side, or cut it"
+        r" into tiles",
         str(error.value),
     )
 

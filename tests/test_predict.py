@@ -155,7 +155,7 @@ def test_a_full_disk_ends_it_with_one_line(trained, photos, tmp_path, monkeypatc
 
     (photos / "bad.png").unlink()
     monkeypatch.setattr(predict, "write_atomically", fail)
-    with pytest.raises(InputError, match="1 problem in .*No space left on device"):
+    with pytest.raises(InputError, match="(?s)1 problem in .*No space left on device"):
         predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
 
 
