@@ -108,13 +108,17 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
     print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if sheet.exists() else ""))
     if results["num_errors"]:
         number = results["num_errors"]
-        optional = [name for name in audits if name not in NEEDED]
-        of_optional = {found for name in optional for found in audits[name].findings}
-        if any(found.is_error and found not in of_optional for found in findings):
-            outlook = "training would go wrong"
-        else:
-            outlook = f"evaluating {', '.join(optional)} would fail, which training does not read"
+        outlook = _outlook(findings, audits)
         raise InputError(f"{number} error{'s' if number > 1 else ''} in the data; {outlook}")
+
+
+def _outlook(findings: Sequence[Finding], audits: Mapping[str, SplitAudit]) -> str:
+    """What the errors among the findings would stop."""
+    optional = [split for split in audits if split not in NEEDED]
+    of_optional = {found for split in optional for found in audits[split].findings}
+    if any(found.is_error and found not in of_optional for found in findings):
+        return "training would go wrong"
+    return f"evaluating {', '.join(optional)} would fail, which training does not read"
 
 
 def audit_results(

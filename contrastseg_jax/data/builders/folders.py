@@ -12,10 +12,11 @@ from contrastseg_jax.data.images import IMAGE_SUFFIXES
 
 Folders = Mapping[str, tuple[str, str]]  # of each split: images, masks, below the root
 
-# What people call these folders, in lower case.
+IMAGES, MASKS = BOTH = (0, 1)  # places in a pair of folders
+# What people call these folders, and those of splits: beginnings, in lower case.
 SIDES = (
-    ("image", "img", "imgs", "jpegimages", "leftimg8bit", "photo", "picture", "rgb", "input"),
-    ("label", "mask", "annot", "gt", "gtfine", "ground", "segm", "target"),
+    ("image", "img", "jpegimages", "leftimg8bit", "photo", "picture", "rgb", "input"),
+    ("label", "mask", "annot", "gt", "ground", "segm", "target"),
 )
 STEMS = {"train": ("train", "trn"), "val": ("val", "dev", "eval"), "test": ("test", "tst")}
 DEPTH = 2  # of the folders that are looked through for what is misplaced
@@ -28,19 +29,14 @@ def match_folders(spec: DatasetSpec, folders: Folders, split: str) -> Found:
     images, masks = folders[split]
     found = match_files(root / images, root / masks)
     if not found.pairs and not found.findings:
-        return replace(found, elsewhere=_misplaced(root, folders, split, (0, 1)))
-    side_of = {str(root / images): 0, str(root / masks): 1}
-    findings = [
-        replace(
-            finding,
-            message="\n".join(
-                [finding.message, *_misplaced(root, folders, split, (side_of[finding.file],))]
-            ),
-        )
-        if finding.kind in ("no_masks", "unpaired") and finding.file in side_of
-        else finding
-        for finding in found.findings
-    ]
+        return replace(found, elsewhere=_misplaced(root, folders, split, BOTH))
+    side_of = {str(root / images): IMAGES, str(root / masks): MASKS}
+    findings = []
+    for finding in found.findings:
+        side, message = side_of.get(finding.file), finding.message
+        if side is not None and finding.kind in ("no_masks", "unpaired"):
+            message = "\n".join([message, *_misplaced(root, folders, split, (side,))])
+        findings.append(replace(finding, message=message))
     return replace(found, findings=findings)
 
 
@@ -49,18 +45,19 @@ def _misplaced(root: Path, folders: Folders, split: str, sides: tuple[int, ...])
     lines, flat = [], set()
     for path, number in _folders_of_files(root):
         below = path.relative_to(root).parts
-        side = next((s for part in below for s in (0, 1) if _is_called(part, SIDES[s])), None)
+        side = next((s for part in below for s in BOTH if _is_called(part, SIDES[s])), None)
         theirs = next((s for part in below for s in STEMS if _is_called(part, STEMS[s])), None)
-        files = f"{number} {'masks' if side else 'images'} lie in {path}"
-        if theirs is None and (side in sides or side is None and sides == (0, 1)):
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        files = f"{number} {'masks' if side == MASKS else 'images'} lie in {shown}"
+        if theirs is None and (side in sides or side is None and sides == BOTH):
             flat.add(side)
-            expected = " and ".join(folders[s][side or 0] for s in folders if s != "test")
+            expected = " and ".join(folders[s][side or IMAGES] for s in folders if s != "test")
             lines.append(f"{files} itself; they must lie in {expected}")
         elif theirs == split and side in sides and below != Path(folders[split][side]).parts:
             lines.append(f"{files}; did you mean {folders[split][side]}?")
-        elif theirs == split and side is None and 0 in sides:
-            lines.append(f"{files}; images must lie in {folders[split][0]}")
-    if flat == {0, 1}:
+        elif theirs == split and side is None and IMAGES in sides:
+            lines.append(f"{files}; images must lie in {folders[split][IMAGES]}")
+    if flat == {*BOTH}:
         lines += ["To take every tenth for val and the others for train:", *_example(root, folders)]
     return lines
 
