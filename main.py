@@ -20,7 +20,7 @@ from absl import app, flags
 from contrastseg_jax import config as config_lib
 from contrastseg_jax.config import Config
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.workdir import find_run, read_config, refuse_differences
+from contrastseg_jax.workdir import PHOTOGRAPHIC, find_run, read_config, refuse_differences
 
 SETTING = "--config."
 
@@ -153,17 +153,19 @@ def path_of(name: str) -> Path:
 def load_config(settings: list[str]) -> Config:
     """The config of the command line, or that of the run in the workdir."""
     workdir = path_of("workdir")
+    named = [text.partition("=")[0] for text in settings]
+    free = [path for path in PHOTOGRAPHIC if FLAGS.mode == "predict" and path in named]
     if not FLAGS.config:
         if FLAGS.mode == "train":
             raise InputError("--config: is needed to train, e.g. --config=configs/quickstart.py")
-        return read_config(workdir, settings)
+        return read_config(workdir, settings, free=free)
     config = config_lib.load(FLAGS.config, settings)
     if FLAGS.mode in ("eval", "predict"):
         of_init = FLAGS.checkpoint == "init"  # for which there need not be a run
         run = find_run(workdir) if of_init else read_config(workdir)
         if run is not None:
             config = config_lib.filled_in(config, run)
-            refuse_differences(config, run, workdir)
+            refuse_differences(config, run, workdir, free=free)
     return config
 
 

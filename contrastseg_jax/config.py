@@ -179,6 +179,7 @@ def splits_memory(config: Config) -> bool:
 
 
 CHOICES = {
+    "data.exif_orientation": ("stored", "applied"),
     "contrast.candidates": ("none", "batch", "memory", "both"),
     "contrast.anchors": ("hard", "random"),
     "contrast.positives": ("all", "random", "hardest", "semi_hard"),
@@ -227,6 +228,11 @@ RULES: tuple[Rule, ...] = (
         " optim.head_lr_multiplier",
         lambda v, c: v > 0,
         "must be > 0",
+    ),
+    (
+        "data.bit_depth",
+        lambda v, c: v == 0 or 8 <= v <= 16,
+        "must be 8 to 16, or 0 for that of each file",
     ),
     ("seed", lambda v, c: 0 <= v < 2**31, "must be in 0..2147483647"),
     (

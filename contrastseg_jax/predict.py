@@ -10,7 +10,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax import report
-from contrastseg_jax.build import dataset_spec, image_format, keep_compiled, pad_color
+from contrastseg_jax.build import dataset_spec, decoding, image_format, keep_compiled, pad_color
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.augment import padded_size, resize_image, resized_size
 from contrastseg_jax.data.dataset import label_map
@@ -50,11 +50,12 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
         for name, path in tqdm(files.items(), unit="image", disable=None):
             try:
                 content = path.read_bytes()
-                image = decode_image(content, str(path))
+                image = decode_image(content, str(path), decoding(config))
             except (OSError, InputError) as error:
                 problems.append(str(error))
                 continue
-            num_turned += is_turned(content, str(path))
+            if config.data.exif_orientation == "stored":
+                num_turned += is_turned(content, str(path))
             prediction = predict_image(config, logits_fn, variables, image)
             mask = encode_png(to_mask_values(prediction, classes))
             write_atomically(output / "masks" / f"{name}.png", mask)
@@ -64,7 +65,10 @@ def predict_run(config: Config, workdir: Path, which: str, input_path: Path, out
         report.save_legend(output / "legend.png", classes)
     log.info(f"{len(files) - len(problems)} of {len(files)} images predicted: {output}")
     if num_turned:
-        log.info(f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn")
+        log.info(
+            f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn;"
+            " --config.data.exif_orientation=applied turns them"
+        )
     if problems:
         raise listed(str(input_path), problems)
 

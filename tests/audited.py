@@ -21,8 +21,8 @@ def settings(root, class_names=NAMES, ignore_values=(255,)):
     )
 
 
-def folder_spec(root):
-    return build.dataset_spec(make_config(*settings(root)))
+def folder_spec(root, *overrides):
+    return build.dataset_spec(make_config(*settings(root), *overrides))
 
 
 def run(root, *overrides, split=None, **changed):
@@ -42,5 +42,5 @@ def run(root, *overrides, split=None, **changed):
     return results
 
 
-def prepare(root):
-    return open_split(folder_spec(root), "train")
+def prepare(root, *overrides):
+    return open_split(folder_spec(root, *overrides), "train")

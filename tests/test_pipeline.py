@@ -343,9 +343,9 @@ def test_eval_threads_change_nothing(mixed_source):
 def test_sizes_are_read_for_the_groups_alone(mixed_source, monkeypatch):
     names = []
 
-    def image_size(data, name):
+    def image_size(data, name, decoding):
         names.append(name)
-        return images.image_size(data, name)
+        return images.image_size(data, name, decoding)
 
     monkeypatch.setattr(pipeline, "image_size", image_size)
     settings = dict(batch_size=4, short_side=0, num_threads=2)

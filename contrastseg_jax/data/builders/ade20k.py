@@ -51,7 +51,7 @@ def make_builder(spec: DatasetSpec) -> Ade20k:
         InputError: no split is there.
     """
     splits = find_splits(spec, _find, LAYOUT, tuple(FOLDERS))
-    config = pairs_config(spec.root, splits, label_map(spec))
+    config = pairs_config(spec.root, splits, label_map(spec), decoding=spec.decoding)
     return Ade20k(config=config, data_dir=spec.prepared_dir)
 
 

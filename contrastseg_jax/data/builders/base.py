@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from contrastseg_jax.data.audit import audit_split, general_findings
 from contrastseg_jax.data.builders.pairs import Found, Pair
 from contrastseg_jax.data.checks import RawSplit, ReadMask, Splits, check_files
-from contrastseg_jax.data.images import decode_mask, encode_png
+from contrastseg_jax.data.images import AS_STORED, Decoding, decode_mask, encode_png
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
@@ -37,6 +37,7 @@ class DatasetSpec:
     name: str
     prepared_dir: str = "~/.cache/contrastseg_jax"
     root: str = ""  # where the raw data are
+    decoding: Decoding = AS_STORED  # how its images become pixels
     class_names: tuple[str, ...] = ()  # folder, tfds
     ignore_values: tuple[int, ...] = (255,)  # folder, tfds: mask values without a class
     dataset: str = ""  # tfds: its name there
@@ -80,6 +81,7 @@ class PairsConfig(tfds.core.BuilderConfig):
     splits: dict[str, Found]
     label_map: LabelMap
     read_mask: ReadMask = decode_mask  # a mask file's content and name to pixel values
+    decoding: Decoding = AS_STORED  # how image files become pixels
 
 
 class PairsBuilder(RecordBuilder, skip_registration=True):
@@ -88,7 +90,12 @@ class PairsBuilder(RecordBuilder, skip_registration=True):
     def raw_splits(self) -> Splits:
         """The pairs of each split, and the files that make none."""
         config = cast(PairsConfig, self.builder_config)
-        check = partial(check_files, label_map=config.label_map, read_mask=config.read_mask)
+        check = partial(
+            check_files,
+            label_map=config.label_map,
+            read_mask=config.read_mask,
+            decoding=config.decoding,
+        )
         return {
             split: RawSplit(
                 [partial(check, pair.name, pair.image, pair.mask) for pair in found.pairs],
@@ -119,6 +126,7 @@ def pairs_config(
     label_map: LabelMap,
     read_mask: ReadMask = decode_mask,
     table: Any = None,
+    decoding: Decoding = AS_STORED,
 ) -> PairsConfig:
     """A config named by a hash of all that preparing depends on, sizes and times of files included.
 
@@ -130,6 +138,7 @@ def pairs_config(
         label_map: the values that masks may hold.
         read_mask: a mask file's content and name to pixel values.
         table: what `read_mask` translates by.
+        decoding: how image files become pixels, with which they are checked.
     """
     stamps = [
         (split, pair.name, file_stamp(pair.image), file_stamp(pair.mask))
@@ -137,13 +146,14 @@ def pairs_config(
         for pair in found.pairs
     ]
     findings = [found.findings for found in splits.values()]
-    described = repr((sorted(label_map.train_ids.items()), table, stamps, findings))
+    described = repr((sorted(label_map.train_ids.items()), table, decoding, stamps, findings))
     return PairsConfig(
         name=hashlib.sha256(described.encode()).hexdigest()[:12],
         description=f"the data of {root}",
         splits=splits,
         label_map=label_map,
         read_mask=read_mask,
+        decoding=decoding,
     )
 
 

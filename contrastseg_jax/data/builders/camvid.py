@@ -115,7 +115,7 @@ def make_builder(spec: DatasetSpec) -> Camvid:
     else:
         find, read_mask = _find_segnet, decode_mask
     splits = find_splits(spec, find, LAYOUT)
-    config = pairs_config(spec.root, splits, label_map(spec), read_mask, table=COLORS)
+    config = pairs_config(spec.root, splits, label_map(spec), read_mask, COLORS, spec.decoding)
     return Camvid(config=config, data_dir=spec.prepared_dir)
 
 

@@ -66,7 +66,7 @@ def make_builder(spec: DatasetSpec) -> Cityscapes:
         InputError: no split is there.
     """
     splits = find_splits(spec, _find, LAYOUT, (*SPLITS, "train_extra"))
-    config = pairs_config(spec.root, splits, label_map(spec))
+    config = pairs_config(spec.root, splits, label_map(spec), decoding=spec.decoding)
     return Cityscapes(config=config, data_dir=spec.prepared_dir)
 
 

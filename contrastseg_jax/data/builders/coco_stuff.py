@@ -73,7 +73,7 @@ def make_builder(spec: DatasetSpec) -> CocoStuff:
     else:
         find, read_mask = _find_164k, decode_mask
     splits = find_splits(spec, find, LAYOUTS[spec.name], ("train", "val"))
-    config = pairs_config(spec.root, splits, label_map(spec), read_mask)
+    config = pairs_config(spec.root, splits, label_map(spec), read_mask, decoding=spec.decoding)
     return CocoStuff(config=config, data_dir=spec.prepared_dir)
 
 

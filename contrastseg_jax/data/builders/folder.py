@@ -45,7 +45,7 @@ def make_builder(spec: DatasetSpec) -> Folder:
         InputError: no split is there.
     """
     splits = find_splits(spec, _find, LAYOUT)
-    config = pairs_config(spec.root, splits, label_map(spec))
+    config = pairs_config(spec.root, splits, label_map(spec), decoding=spec.decoding)
     return Folder(config=config, data_dir=spec.prepared_dir)
 
 

@@ -22,6 +22,7 @@ from contrastseg_jax.data.builders.base import (
     file_stamp,
 )
 from contrastseg_jax.data.checks import Checked, RawSplit, Splits, check_encoded
+from contrastseg_jax.data.images import Decoding
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
@@ -37,6 +38,7 @@ class SourceConfig(tfds.core.BuilderConfig):
     image_feature: str
     label_feature: str
     label_map: LabelMap
+    decoding: Decoding
 
 
 class FromTfds(RecordBuilder, skip_registration=True):
@@ -85,6 +87,7 @@ def make_builder(spec: DatasetSpec) -> FromTfds:
         "image_feature": spec.image_feature,
         "label_feature": spec.label_feature,
         "label_map": label_map(spec),
+        "decoding": spec.decoding,
     }
     stamps = [file_stamp(path) for path in sorted(Path(source.data_dir).iterdir())]
     described = repr((source.info.full_name, stamps, chosen))
@@ -143,7 +146,8 @@ def _check(config: SourceConfig, ours: str, source: Sequence[dict], index: int) 
     example, name = source[index], f"{index:06d}"
     title = f"{config.source.info.full_name} {config.splits[ours]}, example {name}"
     image, label = example[config.image_feature], example[config.label_feature]
-    return check_encoded(name, image, label, f"{title}, image", f"{title}, mask", config.label_map)
+    files = f"{title}, image", f"{title}, mask"
+    return check_encoded(name, image, label, *files, config.label_map, decoding=config.decoding)
 
 
 def _pictures(source: tfds.core.DatasetBuilder) -> list[str]:

@@ -38,5 +38,5 @@ def make_builder(spec: DatasetSpec) -> Landcover:
     """Builder of the blocks that were held out (val) and the others (train)."""
     images, labels = FOLDER / "images", FOLDER / "labels"
     splits = {split: match_files(images / split, labels / split) for split in ("train", "val")}
-    config = pairs_config(FOLDER, splits, label_map(spec))
+    config = pairs_config(FOLDER, splits, label_map(spec), decoding=spec.decoding)
     return Landcover(config=config, data_dir=spec.prepared_dir)

@@ -57,7 +57,7 @@ def make_builder(spec: DatasetSpec) -> PascalContext:
     """
     splits = find_splits(spec, _find, LAYOUT, ("train", "val"))
     read_mask = decode_mask if _has_pngs(Path(spec.root).expanduser()) else read_mat_mask
-    config = pairs_config(spec.root, splits, label_map(spec), read_mask, table=CLASSES)
+    config = pairs_config(spec.root, splits, label_map(spec), read_mask, CLASSES, spec.decoding)
     return PascalContext(config=config, data_dir=spec.prepared_dir)
 
 
