@@ -147,6 +147,8 @@ def path_of(name: str) -> Path:
     text = FLAGS[name].value or ""
     if "://" in text:
         raise InputError(f"--{name}={text}: must be on a local or mounted disk")
+    if not config_lib.is_text(text):
+        raise InputError(f"--{name}={text!r}: must be UTF-8, without NUL")
     return Path(os.path.expanduser(text))
 
 

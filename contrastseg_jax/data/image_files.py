@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from contrastseg_jax.errors import InputError
 
@@ -26,8 +26,11 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000"
 JPEGS = ("JPEG", "MPO")  # MPO: several pictures in one JPEG, as of phones
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# Even of one colour a JPEG has a bit for each 8x8 pixels; beyond four times that, its header lies.
-PIXELS_PER_JPEG_BYTE = 8 * 64 * 4
+# A header that says more than these pixels, and more for each byte of the file than what a picture
+# of one colour has, lies; believing it would take gigabytes. A JPEG has a bit for each 8x8 pixels.
+MANY_PIXELS = 1 << 24
+PIXELS_PER_BYTE = {"JPEG": 4 * 512, "MPO": 4 * 512}
+OTHER_PIXELS_PER_BYTE = 1 << 14
 NOTES = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # parts of a PNG that may hold its orientation
 TO_READ_BANDS = "gdal_translate -of PNG -ot Byte -scale -b 1 -b 2 -b 3"
 
@@ -54,7 +57,7 @@ class Layout:
 
 
 @contextmanager
-def opened(data: bytes, name: str) -> Iterator[Image.Image]:
+def opened(data: bytes, name: str) -> Iterator[ImageFile.ImageFile]:
     """The Pillow image of `data`; any failure to read it is an InputError that says `name`.
 
     Raises:
@@ -83,7 +86,7 @@ def opened(data: bytes, name: str) -> Iterator[Image.Image]:
         raise InputError(f"{name}: unreadable image file ({reason})") from error
 
 
-def stored_size(image: Image.Image) -> tuple[int, int]:
+def stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
     """(height, width) of the pixels as the file has them; Pillow's size of a TIFF is turned."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
@@ -91,7 +94,7 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
     return image.height, image.width
 
 
-def orientation_of(image: Image.Image, data: bytes) -> int:
+def orientation_of(image: ImageFile.ImageFile, data: bytes) -> int:
     """How viewers are to turn and mirror the pixels, 1..8 as EXIF has it; 1: not at all.
 
     To be asked before the pixels are loaded: Pillow turns those of a TIFF, and forgets why.
@@ -106,7 +109,7 @@ def orientation_of(image: Image.Image, data: bytes) -> int:
         return 1  # a damaged note says nothing
 
 
-def layout_of(image: Image.Image) -> Layout:
+def layout_of(image: ImageFile.ImageFile) -> Layout:
     """How the pixels lie in the file. To be asked before they are loaded."""
     if image.format not in ("PNG", "TIFF") or not image.tile:
         return Layout(image.mode, "", 16 if image.mode.startswith("I;16") else 8)
@@ -117,7 +120,7 @@ def layout_of(image: Image.Image) -> Layout:
     return Layout(channels, order, int(found[0]) if found else 8)
 
 
-def is_white_0(image: Image.Image) -> bool:
+def is_white_0(image: ImageFile.ImageFile) -> bool:
     """Whether a TIFF has 0 for white, which Pillow heeds up to 8 bits."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return False
@@ -143,19 +146,20 @@ def check_checksums(data: bytes, name: str) -> None:
         start = len(data) if kind == b"IEND" else end + 4
 
 
-def _notes_come_late(image: Image.Image, data: bytes) -> bool:
+def _notes_come_late(image: ImageFile.ImageFile, data: bytes) -> bool:
     """Whether a PNG may have its orientation behind the pixels, which are decoded to get there."""
     pixels = data.find(b"IDAT")
     return image.format != "PNG" or any(data.rfind(note) > pixels for note in NOTES)
 
 
-def _refuse_sizes(image: Image.Image, data: bytes, name: str) -> None:
+def _refuse_sizes(image: ImageFile.ImageFile, data: bytes, name: str) -> None:
     number, shown = image.width * image.height, f"{image.width}x{image.height} pixels"
     if number > MAX_PIXELS:
         raise FormatError(
             f"{name}: has {shown}; at most {MAX_PIXELS:,} are read, cut it into tiles"
         )
-    if image.format in JPEGS and number > PIXELS_PER_JPEG_BYTE * len(data):
+    believed = PIXELS_PER_BYTE.get(image.format or "", OTHER_PIXELS_PER_BYTE) * len(data)
+    if number > max(believed, MANY_PIXELS):
         raise InputError(
             f"{name}: unreadable image file ({len(data)} bytes are too few for {shown})"
         )

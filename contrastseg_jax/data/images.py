@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import Image
+from PIL import Image, ImageFile
 from scipy.io import loadmat
 
 from contrastseg_jax.data.image_files import (
@@ -89,10 +89,10 @@ def decode_image(
                 " them is white is not known, save it with 8 bits per channel"
             )
         layout, orientation = layout_of(image), orientation_of(image, data)
-        bits, pixels = layout.bits, image
-        if bits > 8:
+        pixels: Image.Image = image
+        if layout.bits > 8:
             values = _deep_values(data, image, layout, name)
-            pixels = _image_of(_upper_8_bits(values, bits, decoding.bit_depth, name))
+            pixels = _image_of(_upper_8_bits(values, layout.bits, decoding.bit_depth, name))
         return _rgb(_turned(pixels, orientation, decoding, by_pillow=image.format == "TIFF"))
 
 
@@ -210,7 +210,7 @@ def _encode(suffix: str, array: np.ndarray, settings: list[int]) -> bytes:
 
 
 def _deep_values(
-    data: bytes, image: Image.Image, layout: Layout, name: str
+    data: bytes, image: ImageFile.ImageFile, layout: Layout, name: str
 ) -> UInt16[np.ndarray, "h w c"]:
     """All bits of the channels but alpha of a file that has more than 8 of them.
 
