@@ -93,6 +93,16 @@ def test_a_png_may_have_its_note_behind_the_pixels():
     np.testing.assert_array_equal(decode_image(data, "a", APPLIED), np.rot90(pixels, -1))
 
 
+def test_a_note_behind_damaged_pixels_does_not_hide_the_damage():
+    """Pillow raises an error of a broken stream once; then the image is what there was of it."""
+    data = bytearray(png(noise(0, (60, 80, 3)), 8, after=chunk(b"tEXt", b"a\0b")))
+    start = data.index(b"IDAT") + 4
+    data[start + 2000 : start + 2100] = bytes(100)
+    for read in (decode_image, is_turned):
+        with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
+            read(bytes(data), "a.png")
+
+
 @pytest.mark.parametrize("note", [b"Exif\0\0damaged", b"", exif(0).tobytes(), exif(9).tobytes()])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_damaged_note_says_nothing(kind, note):
@@ -360,7 +370,8 @@ def odd_files():
     yield "exif.jpg", saved(Image.fromarray(pixels), "JPEG", exif=b"Exif\0\0II*\0damaged")
     yield "lzw.tif", bytes(packed)
     yield "bands.tif", tiff(pixels[..., :1], 1, tags=[(277, [4000])])
-    yield "tag.tif", tiff(pixels, 2, tags=[(65000, [1] * 4), (256, [40, 2])])
+    yield "tag.tif", tiff(pixels, 2, deflate=True, tags=[(65000, [1] * 4), (256, [40, 2])])
+    yield "order.tif", tiff(pixels, 2, deflate=True, tags=[(65001, [1]), (301, [7] * 5)])
     yield "cut.webp", saved(Image.fromarray(pixels), "WEBP")[:100]
     yield "cut.gif", saved(Image.fromarray(pixels), "GIF")[:300]
 

@@ -26,11 +26,11 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000"
 JPEGS = ("JPEG", "MPO")  # MPO: several pictures in one JPEG, as of phones
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# A header that says more than these pixels, and more for each byte of the file than what a picture
-# of one colour has, lies; believing it would take gigabytes. A JPEG has a bit for each 8x8 pixels.
+# Decoders of these formats take memory for all pixels that a header says, and touch it. One that
+# says more than MANY_PIXELS, and more for each byte of the file than a picture of one colour has,
+# lies. A JPEG has at least a bit for each 8x8 pixels: four times that is believed.
 MANY_PIXELS = 1 << 24
-PIXELS_PER_BYTE = {"JPEG": 4 * 512, "MPO": 4 * 512}
-OTHER_PIXELS_PER_BYTE = 1 << 14
+PIXELS_PER_BYTE = {"JPEG": 4 * 512, "MPO": 4 * 512, "GIF": 1 << 14, "WEBP": 1 << 14}
 NOTES = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # parts of a PNG that may hold its orientation
 TO_READ_BANDS = "gdal_translate -of PNG -ot Byte -scale -b 1 -b 2 -b 3"
 
@@ -99,8 +99,10 @@ def orientation_of(image: ImageFile.ImageFile, data: bytes) -> int:
 
     To be asked before the pixels are loaded: Pillow turns those of a TIFF, and forgets why.
     """
+    if image.format == "PNG" and _notes_come_late(data):
+        image.load()
     try:
-        exif = image.getexif() if _notes_come_late(image, data) else Image.Image.getexif(image)
+        exif = Image.Image.getexif(image)  # a PNG's own would always load it
         orientation = exif.get(ExifTags.Base.Orientation, 1)
         return int(orientation) if orientation in range(2, 9) else 1
     except Exception:
@@ -146,19 +148,21 @@ def check_checksums(data: bytes, name: str) -> None:
         start = len(data) if kind == b"IEND" else end + 4
 
 
-def _notes_come_late(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether a PNG may have its orientation behind the pixels, which are decoded to get there."""
-    pixels = data.find(b"IDAT")
-    return image.format != "PNG" or any(data.rfind(note) > pixels for note in NOTES)
+def _notes_come_late(png: bytes) -> bool:
+    """Whether the orientation may lie behind the pixels, which are decoded to get there."""
+    pixels = png.find(b"IDAT")
+    return any(png.rfind(note) > pixels for note in NOTES)
 
 
 def _refuse_sizes(image: ImageFile.ImageFile, data: bytes, name: str) -> None:
     number, shown = image.width * image.height, f"{image.width}x{image.height} pixels"
+    if number == 0:
+        raise InputError(f"{name}: unreadable image file (has {shown})")
     if number > MAX_PIXELS:
         raise FormatError(
             f"{name}: has {shown}; at most {MAX_PIXELS:,} are read, cut it into tiles"
         )
-    believed = PIXELS_PER_BYTE.get(image.format or "", OTHER_PIXELS_PER_BYTE) * len(data)
+    believed = PIXELS_PER_BYTE.get(image.format or "", number) * len(data)
     if number > max(believed, MANY_PIXELS):
         raise InputError(
             f"{name}: unreadable image file ({len(data)} bytes are too few for {shown})"

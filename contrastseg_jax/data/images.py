@@ -11,6 +11,7 @@ import io
 import sys
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -282,9 +283,9 @@ def _turned(
     return image.transpose((TURN if applied else TURN_BACK)[orientation])
 
 
-def _renamed(arguments: str | tuple, layout: str) -> str | tuple:
+def _renamed(arguments: tuple[Any, ...] | str | None, layout: str) -> tuple[Any, ...] | str:
     """What a decoder of Pillow takes, with another layout of the pixels."""
-    return layout if isinstance(arguments, str) else (layout, *arguments[1:])
+    return (layout, *arguments[1:]) if isinstance(arguments, tuple) else layout
 
 
 def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
