@@ -25,7 +25,7 @@ from contrastseg_jax import out_of_memory
 from contrastseg_jax.config import Config
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
-from contrastseg_jax.workdir import find_run, read_config, refuse_differences
+from contrastseg_jax.workdir import PHOTOGRAPHIC, find_run, read_config, refuse_differences
 
 SETTING = "--config."
 
@@ -176,23 +176,27 @@ def path_of(name: str) -> Path:
     for text in texts:
         if "://" in text:
             raise InputError(f"--{name}={text}: must be on a local or mounted disk")
+        if not config_lib.is_text(text):
+            raise InputError(f"--{name}={text!r}: must be UTF-8, without NUL")
     return Path(os.path.expanduser(texts[-1]))
 
 
 def load_config(settings: list[str]) -> Config:
     """The config of the command line, or that of the run in the workdir."""
     workdir = path_of("workdir")
+    named = [text.partition("=")[0] for text in settings]
+    free = [path for path in PHOTOGRAPHIC if FLAGS.mode == "predict" and path in named]
     if not FLAGS.config:
         if FLAGS.mode == "audit" and not (workdir / "config.json").exists():
             raise InputError(f"--config: is needed, as --workdir={workdir} holds no run")
-        return read_config(workdir, settings)
+        return read_config(workdir, settings, free=free)
     config = config_lib.load(FLAGS.config, settings)
     if FLAGS.mode in ("eval", "predict"):
         of_init = FLAGS.checkpoint == "init"  # for which there need not be a run
         run = find_run(workdir) if of_init else read_config(workdir)
         if run is not None:
             config = config_lib.filled_in(config, run)
-            refuse_differences(config, run, workdir)
+            refuse_differences(config, run, workdir, free=free)
     return config
 
 

@@ -28,6 +28,12 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     data.prepared_dir = "~/.cache/contrastseg_jax"  # where prepared data sets are kept
     data.class_names = ()  # folder, tfds: the classes, in the order of their mask values
     data.ignore_values = (255,)  # folder, tfds: mask values that are no class
+    # Pixels of images as stored, or applied: turned as EXIF data ask viewers to. Masks never are.
+    data.exif_orientation = "stored"
+    # Bits that the values of images with more than 8 have: 8 to 16, the upper 8 of which are kept.
+    # 0: as each file says, and one whose values leave the upper quarters of its range unused, as
+    # those of 12 bits in 16 do, is refused.
+    data.bit_depth = 0
     data.short_side = 0  # resize images to this short side first; 0: keep the size
     data.cache_size = 0  # decoded images kept in memory, by each process that makes batches
     data.num_threads = 4  # that read and augment, in each of the processes that do

@@ -49,14 +49,14 @@ KINDS = {
     "no_masks": ("images without any mask", "add masks; without, they can be predicted alone"),
     "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
     "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
-    "image_format": ("images of unsuitable formats", "convert them as the message says"),
+    "image_format": ("images of unsuitable formats", "do as the message says"),
     "mask_format": ("masks that are no index masks", "convert them as the messages say"),
     "size": ("masks of another size than their image", "export them again at the image's size"),
     "too_large": ("images too large to evaluate", "cut them into tiles, or resize them to less"),
     "unknown_value": ("masks with values that are no class", "correct the masks"),
     "unlabelled": ("splits without a labelled pixel", "see whether the ignored values are right"),
     "absent_class": ("classes that never occur", "nothing can be learnt of them, or scored"),
-    "turned": ("images that viewers turn", "see whether their masks fit the pixels as stored"),
+    "turned": ("files that viewers turn", "see in overlays.png whether image and mask fit"),
     "duplicate": ("images in two splits", "delete one; scores on seen images are too good"),
 }
 

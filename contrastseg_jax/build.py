@@ -24,6 +24,7 @@ from contrastseg_jax.config import (
 )
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map
+from contrastseg_jax.data.images import Decoding
 from contrastseg_jax.logging import log
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.segmenter import Segmenter, Variables
@@ -38,11 +39,18 @@ def dataset_spec(config: Config) -> DatasetSpec:
         name=data.name,
         prepared_dir=data.prepared_dir,
         root=data.root,
+        decoding=decoding(config),
         class_names=data.class_names,
         ignore_values=data.ignore_values,
         **data.tfds,
         **data.synthetic,
     )
+
+
+def decoding(config: Config) -> Decoding:
+    """How image files become pixels."""
+    data = config.data
+    return Decoding(exif_orientation=data.exif_orientation, bit_depth=data.bit_depth)
 
 
 def image_format(config: Config) -> ImageFormat:

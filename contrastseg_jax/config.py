@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import os
+import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -90,15 +91,16 @@ def filled_in(config: Config, run: Config) -> Config:
 
 def _located(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by path, with folders and class names as whoever compares them needs them."""
-    root, weights = (os.path.expanduser(settings[path]) for path in FOLDERS)
-    if weights and "://" not in weights:
-        weights = os.path.realpath(weights)  # those of a run, from wherever it is started again
+    paths = {path: settings[path] for path in FOLDERS if is_text(settings[path])}  # else: a rule
+    paths = {path: os.path.expanduser(value) for path, value in paths.items()}
+    weights = paths.get("model.init_from", "")
+    if weights and "://" not in weights:  # those of a run, from wherever it is started again
+        paths["model.init_from"] = os.path.realpath(weights)
     names = tuple(  # letters with accents come in one character or in two
         unicodedata.normalize("NFC", name) if isinstance(name, str) else name
         for name in settings["data.class_names"]
     )
-    folders = dict(zip(FOLDERS, (root, weights), strict=True))
-    return settings | folders | {"data.class_names": names}
+    return settings | paths | {"data.class_names": names}
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -169,6 +171,11 @@ def broken_rules(
     return problems
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be a path, and be written to any file: it is UTF-8 and has no NUL."""
+    return "\0" not in value and value.encode(errors="ignore").decode() == value
+
+
 def uses_contrast(config: Config) -> bool:
     """Whether the contrast loss takes part in training at all."""
     return config.contrast.candidates != "none"
@@ -185,6 +192,7 @@ def splits_memory(config: Config) -> bool:
 
 
 CHOICES = {
+    "data.exif_orientation": ("stored", "applied"),
     "contrast.candidates": ("none", "batch", "memory", "both"),
     "contrast.anchors": ("hard", "random"),
     "contrast.positives": ("all", "random", "hardest", "semi_hard"),
@@ -234,6 +242,11 @@ RULES: tuple[Rule, ...] = (
         lambda v, c: v > 0,
         "must be > 0",
     ),
+    (
+        "data.bit_depth",
+        lambda v, c: v == 0 or 8 <= v <= 16,
+        "must be 8 to 16, or 0 for that of each file",
+    ),
     ("seed", lambda v, c: 0 <= v < 2**31, "must be in 0..2147483647"),
     (
         "augment.flip_rate augment.color_distortion augment.class_uniform_rate",
@@ -264,8 +277,10 @@ RULES: tuple[Rule, ...] = (
     ("data.synthetic.num_classes", lambda v, c: 2 <= v <= 254, "must be in 2..254"),
     (
         "data.class_names",
-        lambda v, c: all(isinstance(name, str) for name in v) and len(set(v)) == len(v),
-        "must be names, e.g. ('road', 'tree'), each once",
+        lambda v, c: (
+            all(isinstance(name, str) and is_text(name) for name in v) and len(set(v)) == len(v)
+        ),
+        "must be names in UTF-8, e.g. ('road', 'tree'), each once",
     ),
     (
         "data.class_names",
@@ -282,7 +297,13 @@ RULES: tuple[Rule, ...] = (
         lambda v, c: bool(v) or c.data.name in ("landcover", "tfds", "synthetic"),
         "must name the folder that holds the data set",
     ),
-    ("data.root", lambda v, c: v.encode(errors="ignore").decode() == v, "must be UTF-8"),
+    (
+        "data.root data.prepared_dir model.init_from parallel.compilation_cache"
+        " data.tfds.dataset data.tfds.image_feature data.tfds.label_feature"
+        " data.tfds.train_split data.tfds.val_split",
+        lambda v, c: is_text(v),
+        "must be UTF-8, without NUL",
+    ),
     (
         "data.tfds.dataset",
         lambda v, c: bool(v) or c.data.name != "tfds",
@@ -359,6 +380,8 @@ def _typed(value: Any, default: Any) -> Any:
             return tuple(_typed(item, 0.0) for item in value)
         return tuple(_typed(item, default[0]) if default else item for item in value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise TypeError(f"must be a number of at most {sys.float_info.max:.2g}")
         return float(value)
     if type(value) is not type(default):
         kind = {

@@ -20,6 +20,7 @@ from contrastseg_jax.build import (
     build_model,
     build_optimizer,
     dataset_spec,
+    decoding,
     image_format,
     initial_variables,
     keep_compiled,
@@ -191,6 +192,7 @@ def group_examples(config: Config, source: Source, split: str, mesh: Mesh) -> li
         short_side=config.data.short_side,
         pad_multiple=config.eval.pad_multiple,
         num_threads=config.data.num_threads,
+        decoding=decoding(config),
     )
     sizes = {group.image_size for group in groups}
     log.info(
@@ -233,6 +235,7 @@ def evaluate(
         pad_color=pad_color(config),
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
+        decoding=decoding(config),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -251,7 +254,7 @@ def evaluate(
             picture = f"{example_id:06d}.png"
             with best_effort(str(folder / picture)):
                 record = source[example_id]
-                image = decode_image(record["image"], picture)
+                image = decode_image(record["image"], picture, decoding(config))
                 height, width = image.shape[:2]
                 report.save_panel(
                     folder / picture,

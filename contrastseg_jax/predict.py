@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax import distributed, programs, report
-from contrastseg_jax.build import dataset_spec, keep_compiled, pad_color
+from contrastseg_jax.build import dataset_spec, decoding, keep_compiled, pad_color
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.augment import padded_size, resize_image, resized_size, too_large
 from contrastseg_jax.data.checks import in_parallel
@@ -69,7 +69,7 @@ def predict_run(
         for name, path in tqdm(_by_size(config, found.files), unit="image", disable=None):
             try:
                 content = _content(path)
-                image = decode_image(content, str(path))
+                image = decode_image(content, str(path), decoding(config))
                 prediction = predict_image(config, logits_fn, variables, image)
                 _write(output, name, image, prediction, classes)
             except (OSError, InputError, MemoryError, RuntimeError, cv2.error) as error:
@@ -78,11 +78,15 @@ def predict_run(
                     break
                 continue
             num_predicted += 1
-            num_turned += is_turned(content, str(path))
+            if config.data.exif_orientation == "stored":
+                num_turned += is_turned(content, str(path))
             num_long += _is_long(image)
     log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
     if num_turned:
-        log.info(f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn")
+        log.info(
+            f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn;"
+            " --config.data.exif_orientation=applied turns them"
+        )
     if num_long:
         log.info(f"{num_long} of the overlays are PNG: a side is too long for a JPEG")
     if problems:

@@ -30,16 +30,20 @@ OPERATIONAL = (
     "parallel.fsdp",
     "parallel.compilation_cache",
 )
+# Settings of the photographs: those to predict may come from another camera than those of the run.
+PHOTOGRAPHIC = ("data.exif_orientation", "data.bit_depth")
 
 
-def read_config(workdir: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of the run in a workdir; only OPERATIONAL settings can be overridden."""
+def read_config(
+    workdir: Path, overrides: Sequence[str] = (), *, free: Sequence[str] = ()
+) -> Config:
+    """The config of the run in a workdir; only OPERATIONAL and `free` settings may differ."""
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"--workdir={workdir}: has no config.json; train a run there first")
     run = from_json(path.read_text(), str(path))
     config = override(run, overrides)
-    refuse_differences(config, run, workdir)
+    refuse_differences(config, run, workdir, free=free)
     return config
 
 
@@ -96,11 +100,18 @@ def read_score(workdir: Path, step: int) -> float:
         return -math.inf
 
 
-def refuse_differences(config: Config, run: Config, workdir: Path) -> None:
-    """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ."""
+def refuse_differences(
+    config: Config, run: Config, workdir: Path, *, free: Sequence[str] = ()
+) -> None:
+    """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ.
+
+    `free`: paths of further settings that may.
+    """
     values = dict(leaves(run))
     other_weights = config.model.init_from != run.model.init_from
-    ignored = OPERATIONAL + (LEFT_OPEN if other_weights else ())  # which follow the weights
+    ignored = (
+        OPERATIONAL + tuple(free) + (LEFT_OPEN if other_weights else ())
+    )  # which follow the weights
     different = [
         f"{path} = {value!r}: the run has {values[path]!r}"
         for path, value in leaves(config)

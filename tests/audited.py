@@ -21,8 +21,8 @@ def settings(root, class_names=NAMES, ignore_values=(255,)):
     )
 
 
-def folder_spec(root):
-    return build.dataset_spec(make_config(*settings(root)))
+def folder_spec(root, *overrides):
+    return build.dataset_spec(make_config(*settings(root), *overrides))
 
 
 def run(root, *overrides, split=None, **changed):
@@ -42,6 +42,6 @@ def run(root, *overrides, split=None, **changed):
     return results
 
 
-def prepare(root):
+def prepare(root, *overrides):
     """The records to train on, prepared as training does."""
-    return open_splits(folder_spec(root), ("train", "val"))[0]
+    return open_splits(folder_spec(root, *overrides), ("train", "val"))[0]

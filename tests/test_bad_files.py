@@ -1,6 +1,5 @@
 """Bad files of every kind: the audit lists them, and preparing stops with the same words."""
 
-import io
 import os
 import re
 import sys
@@ -10,18 +9,13 @@ import cv2
 import numpy as np
 import pytest
 from audited import NAMES, prepare, run
-from PIL import ExifTags, Image
+from picture_files import exif, saved
+from PIL import Image
 from raw_data import noise, without_capabilities, write, write_example, write_pair
 
-from contrastseg_jax.data import augment, images
+from contrastseg_jax.data import augment, image_files
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.errors import InputError
-
-
-def as_png(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def bad(path, *, data=None, change=None):
@@ -51,10 +45,10 @@ FAULTS = {
     "truncated PNG": (bad(MASK, change=lambda data: data[:50]), "unreadable", MASK, ""),
     "damaged PNG": (bad(MASK, change=with_wrong_checksum), "unreadable", MASK, "damaged"),
     "16-bit image of 8-bit values": (
-        bad(IMAGE, data=as_png(Image.fromarray(noise(3)[..., 0].astype(np.uint16)))),
+        bad(IMAGE, data=saved(Image.fromarray(noise(3)[..., 0].astype(np.uint16)))),
         "image_format",
         IMAGE,
-        r"16 bits per channel, but values in \d+\.\.\d+ alone",
+        r"has values in \d+\.\.\d+ of 65535, .* set data\.bit_depth = 8 if",
     ),
     "empty image": (bad(IMAGE, data=b""), "unreadable", IMAGE, r"\(empty\)"),
     "empty mask": (bad(MASK, data=b""), "unreadable", MASK, r"\(empty\)"),
@@ -80,13 +74,13 @@ FAULTS = {
         "colours are grey, so save one channel",
     ),
     "alpha": (
-        bad(MASK, data=as_png(rgba(INDEX))),
+        bad(MASK, data=saved(rgba(INDEX))),
         "mask_format",
         MASK,
         r"4 channels \(RGBA\) .*save one",
     ),
     "grey with alpha": (
-        bad(MASK, data=as_png(rgba(INDEX).convert("LA"))),
+        bad(MASK, data=saved(rgba(INDEX).convert("LA"))),
         "mask_format",
         MASK,
         r"2 channels \(LA\) .*save one",
@@ -98,13 +92,13 @@ FAULTS = {
         "a mask saved as JPEG has other values than were drawn.* again from its source as PNG",
     ),
     "16 bits, scaled up": (
-        bad(MASK, data=as_png(Image.fromarray(INDEX.astype(np.uint16) * 257))),
+        bad(MASK, data=saved(Image.fromarray(INDEX.astype(np.uint16) * 257))),
         "mask_format",
         MASK,
         r"must lie in 0\.\.255, found 0\.\.514; all are multiples of 257, divide by it",
     ),
     "16 bits": (
-        bad(MASK, data=as_png(Image.fromarray(INDEX.astype(np.uint16) + 400))),
+        bad(MASK, data=saved(Image.fromarray(INDEX.astype(np.uint16) + 400))),
         "mask_format",
         MASK,
         r"found 400\.\.402; renumber",
@@ -150,13 +144,13 @@ def test_the_audit_stops_at_no_fault(root):
 
 
 def test_an_image_that_is_too_large_is_to_be_cut_not_exported_again(root, monkeypatch, capsys):
-    monkeypatch.setattr(images, "MAX_PIXELS", 50)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 50)
     write(root / IMAGE, encode_png(noise(0, (6, 9, 3))))
     (found,) = run(root)["findings"]
     assert (found["kind"], found["file"]) == ("image_format", str(root / IMAGE))
     message = f"{root / IMAGE}: has 9x6 pixels; at most 50 are read, cut it into tiles"
     assert found["message"] == message
-    assert "-> convert them as the message says" in capsys.readouterr().out
+    assert "-> do as the message says" in capsys.readouterr().out
     with pytest.raises(InputError, match=re.escape(message)):
         prepare(root)
 
@@ -176,44 +170,74 @@ def test_an_image_that_resizing_makes_too_large_is_named(root, split, is_error, 
     assert run(root)["findings"] == []
 
 
-def exif(orientation):
-    note = Image.Exif()
-    note[ExifTags.Base.Orientation] = orientation
-    return note
-
-
+@pytest.mark.parametrize("rule", ["stored", "applied"])
 @pytest.mark.parametrize(
     ("kind", "note", "is_turned"),
     [
         ("JPEG", exif(6), True),
         ("MPO", exif(3), True),
+        ("PNG", exif(4), True),
+        ("WEBP", exif(8), True),
+        ("TIFF", exif(3), True),
         ("JPEG", exif(1), False),
         ("JPEG", exif(0), False),  # not set
         ("JPEG", b"Exif\0\0damaged", False),
     ],
 )
-def test_an_image_that_viewers_turn_is_a_warning_and_used_as_it_is_stored(
-    root, kind, note, is_turned
+def test_an_image_that_viewers_turn_is_a_warning_that_says_how_it_is_used(
+    root, kind, note, is_turned, rule
 ):
-    pixels, file = Image.fromarray(noise(0)), io.BytesIO()
+    pixels = Image.fromarray(noise(0, (6, 6, 3)))
     more = {"save_all": True, "append_images": [pixels]} if kind == "MPO" else {}
-    pixels.save(file, kind, exif=note, **more)
-    write(root / IMAGE, file.getvalue())
-    findings = run(root)["findings"]
+    write(root / IMAGE, saved(pixels, kind, exif=note, **more))
+    write(root / MASK, encode_png(noise(0, (6, 6), 3)))
+    setting = f"data.exif_orientation={rule}"
+    findings = run(root, setting)["findings"]
     expected = [("turned", str(root / IMAGE), False)] if is_turned else []
     assert [(f["kind"], f["file"], f["is_error"]) for f in findings] == expected
-    (record, *_) = prepare(root)
-    assert images.decode_image(record["image"], "a").shape == (6, 8, 3)
+    use = {"stored": "but it is used as stored", "applied": "and it is"}[rule]
+    for found in findings:
+        assert f"viewers to turn it, {use} (data.exif_orientation = {rule})" in found["message"]
+    assert len(prepare(root, setting)) == 3
 
 
-def test_a_mask_drawn_on_what_viewers_show_is_told_so(root):
-    file = io.BytesIO()
-    Image.fromarray(noise(0)).save(file, "JPEG", exif=exif(6))
-    write(root / IMAGE, file.getvalue())
-    write(root / MASK, encode_png(noise(0, (8, 6), 3)))
-    (message,) = [found["message"] for found in run(root)["findings"] if found["is_error"]]
-    assert "mask of 6x8 pixels for an image of 8x6" in message
-    assert message.endswith("ask viewers to turn: save it turned, or the mask unturned")
+@pytest.mark.parametrize(("rule", "other"), [("stored", "applied"), ("applied", "stored")])
+def test_a_mask_that_fits_the_other_way_round_is_told_so(root, rule, other):
+    """Drawn on what viewers show, or else on the pixels as stored."""
+    write(root / IMAGE, saved(Image.fromarray(noise(0)), "JPEG", exif=exif(6)))
+    write(root / MASK, encode_png(noise(0, (8, 6) if rule == "stored" else (6, 8), 3)))
+    results = run(root, f"data.exif_orientation={rule}")
+    (message,) = [found["message"] for found in results["findings"] if found["is_error"]]
+    shape = "mask of 6x8 pixels for an image of 8x6"
+    assert (shape if rule == "stored" else "mask of 8x6 pixels for an image of 6x8") in message
+    remedy = f"--config.data.exif_orientation={other}"
+    assert message.endswith(f"the other way round they fit, {remedy}")
+    assert run(root, f"data.exif_orientation={other}")["num_errors"] == 0
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        prepare(root, f"data.exif_orientation={rule}")
+    assert len(prepare(root, f"data.exif_orientation={other}")) == 3
+
+
+@pytest.mark.parametrize("rule", ["stored", "applied"])
+def test_a_mask_with_an_orientation_is_used_as_stored_with_a_warning(root, rule):
+    write(root / MASK, saved(Image.fromarray(INDEX), exif=exif(6)))
+    (found,) = run(root, f"data.exif_orientation={rule}")["findings"]
+    assert (found["kind"], found["file"], found["is_error"]) == ("turned", str(root / MASK), False)
+    assert "masks are used as stored" in found["message"]
+
+
+def test_images_of_fewer_bits_than_their_files_are_named_until_their_depth_is_said(root):
+    for seed, path in enumerate(list(root.glob("images/*/*.jpg"))):
+        grey = noise(seed, (6, 8)).astype(np.uint16) * 16
+        write(path.with_suffix(".png"), saved(Image.fromarray(grey)))
+        path.unlink()
+    findings = run(root)["findings"]
+    assert {found["kind"] for found in findings} == {"image_format"} and len(findings) == 5
+    assert all("set data.bit_depth = 12 if they have 12" in f["message"] for f in findings)
+    assert run(root, "data.bit_depth=12")["findings"] == []
+    with pytest.raises(InputError, match="data.bit_depth = 12"):
+        prepare(root)
+    assert len(prepare(root, "data.bit_depth=12")) == 3
 
 
 def test_unknown_values_are_listed_and_the_remedy_mends_them(root):

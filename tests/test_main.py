@@ -127,3 +127,23 @@ def test_init_is_refused_in_the_folder_of_another_run(flags, tmp_path):
     assert main.load_config([*SETTINGS, "model.init_from=/mine"]) == run
     with pytest.raises(InputError, match="model.init_from = '/other': the run has '/mine'"):
         main.load_config([*SETTINGS, "model.init_from=/other"])
+
+
+def test_photographs_to_predict_may_come_from_another_camera(flags, tmp_path):
+    """What a config file leaves at its default is no wish: only the command line's word counts."""
+    claim(tmp_path, make_config("data.exif_orientation=applied"))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    flags(["main.py", "--mode=predict", f"--workdir={tmp_path}", "--input=x", "--output=y"])
+    assert main.load_config([]).data.exif_orientation == "applied"
+    wishes = ["data.exif_orientation=stored", "data.bit_depth=12"]
+    config = main.load_config(wishes)
+    assert (config.data.exif_orientation, config.data.bit_depth) == ("stored", 12)
+    with pytest.raises(InputError, match=r"data\.short_side = 8: the run has 0"):
+        main.load_config([*wishes, "data.short_side=8"])
+    flags(["main.py", "--mode=predict", f"--workdir={tmp_path}", CONFIG])
+    assert main.load_config([*SETTINGS, *wishes]) == config
+    with pytest.raises(InputError, match="exif_orientation = 'stored': the run has 'applied'"):
+        main.load_config(list(SETTINGS))
+    flags(["main.py", "--mode=eval", f"--workdir={tmp_path}"])
+    with pytest.raises(InputError, match="bit_depth = 12: the run has 0"):
+        main.load_config(wishes)

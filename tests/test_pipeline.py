@@ -14,11 +14,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from picture_files import exif, saved
+from PIL import Image
+from raw_data import noise
 
 from contrastseg_jax.data import augment, images, pipeline
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split
-from contrastseg_jax.data.images import encode_png
+from contrastseg_jax.data.images import Decoding, encode_png
 from contrastseg_jax.data.labels import LabelMap, default_palette
 from contrastseg_jax.data.pipeline import eval_batches, eval_groups, train_batches
 from contrastseg_jax.errors import InputError
@@ -343,9 +346,9 @@ def test_eval_threads_change_nothing(mixed_source):
 def test_sizes_are_read_for_the_groups_alone(mixed_source, monkeypatch):
     names = []
 
-    def image_size(data, name):
+    def image_size(data, name, decoding):
         names.append(name)
-        return images.image_size(data, name)
+        return images.image_size(data, name, decoding)
 
     monkeypatch.setattr(pipeline, "image_size", image_size)
     settings = dict(batch_size=4, short_side=0, num_threads=2)
@@ -354,6 +357,26 @@ def test_sizes_are_read_for_the_groups_alone(mixed_source, monkeypatch):
     for _ in range(2):
         assert len(list(eval_batches(mixed_source, groups, **fixed, **settings))) == len(groups)
     assert sorted(names) == sorted(f"image scene_{i}" for i in range(14))
+
+
+def test_images_are_turned_alike_in_training_and_evaluation():
+    """The mask was drawn on what viewers show; sizes of the groups are those of what is decoded."""
+    pixels, mask = noise(0, (8, 16, 3)), noise(1, (16, 8), 2)
+    image = saved(Image.fromarray(pixels), exif=exif(6))
+    source = [{"image": image, "label": encode_png(mask), "name": b"a"}]
+    decoding = Decoding(exif_orientation="applied")
+    settings = dict(batch_size=1, short_side=0, num_threads=1, decoding=decoding)
+    (group,) = eval_groups(source, pad_multiple=8, **settings)
+    assert (group.image_size, group.label_size) == ((16, 8), (16, 8))
+    fixed = dict(label_map=LABEL_MAP, pad_color=PAD_COLOR, prefetch=1)
+    (batch,) = eval_batches(source, [group], **fixed, **settings)
+    np.testing.assert_array_equal(batch.image[0], np.rot90(pixels, -1))
+    np.testing.assert_array_equal(batch.label[0], mask)
+    plain = dict(scale_range=(1.0, 1.0), aspect_range=(1.0, 1.0), flip_rate=0.0, brightness=0)
+    crop = dict(batch_size=1, num_steps=1, crop_size=(16, 8), decoding=decoding)
+    (batch,) = train(source, **plain, **crop)
+    np.testing.assert_array_equal(batch.image[0], np.rot90(pixels, -1))
+    np.testing.assert_array_equal(batch.label[0], mask)
 
 
 def test_eval_short_side_is_of_images_alone(mixed_source):

@@ -70,6 +70,21 @@ def test_a_photograph_that_viewers_turn_is_taken_as_stored_and_said_to_be(
         assert mask.size == (50, 41)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "png", "webp"])
+def test_a_photograph_is_turned_where_that_is_asked_for(trained, tmp_path, caplog, suffix):
+    caplog.set_level("INFO", "contrastseg_jax")
+    config, workdir = trained
+    note = Image.Exif()
+    note[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (50, 41)).save(tmp_path / f"x.{suffix}", exif=note)
+    config = config_lib.replaced(config, {"data.exif_orientation": "applied"})
+    predict_run(config, workdir, "latest", tmp_path / f"x.{suffix}", tmp_path / "out")
+    assert "EXIF" not in caplog.text
+    for result in ("masks/x.png", "overlays/x.jpg"):
+        with Image.open(tmp_path / "out" / result) as picture:
+            assert picture.size == (41, 50)
+
+
 def test_the_input_folder_may_hold_the_output(trained, photos):
     output = photos / "out"
     (photos / "bad.png").unlink()

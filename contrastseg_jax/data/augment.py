@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.images import MAX_PIXELS
+from contrastseg_jax.data.image_files import MAX_PIXELS
 from contrastseg_jax.structs import IGNORE_LABEL
 
 Image = UInt8[np.ndarray, "h w 3"]

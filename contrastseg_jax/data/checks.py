@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
+from contrastseg_jax.data.image_files import FormatError, check_checksums
 from contrastseg_jax.data.images import (
-    FormatError,
-    check_checksums,
+    AS_STORED,
+    Decoding,
     decode_image,
     decode_mask,
     file_format,
@@ -72,7 +73,12 @@ Splits = Mapping[str, RawSplit]  # by name
 
 
 def check_files(
-    name: str, image: Path, mask: Path, label_map: LabelMap, read_mask: ReadMask = decode_mask
+    name: str,
+    image: Path,
+    mask: Path,
+    label_map: LabelMap,
+    read_mask: ReadMask = decode_mask,
+    decoding: Decoding = AS_STORED,
 ) -> Checked:
     """Reads the two files of an example to their ends."""
     image_data, mask_data = _content(image), _content(mask)
@@ -88,7 +94,7 @@ def check_files(
         missing = Finding("unpaired", str(mask), message)
     else:
         return check_encoded(
-            name, image_data, mask_data, str(image), str(mask), label_map, read_mask
+            name, image_data, mask_data, str(image), str(mask), label_map, read_mask, decoding
         )
     return Checked(name, str(image), str(mask), findings=(missing,))
 
@@ -101,6 +107,7 @@ def check_encoded(
     mask_file: str,
     label_map: LabelMap,
     read_mask: ReadMask = decode_mask,
+    decoding: Decoding = AS_STORED,
 ) -> Checked:
     """Decodes an example.
 
@@ -112,13 +119,20 @@ def check_encoded(
         mask_file: what findings call the mask.
         label_map: the values that masks may hold.
         read_mask: the mask's content and name to pixel values.
+        decoding: how images become pixels.
     """
-    findings, image, mask, colors = [], None, None, None
+    findings, image, mask, colors, turned = [], None, None, None, False
+    applied = decoding.exif_orientation == "applied"
     try:
         content = _readable(image_data, image_file)
-        image = decode_image(content, image_file)
-        if is_turned(content, image_file):
-            message = f"{image_file}: EXIF data ask viewers to turn it; it is used as it is stored"
+        image = decode_image(content, image_file, decoding)
+        turned = is_turned(content, image_file)
+        if turned:
+            use = "and it is" if applied else "but it is used as stored"
+            message = (
+                f"{image_file}: EXIF data ask viewers to turn it, {use}"
+                f" (data.exif_orientation = {decoding.exif_orientation})"
+            )
             findings.append(Finding("turned", image_file, message, is_error=False))
     except FormatError as error:
         findings.append(Finding("image_format", image_file, str(error)))
@@ -133,6 +147,12 @@ def check_encoded(
         findings.append(Finding(_reason(mask_data), mask_file, str(error)))
     mask_format = "" if mask is None else _format(mask_data, mask_file)
     if mask is not None:
+        if mask_format != "other" and is_turned(_readable(mask_data, mask_file), mask_file):
+            message = (
+                f"{mask_file}: EXIF data ask viewers to turn this mask, but masks are used as"
+                " stored; it may not have been drawn on the image as it is used"
+            )
+            findings.append(Finding("turned", mask_file, message, is_error=False))
         try:
             to_train_ids(mask, label_map, mask_file)
         except InputError as error:
@@ -143,8 +163,12 @@ def check_encoded(
             f"{mask_file}: mask of {mask_width}x{mask_height} pixels for an image of "
             f"{width}x{height} ({image_file})"
         )
-        if mask.shape == (width, height) and any(found.kind == "turned" for found in findings):
-            message += ", which EXIF data ask viewers to turn: save it turned, or the mask unturned"
+        if mask.shape == (width, height) and turned:
+            other = "stored" if applied else "applied"
+            message += (
+                f", which EXIF data ask viewers to turn: the other way round they fit,"
+                f" --config.data.exif_orientation={other}"
+            )
         findings.append(Finding("size", mask_file, message))
     return Checked(
         name=name,

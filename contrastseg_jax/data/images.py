@@ -1,67 +1,101 @@
 """Encoded pictures to arrays and back.
 
-Pillow reads the header and has the last word. Where both give the same pixels OpenCV decodes them,
-which is a fifth faster (`benchmarks/data.py --decoders`); whatever it does not read goes to Pillow,
-whose errors say what is wrong. Neither is asked to apply the EXIF orientation, because a mask is
-drawn on the pixels as stored.
+Pillow decodes. OpenCV would be a tenth faster (`benchmarks/data.py --decoders`), but its libraries
+write lines to standard error, of a damaged JPEG or an odd PNG, that name no file.
+
+Of an image `Decoding` says which way up it is used, and what its deep values mean. A mask has the
+pixels and values that are stored.
 """
 
 import io
-import struct
 import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt16
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile
 from scipy.io import loadmat
 
+from contrastseg_jax.data.image_files import (
+    JPEGS,
+    PNG_SIGNATURE,
+    FormatError,
+    Layout,
+    is_white_0,
+    layout_of,
+    opened,
+    orientation_of,
+    stored_size,
+)
 from contrastseg_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# What decoders multiply the grey values of a PNG by, by bits per pixel, so that white is 255.
+# What decoders multiply grey values by, by bits per pixel, so that white is 255.
 GREY_SCALES = {2: 85, 4: 17}
 COLORS_NAMED = 6  # of a colour mask, in its error
 JPEG_SIDE = 65_500  # pixels, the longest that a JPEG can have as OpenCV writes it
-MAX_PIXELS = 1 << 28  # of an image, which is decoded whole for each crop: 0.8 GB
+COMMON_DEPTHS = (8, 10, 12, 14)  # bits that cameras and scanners leave in files of 16
+# What viewers do for each EXIF orientation, and what undoes it.
+TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURN_BACK = TURN | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+# Pillow's orders of the two bytes of a value (little, big, native), and the other order of each.
+EXCHANGED = {"16L": "16B", "16B": "16L", "16N": "16B" if sys.byteorder == "little" else "16L"}
 
-# Pillow's limits are for files of strangers. For size there is MAX_PIXELS, whose error says what to
-# do; and texts of megabytes are sound: programs write profiles into PNGs.
-Image.MAX_IMAGE_PIXELS = None
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = sys.maxsize
+
+@dataclass(frozen=True)
+class Decoding:
+    """How image files become pixels: the settings `data.exif_orientation` and `data.bit_depth`."""
+
+    exif_orientation: str = "stored"  # pixels as stored, or "applied": turned as viewers do
+    bit_depth: int = 0  # bits that the values of deep files have; 0: as each file says
 
 
-class FormatError(InputError):
-    """A file that can be read, but not used as it is; the message says what mends it."""
+AS_STORED = Decoding()
 
 
-def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels of an image file; grey, palette, RGBA, CMYK and 16-bit files are converted.
+def decode_image(
+    data: bytes, name: str, decoding: Decoding = AS_STORED
+) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels of an image file; grey, palette, RGBA, CMYK and deep files are converted.
+
+    Of a file with more than 8 bits per channel the upper 8 of `decoding.bit_depth` bits are kept.
+    The array may be read-only.
 
     Args:
         data: the file's content.
         name: what an error calls it.
+        decoding: which way up it is used, and what deep values mean.
 
     Raises:
         InputError: the file cannot be read to its end.
-        FormatError: it has more pixels than `MAX_PIXELS`, numbers of no known range, or 16 bits of
-            which the upper 8 are not used.
+        FormatError: it has more pixels than `MAX_PIXELS`, bands that are no colours, numbers of no
+            known range, deep values above `decoding.bit_depth`, or, where that is 0, deep values of
+            which the upper two bits are never used.
     """
-    with _opened(data, name) as image:
+    with opened(data, name) as image:
         if image.mode in ("F", "I"):
             kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
             raise FormatError(
                 f"{name}: its pixels are {kind} numbers, in {_range(np.asarray(image))}; which of"
                 " them is white is not known, save it with 8 bits per channel"
             )
-        rgb = _rgb(data, image)
-    if rgb.max() == 0:
-        _refuse_lost_values(data, name)
-    return rgb
+        layout, orientation = layout_of(image), orientation_of(image, data)
+        pixels: Image.Image = image
+        if layout.bits > 8:
+            values = _deep_values(data, image, layout, name)
+            pixels = _image_of(_upper_8_bits(values, layout.bits, decoding.bit_depth, name))
+        return _rgb(_turned(pixels, orientation, decoding, by_pillow=image.format == "TIFF"))
 
 
 def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
@@ -72,8 +106,8 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
         FormatError: it has colour channels, values above 255 or of floating point, more pixels than
             `MAX_PIXELS`, or is a JPEG.
     """
-    with _opened(data, name) as image:
-        if image.format == "JPEG":
+    with opened(data, name) as image:
+        if image.format in JPEGS:
             raise FormatError(
                 f"{name}: a mask saved as JPEG has other values than were drawn, near borders or"
                 " everywhere; export it again from its source as PNG"
@@ -89,13 +123,10 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
                 f"{name}: an index mask is expected (one channel, pixel value = class id), "
                 f"found {len(image.getbands())} channels ({image.mode}) {_colors(image)}"
             )
-        mask = _by_opencv(data, image, "L", cv2.IMREAD_GRAYSCALE)
-        if mask is None:
-            mask = np.array(image)
-        # A PNG has its bits per pixel there.
-        bits = data[24] if image.format == "PNG" and image.mode == "L" else 8
-        if bits in GREY_SCALES:
-            mask //= GREY_SCALES[bits]
+        layout, orientation = layout_of(image), orientation_of(image, data)
+        mask = np.array(_turned(image, orientation, AS_STORED, by_pillow=image.format == "TIFF"))
+        if image.mode == "L":
+            mask //= GREY_SCALES.get(layout.bits, 1)
     if mask.min() < 0 or mask.max() > 255:
         divisor = int(np.gcd.reduce(np.unique(mask).astype(np.int64)))
         fits = mask.min() >= 0 and divisor > 1 and mask.max() // divisor <= 255
@@ -114,7 +145,7 @@ def mask_colors(
     Raises:
         InputError: the file cannot be read to its end.
     """
-    with _opened(data, name) as image:
+    with opened(data, name) as image:
         return _color_counts(image) if len(image.getbands()) > 1 else None
 
 
@@ -142,58 +173,37 @@ def decode_mat(data: bytes, name: str, variable: str, largest: int) -> UInt16[np
     return array.astype(np.uint16)
 
 
-def check_checksums(data: bytes, name: str) -> None:
-    """Holds each part of a PNG against its checksum, which Pillow does not do for the pixels.
-
-    It takes a mask of few values in which one bit is wrong for another mask. Other formats have no
-    checksums.
-
-    Raises:
-        InputError: a part is damaged, or cut short.
-    """
-    start = len(PNG_SIGNATURE)
-    while data.startswith(PNG_SIGNATURE) and start < len(data):
-        end = start + 8 + int.from_bytes(data[start : start + 4])
-        kind = data[start + 4 : start + 8]
-        if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4]):
-            reason = "damaged or cut short: a checksum is wrong"
-            raise InputError(f"{name}: unreadable image file ({reason})")
-        start = len(data) if kind == b"IEND" else end + 4
-
-
 def file_format(data: bytes, name: str) -> str:
     """Format and mode of an image file as Pillow calls them, e.g. "PNG L", from the header alone.
 
     Raises:
         InputError: the header cannot be read, or has more pixels than `MAX_PIXELS`.
     """
-    with _opened(data, name) as image:
+    with opened(data, name) as image:
         return f"{image.format} {image.mode}"
 
 
-def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(height, width) from the header alone.
+def image_size(data: bytes, name: str, decoding: Decoding = AS_STORED) -> tuple[int, int]:
+    """(height, width) of what `decode_image` gives, from the header alone.
 
     Raises:
         InputError: the header cannot be read, or has more pixels than `MAX_PIXELS`.
     """
-    with _opened(data, name) as image:
-        return image.height, image.width
+    with opened(data, name) as image:
+        height, width = stored_size(image)
+        if decoding.exif_orientation == "applied" and orientation_of(image, data) >= 5:
+            return width, height
+        return height, width
 
 
 def is_turned(data: bytes, name: str) -> bool:
-    """Whether a JPEG notes in EXIF that viewers are to turn or mirror it, which nothing here does.
+    """Whether a file asks viewers to turn or mirror it, in EXIF data or a tag of its own.
 
     Raises:
         InputError: the header cannot be read.
     """
-    with _opened(data, name) as image:
-        if image.format not in ("JPEG", "MPO"):  # several pictures in one JPEG, as of phones
-            return False
-        try:
-            return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        except (OSError, SyntaxError, ValueError, struct.error):  # a damaged note says nothing
-            return False
+    with opened(data, name) as image:
+        return orientation_of(image, data) != 1
 
 
 def encode_png(array: np.ndarray) -> bytes:
@@ -217,27 +227,88 @@ def _encode(suffix: str, array: np.ndarray, settings: list[int]) -> bytes:
     return data.tobytes()
 
 
-def _rgb(data: bytes, image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    pixels = _by_opencv(data, image, "RGB", cv2.IMREAD_COLOR)
-    if pixels is not None:
-        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    if image.mode.startswith("I"):  # 16 bits per grey value; `convert` would clip at 255
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+def _deep_values(
+    data: bytes, image: ImageFile.ImageFile, layout: Layout, name: str
+) -> UInt16[np.ndarray, "h w c"]:
+    """All bits of the channels but alpha of a file that has more than 8 of them.
+
+    Pillow has them of one grey channel alone. Of others it keeps a byte of each value: the upper
+    one, or the lower one where it is told that the bytes lie the other way round.
+    """
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)[..., None]
+        return (1 << layout.bits) - 1 - values if is_white_0(image) else values
+    if layout.channels == "LA":
+        return _grey_of_4_bytes(data, name)
+    if layout.channels not in ("RGB", "RGBX", "RGBA", "CMYK") or layout.order not in EXCHANGED:
+        raise FormatError(
+            f"{name}: has {layout.bits} bits per channel in a layout that is not read"
+            f" ({layout.channels}); save it with 8 bits per channel"
+        )
+    exchanged = f"{layout.channels};{EXCHANGED[layout.order]}"
+    with opened(data, name) as same:
+        same.tile = [tile._replace(args=_renamed(tile.args, exchanged)) for tile in same.tile]
+        lower = np.asarray(same).astype(np.uint16)
+    values = np.asarray(image).astype(np.uint16) << 8 | lower
+    return values[..., :3] if image.mode == "RGBA" else values
+
+
+def _grey_of_4_bytes(data: bytes, name: str) -> UInt16[np.ndarray, "h w 1"]:
+    """The grey values of a PNG of grey and alpha with 16 bits, read as RGBA with 8 bits."""
+    start = len(PNG_SIGNATURE) + 4
+    header = data[start : start + 12] + b"\x08\x06" + data[start + 14 : start + 17]
+    checksum = zlib.crc32(header).to_bytes(4)
+    with opened(data[:start] + header + checksum + data[start + 21 :], name) as image:
+        upper, lower = np.moveaxis(np.asarray(image)[..., :2].astype(np.uint16), -1, 0)
+    return (upper << 8 | lower)[..., None]
+
+
+def _upper_8_bits(
+    values: UInt16[np.ndarray, "h w c"], bits: int, bit_depth: int, name: str
+) -> UInt8[np.ndarray, "h w c"]:
+    """value >> (depth - 8), where depth is `bit_depth`, or else the file's `bits`."""
+    largest = int(values.max())
+    if bit_depth and largest >= 1 << bit_depth:
+        raise FormatError(
+            f"{name}: has values in {_range(values)}, above the {(1 << bit_depth) - 1} of"
+            f" data.bit_depth = {bit_depth}"
+        )
+    if not bit_depth and 0 < largest < 1 << bits - 2:
+        depth = next(depth for depth in COMMON_DEPTHS if largest < 1 << depth)
+        raise FormatError(
+            f"{name}: has values in {_range(values)} of {(1 << bits) - 1}, which are dark if they"
+            f" have {bits} bits; set data.bit_depth = {depth} if they have {depth}, or ="
+            f" {bits} to take them as they are"
+        )
+    return (values >> min(bit_depth or bits, bits) - 8).astype(np.uint8)
+
+
+def _image_of(values: UInt8[np.ndarray, "h w c"]) -> Image.Image:
+    height, width, channels = values.shape
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
+    return Image.frombytes(mode, (width, height), values.tobytes())
+
+
+def _turned(
+    image: Image.Image, orientation: int, decoding: Decoding, *, by_pillow: bool
+) -> Image.Image:
+    """The image as `decoding` asks for it; `by_pillow`: which has turned it as viewers do."""
+    image.load()
+    applied = decoding.exif_orientation == "applied"
+    if orientation == 1 or applied == by_pillow:
+        return image
+    return image.transpose((TURN if applied else TURN_BACK)[orientation])
+
+
+def _renamed(arguments: tuple[Any, ...] | str | None, layout: str) -> tuple[Any, ...] | str:
+    """What a decoder of Pillow takes, with another layout of the pixels."""
+    return (layout, *arguments[1:]) if isinstance(arguments, tuple) else layout
+
+
+def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     if image.mode == "P":  # by way of RGBA, for palettes with transparency
         image = image.convert("RGBA")
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _refuse_lost_values(data: bytes, name: str) -> None:
-    """Raise an error if an image that is black in 8 bits is not in the 16 bits it has."""
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
-    deep = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if deep is not None and deep.dtype == np.uint16 and deep.any():
-        raise FormatError(
-            f"{name}: has 16 bits per channel, but values in {_range(deep)} alone, which in 8 bits"
-            " are black; save it with 8 bits per channel"
-        )
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _colors(image: Image.Image) -> str:
@@ -264,35 +335,3 @@ def _color_counts(image: Image.Image) -> tuple[Int64[np.ndarray, " n"], Int64[np
 
 def _range(array: np.ndarray) -> str:
     return f"{array.min():g}..{array.max():g}"
-
-
-def _by_opencv(data: bytes, image: Image.Image, mode: str, flag: int) -> np.ndarray | None:
-    """Pixels of a whole PNG or JPEG of a mode, with the colours of `flag`; None: not by OpenCV.
-
-    OpenCV 4 fills a truncated JPEG up with grey, so only one that has an end is left to it.
-    """
-    whole = image.format == "PNG" or image.format == "JPEG" and data.endswith(b"\xff\xd9")
-    if image.mode != mode or not whole:
-        return None
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
-    return pixels if pixels is not None and pixels.shape[:2] == image.size[::-1] else None
-
-
-@contextmanager
-def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """The Pillow image of `data`; any failure to read it is an InputError that says `name`."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise FormatError(
-                    f"{name}: has {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are"
-                    " read, cut it into tiles"
-                )
-            yield image
-    except InputError:
-        raise
-    except UnidentifiedImageError as error:  # whose own message is a memory address
-        reason = "not an image" if data else "empty"
-        raise InputError(f"{name}: unreadable image file ({reason})") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{name}: unreadable image file ({error})") from error

@@ -23,7 +23,7 @@ from absl import flags
 from jaxtyping import UInt8
 
 from contrastseg_jax.data.augment import augment, padded_size, resize_image, resized_size, too_large
-from contrastseg_jax.data.images import decode_image, decode_mask, image_size
+from contrastseg_jax.data.images import AS_STORED, Decoding, decode_image, decode_mask, image_size
 from contrastseg_jax.data.labels import LabelMap, to_train_ids
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.structs import IGNORE_LABEL, Batch
@@ -70,6 +70,7 @@ def train_batches(
     num_threads: int,
     num_workers: int,
     prefetch: int,
+    decoding: Decoding = AS_STORED,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -98,6 +99,7 @@ def train_batches(
         num_threads: threads that prepare examples, in each worker.
         num_workers: processes in which they do; 0: this one.
         prefetch: batches prepared ahead.
+        decoding: how image files become pixels.
         process_index: number of this process.
         process_count: number of processes.
 
@@ -109,7 +111,7 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
     num_rows = _rows_per_process(batch_size, process_count)
 
-    decode = partial(_decode, source.__getitem__, label_map=label_map)
+    decode = partial(_decode, source.__getitem__, label_map=label_map, decoding=decoding)
     view = partial(
         augment,
         crop_size=crop_size,
@@ -141,7 +143,13 @@ def train_batches(
 
 
 def eval_groups(
-    source: Source, *, batch_size: int, short_side: int, pad_multiple: int, num_threads: int
+    source: Source,
+    *,
+    batch_size: int,
+    short_side: int,
+    pad_multiple: int,
+    num_threads: int,
+    decoding: Decoding = AS_STORED,
 ) -> list[EvalGroup]:
     """Which examples are evaluated together: up to `batch_size` whose padded sizes are the same.
 
@@ -153,12 +161,13 @@ def eval_groups(
         short_side: length of the images' shorter side, but not of the labels'; 0 keeps it.
         pad_multiple: what heights and widths are rounded up to a multiple of.
         num_threads: threads that read.
+        decoding: how image files become pixels.
 
     Raises:
         InputError: for an image whose header cannot be read, or for all that are too large; it
             names the examples.
     """
-    sizes = grain.MapDataset.range(len(source)).map(partial(_image_size, source))
+    sizes = grain.MapDataset.range(len(source)).map(partial(_image_size, source, decoding))
     example_ids: defaultdict[tuple[Size, Size], list[int]] = defaultdict(list)
     problems = []
     for example_id, size in enumerate(sizes.to_iter_dataset(_read_options(num_threads, 0))):
@@ -186,6 +195,7 @@ def eval_batches(
     pad_color: tuple[int, int, int],
     num_threads: int,
     prefetch: int,
+    decoding: Decoding = AS_STORED,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -206,6 +216,7 @@ def eval_batches(
         pad_color: RGB of what surrounds an image.
         num_threads: threads that prepare examples.
         prefetch: batches prepared ahead.
+        decoding: how image files become pixels.
         process_index: number of this process.
         process_count: number of processes.
 
@@ -213,7 +224,7 @@ def eval_batches(
         InputError: for a record that cannot be decoded; it names the example.
     """
     num_rows = _rows_per_process(batch_size, process_count)
-    decode = partial(_decode, source.__getitem__, label_map=label_map)
+    decode = partial(_decode, source.__getitem__, label_map=label_map, decoding=decoding)
 
     def load(step: int, row: int) -> Row:
         group = groups[step]
@@ -314,10 +325,11 @@ def _decode(
     example_id: int,
     *,
     label_map: LabelMap,
+    decoding: Decoding,
 ) -> Example:
     record = read(example_id)
     name = record["name"].decode()
-    image = decode_image(record["image"], f"image {name}")
+    image = decode_image(record["image"], f"image {name}", decoding)
     mask = decode_mask(record["label"], f"label {name}")
     return image, to_train_ids(mask, label_map, f"label {name}")
 
@@ -338,9 +350,9 @@ def _recall(
     return example
 
 
-def _image_size(source: Source, example_id: int) -> Size:
+def _image_size(source: Source, decoding: Decoding, example_id: int) -> Size:
     record = source[example_id]
-    return image_size(record["image"], f"image {record['name'].decode()}")
+    return image_size(record["image"], f"image {record['name'].decode()}", decoding)
 
 
 def _rows_per_process(batch_size: int, process_count: int) -> int:

@@ -48,6 +48,4 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
     """What lies below `spec.root` for a split."""
-    return pairs_config(
-        Ade20k, spec.root, split, match_folders(spec, FOLDERS, split), label_map(spec)
-    )
+    return pairs_config(Ade20k, spec, split, match_folders(spec, FOLDERS, split), label_map(spec))

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from contrastseg_jax.data.audit import audit_split, general_findings, told_once
 from contrastseg_jax.data.builders.pairs import Found, Pair
 from contrastseg_jax.data.checks import RawSplit, ReadMask, Splits, check_files
-from contrastseg_jax.data.images import decode_mask, encode_png
+from contrastseg_jax.data.images import AS_STORED, Decoding, decode_mask, encode_png
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
@@ -36,6 +36,7 @@ class DatasetSpec:
     name: str
     prepared_dir: str = "~/.cache/contrastseg_jax"
     root: str = ""  # where the raw data are
+    decoding: Decoding = AS_STORED  # how its images become pixels
     class_names: tuple[str, ...] = ()  # folder, tfds
     ignore_values: tuple[int, ...] = (255,)  # folder, tfds: mask values without a class
     dataset: str = ""  # tfds: its name there
@@ -99,7 +100,7 @@ def data_root(spec: DatasetSpec) -> Path:
 
 def pairs_config(
     builder: type[RecordBuilder],
-    root: str | Path,
+    spec: DatasetSpec,
     split: str,
     found: Found,
     label_map: LabelMap,
@@ -110,7 +111,7 @@ def pairs_config(
 
     Args:
         builder: of the data set.
-        root: where the files are.
+        spec: where the files are, and how images are decoded, with which they are checked.
         split: its name.
         found: what is there; sizes and times of the files are a part of the name.
         label_map: the values that masks may hold.
@@ -118,12 +119,12 @@ def pairs_config(
         table: what `read_mask` translates by.
     """
     stamps = [(pair.name, file_stamp(pair.image), file_stamp(pair.mask)) for pair in found.pairs]
-    check = partial(check_files, label_map=label_map, read_mask=read_mask)
+    check = partial(check_files, label_map=label_map, read_mask=read_mask, decoding=spec.decoding)
     checks = [partial(check, pair.name, pair.image, pair.mask) for pair in found.pairs]
     return SplitConfig(
         builder=builder,
-        name=name_by_hash(split, label_map, table, stamps, found.findings),
-        description=f"the data of {root}",
+        name=name_by_hash(split, label_map, spec.decoding, table, stamps, found.findings),
+        description=f"the data of {spec.root or spec.name}",
         split=split,
         raw=RawSplit(checks, found.findings, found.elsewhere),
         records=partial(_read_pairs, found.pairs, read_mask),

@@ -119,7 +119,7 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
         found, read_mask = _find_original(root, split), read_color_mask
     else:
         found, read_mask = _find_segnet(root, split), decode_mask
-    return pairs_config(Camvid, spec.root, split, found, label_map(spec), read_mask, table=COLORS)
+    return pairs_config(Camvid, spec, split, found, label_map(spec), read_mask, table=COLORS)
 
 
 def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:

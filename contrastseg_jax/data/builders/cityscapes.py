@@ -63,7 +63,7 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
     """What lies below `spec.root` for a split."""
     found = _find(data_root(spec), split)
-    return pairs_config(Cityscapes, spec.root, split, found, label_map(spec))
+    return pairs_config(Cityscapes, spec, split, found, label_map(spec))
 
 
 def _find(root: Path, split: str) -> Found:

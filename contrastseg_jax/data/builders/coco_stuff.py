@@ -76,7 +76,7 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
         found, read_mask = _find_10k(data_root(spec), split), read_mat_mask
     else:
         found, read_mask = _find_164k(spec, split), decode_mask
-    return pairs_config(CocoStuff, spec.root, split, found, label_map(spec), read_mask)
+    return pairs_config(CocoStuff, spec, split, found, label_map(spec), read_mask)
 
 
 def read_mat_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:

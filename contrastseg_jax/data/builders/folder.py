@@ -45,6 +45,4 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
     """What lies below `spec.root` for a split."""
-    return pairs_config(
-        Folder, spec.root, split, match_folders(spec, FOLDERS, split), label_map(spec)
-    )
+    return pairs_config(Folder, spec, split, match_folders(spec, FOLDERS, split), label_map(spec))

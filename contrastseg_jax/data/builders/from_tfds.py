@@ -22,6 +22,7 @@ from contrastseg_jax.data.builders.base import (
     name_by_hash,
 )
 from contrastseg_jax.data.checks import Checked, Finding, RawSplit, check_encoded
+from contrastseg_jax.data.images import Decoding
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
@@ -49,10 +50,12 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
     stamps = [file_stamp(path) for path in sorted(Path(source.data_dir).iterdir())]
     features = spec.image_feature, spec.label_feature
     title, classes = f"{source.info.full_name} {theirs}", label_map(spec)
-    check = partial(_check, examples, *features, title, classes)
+    check = partial(_check, examples, *features, title, classes, spec.decoding)
     return SplitConfig(
         builder=FromTfds,
-        name=name_by_hash(split, classes, source.info.full_name, theirs, features, stamps),
+        name=name_by_hash(
+            *(split, classes, source.info.full_name, theirs, features, spec.decoding, stamps)
+        ),
         description=_title(source),
         split=split,
         raw=RawSplit([partial(check, index) for index in range(len(examples))]),
@@ -120,6 +123,7 @@ def _check(
     label_feature: str,
     title: str,
     classes: LabelMap,
+    decoding: Decoding,
     index: int,
 ) -> Checked:
     name = f"{index:06d}"
@@ -133,7 +137,7 @@ def _check(
         finding = Finding("unreadable", title, message)
         return Checked(name, image_file, mask_file, findings=(finding,))
     image, label = example[image_feature], example[label_feature]
-    return check_encoded(name, image, label, image_file, mask_file, classes)
+    return check_encoded(name, image, label, image_file, mask_file, classes, decoding=decoding)
 
 
 def _copy(examples: Sequence, image_feature: str, label_feature: str) -> Iterator[dict]:

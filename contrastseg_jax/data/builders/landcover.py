@@ -38,4 +38,4 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
     """The blocks that were held out (val), or the others (train)."""
     found = match_files(FOLDER / "images" / split, FOLDER / "labels" / split)
-    return pairs_config(Landcover, FOLDER, split, found, label_map(spec))
+    return pairs_config(Landcover, spec, split, found, label_map(spec))

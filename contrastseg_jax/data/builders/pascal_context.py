@@ -62,7 +62,7 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
     read_mask = decode_mask if _has_pngs(root) else read_mat_mask
     found = _find(root, split)
     return pairs_config(
-        PascalContext, spec.root, split, found, label_map(spec), read_mask, table=CLASSES
+        PascalContext, spec, split, found, label_map(spec), read_mask, table=CLASSES
     )
 
 
