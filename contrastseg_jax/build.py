@@ -86,7 +86,8 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
 
 def training_shapes(config: Config, model: Segmenter) -> segmenter.TrainingShapes:
     """What the network makes of the config's training batch."""
-    return segmenter.training_shapes(model, (config.train.batch_size, *config.augment.crop_size))
+    images = config.train.batch_size, *config.augment.crop_size
+    return segmenter.training_shapes(model, images)  # pyright: ignore[reportArgumentType]
 
 
 def num_cells(config: Config, model: Segmenter) -> int:

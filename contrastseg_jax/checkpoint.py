@@ -233,9 +233,7 @@ def _best(workdir: Path, steps: list[int]) -> int:
 
 def _prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.name.endswith(LEFTOVERS):
-            shutil.rmtree(path)
+    _clear_leftovers(folder)
     path, arrays = folder / "probe.deleted", {"probe": np.arange(1000, dtype=np.float32)}
     notes = {"digests": {name: digests.of_array(array) for name, array in arrays.items()}}
     try:
@@ -284,7 +282,15 @@ def _not_saved(path: Path, why: str) -> str:
     return problem
 
 
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what a kill, or a save that failed, has left; while nothing is being saved."""
+    for path in folder.iterdir():
+        if path.name.endswith(LEFTOVERS):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _give_up_old(writer: Writer) -> None:
+    _clear_leftovers(_folder(writer.workdir))  # Orbax's threads may write on after a failure
     steps = saved_steps(writer.workdir)
     kept = {*steps[-writer.keep_checkpoints :], *([_best(writer.workdir, steps)] if steps else [])}
     for step in set(steps) - kept:

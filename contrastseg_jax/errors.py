@@ -37,7 +37,7 @@ def reason(error: BaseException) -> str:
             return os.strerror(int(number[1]))
         cause = cause.__cause__ or cause.__context__
     line = str(error).strip().partition("\n")[0][:200]
-    return line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
+    return line if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {line}"
 
 
 @contextlib.contextmanager

@@ -214,7 +214,7 @@ def save_evaluation(
 
 def shown_aspect(height: int, width: int) -> float:
     """Height over width of a picture as it is drawn."""
-    return min(max(height / width, 1 / NARROWEST), NARROWEST)
+    return float(min(max(height / width, 1 / NARROWEST), NARROWEST))
 
 
 def reduced(picture: UInt8[np.ndarray, "h w ..."]) -> UInt8[np.ndarray, "h2 w2 ..."]:

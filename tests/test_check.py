@@ -17,11 +17,18 @@ def test_class_weights_must_fit_the_classes():
 
 
 def test_stages_and_types_that_there_are_pass():
-    check(make_config("model.dtype=bfloat16", "model.remat=('layer1', 'stage4')"), mode="train")
+    check(
+        make_config(
+            "model.name=hrnet_tiny", "model.dtype=bfloat16", "model.remat=('layer1', 'stage4')"
+        ),
+        mode="train",
+    )
 
 
 def test_stages_that_the_network_does_not_have_are_listed():
-    config = make_config("model.remat=('stage4', 'layer4', 5)", "model.dtype=float16")
+    config = make_config(
+        "model.name=hrnet_tiny", "model.remat=('stage4', 'layer4', 5)", "model.dtype=float16"
+    )
     with pytest.raises(InputError) as error:
         check(config, mode="train")
     text = str(error.value)
@@ -93,7 +100,11 @@ def test_the_number_of_anchors_in_a_message_is_that_of_the_map():
     [
         (["model.name=deeplabv3_r18"], "cls_head/aspp/b4_1", "train.batch_size to 8"),
         (["model.name=deeplabv3plus_r18"], "neck/aspp/b4_1", "train.batch_size to 8"),
-        ([], r"backbone/\S+ and \d more layers", "train.batch_size to 8, or augment.crop_size"),
+        (
+            ["model.name=hrnet_tiny"],
+            r"backbone/\S+ and \d more layers",
+            "train.batch_size to 8, or augment.crop_size",
+        ),
     ],
     ids=["pooled", "pooled in the neck", "small crop"],
 )
@@ -115,7 +126,7 @@ def test_one_value_has_no_variance(overrides, layer, remedy):
         (["model.name=deeplabv3_r18", "train.batch_size=4"], r"4 values \(cls_head/aspp/b4_1\)"),
         (["model.name=ocr_r18", "train.batch_size=1"], r"3 values .*: raise train.batch_size to 3"),
         (["model.name=deeplabv3_r18", "train.batch_size=8", "contrast.candidates=batch"], None),
-        (["train.batch_size=2", "augment.crop_size=(64, 64)"], None),
+        (["model.name=hrnet_tiny", "train.batch_size=2", "augment.crop_size=(64, 64)"], None),
     ],
     ids=["pooled", "one vector per class", "eight images", "eight places"],
 )

@@ -174,7 +174,9 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     usage = SimpleNamespace(total=0, used=0, free=1_000_000)
     monkeypatch.setattr(pretrained.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(ocp.StandardCheckpointer, "save", lambda *_: pytest.fail("writes"))
-    with pytest.raises(InputError, match=r"--output=.*No space left on device: .*1,000,000 free"):
+    with pytest.raises(
+        InputError, match=r"--output=.*No space left on device: .*1,000,000 are free"
+    ):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
@@ -202,7 +204,7 @@ def test_an_empty_folder_is_filled_not_replaced(tmp_path, monkeypatch):
 def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, capsys, caplog):
     config, workdir = trained
     convert_run(config, workdir, "4", tmp_path / "out")
-    assert "run, step 4: hrnet_tiny with 3 classes and a projection head of 16" in (
+    assert "run, step 4: toy with 3 classes and a projection head of 16" in (
         capsys.readouterr().out
     )
     config = config_lib.override(config, [f"model.init_from={tmp_path / 'out'}"])
@@ -210,7 +212,7 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
     _, expected, *_ = load_run(config, workdir, "4")
     started = build.initial_variables(config, model, whole=True)
     jax.tree.map(np.testing.assert_array_equal, started, jax.device_get(expected))
-    assert pretrained.read(tmp_path / "out", "hrnet_tiny").image_format == IMAGENET
+    assert pretrained.read(tmp_path / "out", "toy").image_format == IMAGENET
     names = ["data.name=folder", "data.class_names=('a', 'b', 'c')"]
     renamed = config_lib.override(config, names)
     build.initial_variables(renamed, model)

@@ -155,6 +155,7 @@ def test_no_tensorflow_is_imported(folder):
     code = (
         "import sys\n"
         "from contrastseg_jax.data.builders.base import DatasetSpec\n"
+        "from contrastseg_jax.data.images import Decoding\n"
         "from contrastseg_jax.data.dataset import open_split\n"
         f"open_split({folder!r}, 'train')[0]\n"
         "import contrastseg_jax.data.pipeline\n"
@@ -203,6 +204,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_that_counts(tmp_path):
     code = (
         "import resource\n"
         "from contrastseg_jax.data.builders.base import DatasetSpec\n"
+        "from contrastseg_jax.data.images import Decoding\n"
         "from contrastseg_jax.data.dataset import open_split\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         f"open_split({spec!r}, 'train')"
@@ -232,6 +234,7 @@ def test_a_killed_preparation_starts_again(folder):
         "import time\n"
         "from contrastseg_jax.data.builders import base\n"
         "from contrastseg_jax.data.builders.base import DatasetSpec\n"
+        "from contrastseg_jax.data.images import Decoding\n"
         "from contrastseg_jax.data.dataset import open_split\n"
         "whole = base.RecordBuilder._generate_examples\n"
         "def slow(self, records):\n"

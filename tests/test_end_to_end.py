@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from program import TIMEOUT, TRAIN, command, environment, logged_steps, run, scalars
+from program import TIMEOUT, TOY, TRAIN, command, environment, logged_steps, run, scalars
 from safetensors.numpy import save_file
 from small import ROOT, SETTINGS
 from state_dicts import tiny
@@ -28,11 +28,11 @@ def final_state(workdir):
 def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path):
     """SIGKILL at an arbitrary step; parameters, optimiser state and bank end as if never killed."""
     settings = (*SETTINGS, "train.num_steps=14", "train.log_steps=1", "optim.ema_decay=0.9")
-    whole = command(prepared_dir, tmp_path / "whole", *TRAIN, settings=settings)
+    whole = command(prepared_dir, tmp_path / "whole", *TOY, settings=settings)
     result = run(whole)
     assert result.returncode == 0, result.stderr
 
-    killed = command(prepared_dir, tmp_path / "killed", *TRAIN, settings=settings)
+    killed = command(prepared_dir, tmp_path / "killed", *TOY, settings=settings)
     process = subprocess.Popen(killed, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + TIMEOUT
     while max(logged_steps(tmp_path / "killed"), default=0) < 5:
@@ -63,7 +63,7 @@ def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path):
 
 def test_modes_read_the_config_from_the_workdir(trained, tmp_path):
     _, workdir = trained
-    main = [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}"]
+    main = [sys.executable, str(ROOT / "tests" / "toy_main.py"), f"--workdir={workdir}"]
     evaluated = run([*main, "--mode=eval", "--checkpoint=best"], num_devices=2)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "mean IoU" in evaluated.stderr and "index.html" in evaluated.stderr
@@ -185,7 +185,7 @@ def test_bad_input_ends_in_one_message_and_leaves_nothing(prepared_dir, tmp_path
 
 def test_a_workdir_of_another_config_is_refused(trained):
     config, workdir = trained
-    arguments = command(config.data.prepared_dir, workdir, *TRAIN, "--config.seed=5")
+    arguments = command(config.data.prepared_dir, workdir, *TOY, "--config.seed=5")
     result = run(arguments, num_devices=2)
     assert result.returncode == 1
     assert "holds a run of another config" in result.stderr and "seed = 5: the run has 0" in (

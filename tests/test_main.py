@@ -13,7 +13,7 @@ import main
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.workdir import claim
 
-CONFIG = f"--config={ROOT / 'configs' / 'default.py'}:hrnet_tiny,memory"
+CONFIG = f"--config={ROOT / 'configs' / 'default.py'}:toy,memory"
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def test_parts_of_the_state_are_as_large_as_they_will_be(sharding):
 def test_the_compiled_step_is_reported_whole(two_devices):
     _, status, values, text = two_devices
     compiled = values["compiled"]
-    assert values["parameters"] == 410_296
+    assert values["parameters"] == 98_160
     assert values["anchors_per_image"] == 24 and values["cells_per_image"] == 8 * 8
     assert values["flops"] > values["contrast_flops"] > 0
     assert "anchors, of an image's cells             24 of 64" in text

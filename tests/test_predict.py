@@ -78,7 +78,7 @@ def test_a_photograph_is_turned_where_that_is_asked_for(trained, tmp_path, caplo
     note[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (50, 41)).save(tmp_path / f"x.{suffix}", exif=note)
     config = config_lib.replaced(config, {"data.exif_orientation": "applied"})
-    predict_run(config, workdir, "latest", tmp_path / f"x.{suffix}", tmp_path / "out")
+    predict_run(config, workdir, "latest", [str(tmp_path / f"x.{suffix}")], tmp_path / "out")
     assert "EXIF" not in caplog.text
     for result in ("masks/x.png", "overlays/x.jpg"):
         with Image.open(tmp_path / "out" / result) as picture:

@@ -34,7 +34,9 @@ def whole(tmp_path_factory):
 
 
 def start(folder, *overrides, num_classes=3, variant="memory"):
-    config = make_config(f"model.init_from={folder}", *overrides, variant=variant)
+    config = make_config(
+        "model.name=hrnet_tiny", f"model.init_from={folder}", *overrides, variant=variant
+    )
     model = build.build_model(config, num_classes)
     fresh = segmenter.init_variables(model, config.seed)
     return build.initial_variables(config, model), fresh
@@ -76,7 +78,7 @@ def test_without_contrast_the_projection_head_is_left_out(whole, caplog):
 def test_on_another_head_only_the_backbone_is_taken(kind, whole, tmp_path, caplog):
     caplog.set_level("INFO", pretrained.log.name)
     folder = whole if kind == "whole" else converted(tmp_path, backbone_of("hrnet_tiny"))
-    config = make_config(f"model.init_from={folder}")
+    config = make_config("model.name=hrnet_tiny", f"model.init_from={folder}")
     config = config_lib.override(config, ["model.name=hrnet_tiny_ocr"])
     model = build.build_model(config, 3)
     fresh = segmenter.init_variables(model, config.seed)
@@ -93,7 +95,7 @@ def test_on_another_head_only_the_backbone_is_taken(kind, whole, tmp_path, caplo
 
 
 def test_the_state_and_its_averages_start_from_the_weights(whole):
-    config = make_config(f"model.init_from={whole}", "optim.ema_decay=0.9")
+    config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}", "optim.ema_decay=0.9")
     model, (tx, _) = build.build_model(config, 3), build.build_optimizer(config)
     state = build.init_state(config, model, tx, build.initial_variables(config, model))
     given = flax_variables(tiny(num_classes=3, proj_dim=16))
@@ -103,7 +105,9 @@ def test_the_state_and_its_averages_start_from_the_weights(whole):
 
 def test_images_are_as_the_weights_need_them(whole, tmp_path, caplog):
     """The original's HRNet reads BGR, with statistics in the order of RGB."""
-    config = build.follow_weights(make_config(f"model.init_from={whole}"), None)
+    config = build.follow_weights(
+        make_config("model.name=hrnet_tiny", f"model.init_from={whole}"), None
+    )
     image_format = build.image_format(config)
     assert image_format.channel_order == "BGR"
     assert image_format.mean == (103.53, 116.28, 123.675)
@@ -112,19 +116,25 @@ def test_images_are_as_the_weights_need_them(whole, tmp_path, caplog):
 
     caplog.set_level("INFO", build.log.name)
     settings = ["model.image_std=(1.0, 2.0, 3.0)", "model.image_mean=(103.53, 116.28, 123.675)"]
-    said = make_config(f"model.init_from={whole}", *settings)
+    said = make_config("model.name=hrnet_tiny", f"model.init_from={whole}", *settings)
     image_format = build.image_format(build.follow_weights(said, None))
     assert image_format.std == (1.0, 2.0, 3.0) and image_format.channel_order == "BGR"
     assert "BGR; red, green, blue have mean (103.53, 116.28, 123.675), std (57.375" in caplog.text
     assert "but model.image_std = (1.0, 2.0, 3.0), as the config says" in caplog.text
 
     of_imagenet = converted(tmp_path, backbone_of("hrnet_tiny"))
-    config = build.follow_weights(make_config(f"model.init_from={of_imagenet}"), None)
-    assert build.image_format(config) == build.image_format(make_config())
+    config = build.follow_weights(
+        make_config("model.name=hrnet_tiny", f"model.init_from={of_imagenet}"), None
+    )
+    assert build.image_format(config) == build.image_format(
+        make_config(
+            "model.name=hrnet_tiny",
+        )
+    )
 
 
 def test_a_run_that_goes_on_needs_the_weights_no_longer(tmp_path):
-    config = make_config("model.init_from=/gone")
+    config = make_config("model.name=hrnet_tiny", "model.init_from=/gone")
     run = config_lib.override(
         config, ["model.channel_order=BGR", "model.image_std=(1.0, 1.0, 1.0)"]
     )
@@ -135,7 +145,7 @@ def test_a_run_that_goes_on_needs_the_weights_no_longer(tmp_path):
 
 
 def test_a_setting_that_overruled_the_weights_must_not_be_dropped(whole, tmp_path):
-    config = make_config(f"model.init_from={whole}")
+    config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}")
     said = config_lib.override(config, ["model.image_std=(1.0, 2.0, 3.0)"])
     run = build.follow_weights(said, None)
     refuse_differences(build.follow_weights(said, run), run, tmp_path)
@@ -145,13 +155,13 @@ def test_a_setting_that_overruled_the_weights_must_not_be_dropped(whole, tmp_pat
 
 
 def test_weights_must_be_on_a_disk():
-    config = make_config("model.init_from=gs://bucket/x")
+    config = make_config("model.name=hrnet_tiny", "model.init_from=gs://bucket/x")
     with pytest.raises(InputError, match="model.init_from = 'gs://bucket/x': must be on a local"):
         check(config, mode="eval", reads_weights=True)
 
 
 def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
-    config = make_config(f"model.init_from={whole}")
+    config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}")
     config = config_lib.override(config, ["model.name=hrnet_w18_small"])
     with pytest.raises(InputError, match="x.safetensors is of hrnet_tiny") as error:
         build.follow_weights(config, None)
@@ -195,7 +205,7 @@ def test_damaged_arrays_are_refused_before_they_are_read(whole, tmp_path, damage
     message = f"variables: {path.relative_to(folder / 'variables')} is missing or not as converted"
     with pytest.raises(InputError, match=message):
         start(folder)
-    (problem,) = weights_problems(make_config(f"model.init_from={folder}"))
+    (problem,) = weights_problems(make_config("model.name=hrnet_tiny", f"model.init_from={folder}"))
     assert re.search(message, problem)
 
 
@@ -231,7 +241,8 @@ def test_arrays_that_do_not_fit_their_record_are_refused(tmp_path):
     record["networks"] = ["hrnet_w18_small", "hrnet_w18_small_ocr"]
     (folder / "weights.json").write_text(json.dumps(record))
     config = config_lib.override(
-        make_config(f"model.init_from={folder}"), ["model.name=hrnet_w18_small"]
+        make_config("model.name=hrnet_tiny", f"model.init_from={folder}"),
+        ["model.name=hrnet_w18_small"],
     )
     with pytest.raises(InputError, match=r"problems in .*weights:\n  .*: is .*, must be "):
         build.initial_variables(config, build.build_model(config, 3))

@@ -6,6 +6,4 @@ from contrastseg_jax.models.heads import FCNHead
 from contrastseg_jax.models.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import NETWORKS, NetworkSpec
 
-NETWORKS["toy"] = NetworkSpec(
-    ResNetSpec((1, 1, 1, 1), "basic", output_stride=8), partial(FCNHead, width=16)
-)
+NETWORKS["toy"] = NetworkSpec(ResNetSpec((1, 0, 0, 0), "basic"), partial(FCNHead, width=16))
