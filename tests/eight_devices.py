@@ -123,7 +123,7 @@ def run_step(sharding):
     """The HLO of the real step on eight devices, and how often two batches were traced."""
     settings = ("memory.pixel_size=65536", "memory.segment_size=64", "train.batch_size=8")
     selection = ("contrast.negatives=semi_hard", "contrast.num_negatives=8")
-    config = make_config(*settings, *selection, *float64.SETTINGS, f"memory.sharding={sharding}")
+    config = make_config(*settings, *selection, f"memory.sharding={sharding}")
     step_fn, state, mesh = start(config, num_devices=8)
     batch = distributed.to_devices(make_batch(size=8), mesh)
     with jax.debug_nans(False):  # which would keep the arguments, to look for the NaN again
@@ -154,12 +154,12 @@ def main(path):
         for strategy in STRATEGIES:
             for i, array in enumerate(run_contrast(1, "replicated", strategy, moved=True)):
                 results[f"{strategy}/moved/{i}"] = array
+        for sharding in SHARDINGS:
+            results[f"hlo/{sharding}"], results[f"traces/{sharding}"] = run_step(sharding)
     else:
         for layout in LAYOUTS:
             for key, array in run_training(*LAYOUTS[layout]).items():
                 results[f"training/{layout}/{key}"] = array
-        for sharding in SHARDINGS:
-            results[f"hlo/{sharding}"], results[f"traces/{sharding}"] = run_step(sharding)
     np.savez(path, **results)
 
 

@@ -218,7 +218,7 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
     build.initial_variables(renamed, model)
     assert "its classes were class_0, class_1, class_2: the last layer is kept" in caplog.text
     caplog.clear()
-    other = config_lib.override(renamed, ["model.name=hrnet_tiny_ocr"])
+    other = config_lib.override(renamed, ["model.name=toy_ocr"])
     build.initial_variables(other, build.build_model(other, 3))  # takes the backbone alone
     assert "the last layer is kept" not in caplog.text
     with pytest.raises(InputError, match="classes class_0, class_1, class_2, the data set has a, "):

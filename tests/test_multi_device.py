@@ -67,7 +67,7 @@ def test_loss_gradient_diagnostics_and_bank_do_not_depend_on_devices(in_float64,
 
 @pytest.mark.parametrize("strategy", ["semi_hard", "hardest"])
 def test_nor_do_selections_by_hardness(in_float32, strategy):
-    """But for rounding, magnified no more than that of the embeddings is on one device."""
+    """But for rounding: of the result, and of embeddings, magnified as it is on one device."""
     cases = in_float32[strategy]
     reference, moved = cases.pop("1/replicated"), cases.pop("moved")
     assert len(cases) == 5
@@ -76,6 +76,7 @@ def test_nor_do_selections_by_hardness(in_float32, strategy):
         assert arrays.keys() == reference.keys()
         for key, expected in reference.items():
             by_rounding = np.abs(moved[key] - expected).max()
+            by_rounding += np.finfo(np.float32).eps * np.abs(expected).max()
             error = np.abs(arrays[key] - expected).max()
             assert error <= 8 * by_rounding, f"{case}, array {key}"
 
@@ -95,12 +96,12 @@ def test_training_does_not_depend_on_devices(in_float64):
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "slots"])
-def test_the_bank_never_travels(in_float64, sharding):
+def test_the_bank_never_travels(in_float32, sharding):
     """No collective of the compiled step moves as much as one device's part of a queue.
 
     The largest is the all-reduce of the gradient of the largest kernel.
     """
-    hlo = str(in_float64["hlo"][""][sharding])
+    hlo = str(in_float32["hlo"][""][sharding])
     moved = [
         int(np.prod([int(length) for length in shape.split(",") if length]))
         for result, _ in COLLECTIVE.findall(hlo)
@@ -108,9 +109,9 @@ def test_the_bank_never_travels(in_float64, sharding):
     ]
     num_classes, slots, dim, num_devices = 3, 65536, 16, 8
     part = slots // num_devices if sharding == "slots" else slots
-    assert f"f64[{num_classes},{part},{dim}]" in hlo  # the pixel queue of one device
+    assert f"f32[{num_classes},{part},{dim}]" in hlo  # the pixel queue of one device
     assert len(moved) > 10
     assert max(moved) < num_classes * dim * slots // num_devices
     # Nor does a device copy it: the new rows go where the old ones were.
-    assert not re.search(rf"f64\[{num_classes},{part},{dim}\]\S* copy\(", hlo)
-    assert in_float64["traces"][""][sharding] == 1
+    assert not re.search(rf"f32\[{num_classes},{part},{dim}\]\S* copy\(", hlo)
+    assert in_float32["traces"][""][sharding] == 1

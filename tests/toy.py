@@ -1,9 +1,12 @@
-"""Makes a network known that has all that training needs and compiles fast: `toy`."""
+"""Makes networks known that have all that training needs and compile fast: `toy`, `toy_ocr`."""
 
 from functools import partial
 
 from contrastseg_jax.models.heads import FCNHead
+from contrastseg_jax.models.ocr import OCRHead
 from contrastseg_jax.models.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import NETWORKS, NetworkSpec
 
-NETWORKS["toy"] = NetworkSpec(ResNetSpec((1, 0, 0, 0), "basic"), partial(FCNHead, width=16))
+BACKBONE, HEAD = ResNetSpec((1, 0, 0, 0), "basic"), partial(FCNHead, width=16)
+NETWORKS["toy"] = NetworkSpec(BACKBONE, HEAD)
+NETWORKS["toy_ocr"] = NetworkSpec(BACKBONE, OCRHead, aux_head=HEAD, aux_guides=True)
