@@ -149,7 +149,7 @@ def require_memory(
 ) -> None:
     """Raise an error if the largest images of a split, or the largest labels, do not fit."""
     for size_of in (attrgetter("image_size"), attrgetter("label_size")):
-        group_of = {size_of(group): group for group in groups}
+        group_of = {size_of(group): group for group in reversed(groups)}
         height, width = max(group_of, key=math.prod)
         group = group_of[height, width]
         try:

@@ -50,8 +50,10 @@ def open_board(workdir: Path, start_step: int) -> Board:
     """
     events, lines, path = None, None, workdir / "metrics.jsonl"
     with best_effort(str(path)):
-        lines = _lines_until(path.read_text(), start_step) if path.exists() else []
-        write_atomically(path, "".join(lines))
+        lines = []
+        if path.exists():
+            lines = _lines_until(path.read_text(), start_step)
+            write_atomically(path, "".join(lines))
     # Not tensorboardX's SummaryWriter: the thread that it writes with dies of a full disk, and
     # whoever has more to write waits for it for ever.
     folder = (workdir / "tensorboard").absolute()

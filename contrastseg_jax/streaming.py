@@ -378,7 +378,8 @@ def _all_finite(
     in_rows = jnp.sum(~jnp.isfinite(rows.embedding), dtype=jnp.int32)
     in_sets = jnp.zeros((), jnp.int32)
     for columns in sets:
-        spoilt = ~jnp.isfinite(columns.embedding) & (columns.label[:, None] != NO_CLASS)
+        largest = jnp.max(jnp.abs(columns.embedding), axis=1)  # NaN where one is
+        spoilt = ~jnp.isfinite(largest) & (columns.label != NO_CLASS)
         in_sets += jnp.sum(spoilt, dtype=jnp.int32)
     return _over(rows_axis, in_rows) + _over(candidates_axis, in_sets) == 0
 

@@ -95,7 +95,7 @@ def test_the_compiled_step_is_reported_whole(two_devices):
     assert held <= compiled["arguments"] < held + 1000
     assert compiled["collectives"]["all-reduce"]["number"] > 10
     for word in (
-        *("on own devices: 2 x cpu", "0.41 M", "held by each device", "peak memory of each device"),
+        *("on own devices: 2 x cpu", "0.10 M", "held by each device", "peak memory of each device"),
         *("XLA's for a CPU", "temporaries", "all-reduce", "compiled in", "fits: "),
     ):
         assert word in text, word
