@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 
 SHEET_LEGEND_COLUMNS = 2  # beneath each column of examples
 WIDE = 3  # times as wide as high: from there on pictures lie one above the other
-NARROWEST = 8  # times as long as wide: what is narrower is drawn stretched, to be seen at all
+NARROWEST = 8.0  # times as long as wide: what is narrower is drawn stretched, to be seen at all
 TALLEST = 8.0  # inches of a picture
 REDUCED_SIDE = 1500  # pixels: more cannot be seen in a figure
 TITLE_LENGTH = 48  # letters of a name that fit
@@ -222,7 +222,8 @@ def reduced(picture: UInt8[np.ndarray, "h w ..."]) -> UInt8[np.ndarray, "h2 w2 .
     height, width = picture.shape[:2]
     scale = min(1, REDUCED_SIDE / max(height, width))
     size = [
-        max(round(side * scale), min(side, REDUCED_SIDE // NARROWEST)) for side in (width, height)
+        max(round(side * scale), min(side, round(REDUCED_SIDE / NARROWEST)))
+        for side in (width, height)
     ]
     how = cv2.INTER_AREA if picture.ndim == 3 else cv2.INTER_NEAREST_EXACT
     return picture if scale == 1 else cv2.resize(picture, size, interpolation=how)

@@ -10,9 +10,9 @@ import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
-# Most elements of a matrix of interpolation: 1024 -> 4096 has as many. It grows with the square of
+# Most elements of a matrix of interpolation: 512 -> 2048 has as many. It grows with the square of
 # a side, an image with its area; so what is longer is gathered.
-MATRIX_SIZE = 1 << 22
+MATRIX_SIZE = 1 << 20
 
 
 class Taps(NamedTuple):
