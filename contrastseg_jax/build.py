@@ -39,7 +39,8 @@ def dataset_spec(config: Config) -> DatasetSpec:
         name=data.name,
         prepared_dir=data.prepared_dir,
         root=data.root,
-        decoding=decoding(config),
+        exif_orientation=data.exif_orientation,
+        bit_depth=data.bit_depth,
         class_names=data.class_names,
         ignore_values=data.ignore_values,
         **data.tfds,
@@ -49,8 +50,7 @@ def dataset_spec(config: Config) -> DatasetSpec:
 
 def decoding(config: Config) -> Decoding:
     """How image files become pixels."""
-    data = config.data
-    return Decoding(exif_orientation=data.exif_orientation, bit_depth=data.bit_depth)
+    return dataset_spec(config).decoding
 
 
 def image_format(config: Config) -> ImageFormat:

@@ -195,7 +195,7 @@ def test_an_image_that_viewers_turn_is_a_warning_that_says_how_it_is_used(
     findings = run(root, setting)["findings"]
     expected = [("turned", str(root / IMAGE), False)] if is_turned else []
     assert [(f["kind"], f["file"], f["is_error"]) for f in findings] == expected
-    use = {"stored": "but it is used as stored", "applied": "and it is"}[rule]
+    use = {"stored": "but it is used as stored", "applied": "and it is turned"}[rule]
     for found in findings:
         assert f"viewers to turn it, {use} (data.exif_orientation = {rule})" in found["message"]
     assert len(prepare(root, setting)) == 3

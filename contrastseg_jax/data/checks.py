@@ -128,7 +128,7 @@ def check_encoded(
         image = decode_image(content, image_file, decoding)
         turned = is_turned(content, image_file)
         if turned:
-            use = "and it is" if applied else "but it is used as stored"
+            use = "and it is turned" if applied else "but it is used as stored"
             message = (
                 f"{image_file}: EXIF data ask viewers to turn it, {use}"
                 f" (data.exif_orientation = {decoding.exif_orientation})"

@@ -36,7 +36,8 @@ class DatasetSpec:
     name: str
     prepared_dir: str = "~/.cache/contrastseg_jax"
     root: str = ""  # where the raw data are
-    decoding: Decoding = AS_STORED  # how its images become pixels
+    exif_orientation: str = AS_STORED.exif_orientation
+    bit_depth: int = AS_STORED.bit_depth
     class_names: tuple[str, ...] = ()  # folder, tfds
     ignore_values: tuple[int, ...] = (255,)  # folder, tfds: mask values without a class
     dataset: str = ""  # tfds: its name there
@@ -47,6 +48,11 @@ class DatasetSpec:
     image_size: tuple[int, int] = (96, 128)  # synthetic: height, width
     num_classes: int = 5  # synthetic
     num_examples: tuple[int, int] = (16, 8)  # synthetic: train, val
+
+    @property
+    def decoding(self) -> Decoding:
+        """How its images become pixels."""
+        return Decoding(self.exif_orientation, self.bit_depth)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
