@@ -15,8 +15,8 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.data.name = "ade20k"
     config.data.short_side = 520  # original: ade20k/H_48_D_4
     config.augment.crop_size = (520, 520)  # original: ade20k/H_48_D_4
-    # The paper's rule, 20,210 and 202,100 slots, would take 34,147 MB.
     config.contrast.anchors_per_image = 512  # original: 1024 for the 2 images of a GPU
+    # The paper's rule, 20,210 and 202,100 slots, would take 34,147 MB.
     config.memory.segment_size = 5000  # original: Cityscapes' bank
     config.memory.pixel_size = 5000  # original: Cityscapes' bank; both queues take 1536 MB
     config.optim.learning_rate = 0.02  # original: ade20k/H_48_D_4

@@ -21,7 +21,7 @@ import tensorstore
 from etils import epath
 
 from contrastseg_jax import digests, processes
-from contrastseg_jax.errors import InputError, listed, reason, warn_once
+from contrastseg_jax.errors import InputError, best_effort, listed, reason, warn_once
 from contrastseg_jax.files import require_room
 from contrastseg_jax.logging import log
 from contrastseg_jax.structs import TrainState
@@ -295,7 +295,8 @@ def _give_up_old(writer: Writer) -> None:
     kept = {*steps[-writer.keep_checkpoints :], *([_best(writer.workdir, steps)] if steps else [])}
     for step in set(steps) - kept:
         path = _folder(writer.workdir) / str(step)
-        shutil.rmtree(path.rename(path.with_name(f"{step}.deleted")))
+        with best_effort(f"deleting {path}"):
+            shutil.rmtree(path.rename(path.with_name(f"{step}.deleted")))
 
 
 def _set_aside(path: Path) -> Path:

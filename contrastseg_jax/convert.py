@@ -14,6 +14,7 @@ from contrastseg_jax.config import Config
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.evaluate import load_run
+from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
 from contrastseg_jax.models.recognize import Recognized, recognize
 from contrastseg_jax.models.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import NETWORKS, Variables
@@ -39,7 +40,7 @@ def convert(source: Path, output: Path) -> None:
             the output is not a new or empty folder, or cannot be written. Nothing is left behind
             then.
     """
-    _require_empty(output)
+    _require_usable(output)
     tensors = read_tensors(source)
     recognized = recognize(tensors, source=str(source))
     variables = flax_variables(tensors)
@@ -66,7 +67,7 @@ def convert_run(config: Config, workdir: Path, which: str, output: Path) -> None
 
     Running averages where the run keeps them, and no optimiser and no bank.
     """
-    _require_empty(output)
+    _require_usable(output)
     if which == "init":
         raise InputError("--checkpoint=init: what is converted of a run is latest, best or a step")
     model, variables, step, _ = load_run(config, workdir, which)
@@ -82,7 +83,8 @@ def convert_run(config: Config, workdir: Path, which: str, output: Path) -> None
     _write(output, weights, jax.device_get(variables), [])
 
 
-def _require_empty(output: Path) -> None:
+def _require_usable(output: Path) -> None:
+    require_literal(output.resolve(), "--output", OF_CHECKPOINTS)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output={output}: must be a new folder, or an empty one")
 

@@ -25,10 +25,13 @@ def listed(title: str, problems: Sequence[str], *, limit: int = 20) -> InputErro
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what went wrong, for people; of the operating system, what that says.
+    """One line that says what went wrong: that of an InputError, or of the operating system.
 
-    TensorStore hides the number of such an error in a long text.
+    TensorStore hides the number of an error of the system in a long text.
     """
+    line = str(error).strip().partition("\n")[0][:200]
+    if isinstance(error, InputError):  # names the file too, which its cause may not
+        return line
     cause: BaseException | None = error
     while cause is not None:
         if strerror := getattr(cause, "strerror", None):
@@ -36,8 +39,7 @@ def reason(error: BaseException) -> str:
         if number := re.search(OS_ERROR, str(cause)):
             return os.strerror(int(number[1]))
         cause = cause.__cause__ or cause.__context__
-    line = str(error).strip().partition("\n")[0][:200]
-    return line if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {line}"
+    return line if isinstance(error, OSError) else f"{type(error).__name__}: {line}"
 
 
 @contextlib.contextmanager

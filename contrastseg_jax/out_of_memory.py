@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 
-# Of a file of this package: what it was doing, and what takes less memory.
+# By file of this package: what it was doing, and what takes less memory.
 WORK = {
     "train.py": (
         "training",
@@ -43,9 +43,9 @@ WORK = {
 def explanation(error: BaseException) -> str | None:
     """What was being done when memory ran out, and what takes less; None for other errors.
 
-    It is the innermost function of this package's program that the error came through.
+    The innermost file of WORK that the error came through says it.
     """
-    if not _is_out_of_memory(error):
+    if not is_out_of_memory(error):
         return None
     on_device = "RESOURCE_EXHAUSTED" in str(error)
     lines = str(error).strip().splitlines() or ["an allocation failed"]
@@ -54,8 +54,8 @@ def explanation(error: BaseException) -> str | None:
     return f"not enough {kind}{work}: {lines[0]}{remedy}"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's, NumPy's and Pillow's way to say it, the system's, XLA's or OpenCV's."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, as Python, NumPy, Pillow, the system, XLA or OpenCV say it."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     signs = ("RESOURCE_EXHAUSTED", "(-4:Insufficient memory)")

@@ -81,7 +81,7 @@ def report(plan: Plan, config: Config) -> str:
         f" {n} x {plan.device} with {_size(plan.device_bytes)} each",
         "",
         *_rows({"parameters": f"{plan.parameters / 1e6:.2f} M"}),
-        *_rows({"anchors, of an image's cells": anchors} if plan.anchors_per_image else {}),
+        *_rows({"contrast.anchors_per_image (cells)": anchors} if plan.anchors_per_image else {}),
         *_rows({"operations of a step": _flops(plan.flops)}),
         *_rows({"contrast loss, computed": _flops(plan.contrast_flops)}, indent=2),
         *_rows({"operations of a device": _flops(own)}),

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from contrastseg_jax import distributed, programs, report
+from contrastseg_jax import distributed, out_of_memory, programs, report
 from contrastseg_jax.build import dataset_spec, decoding, keep_compiled, pad_color
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.augment import padded_size, resize_image, resized_size, too_large
@@ -206,9 +206,9 @@ def _problem(path: Path, error: Exception) -> str:
     """What went wrong with a file, beginning with its name; raises what is the program's fault."""
     if isinstance(error, OSError):
         return f"{path}: its results cannot be written ({error.strerror})"
-    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        raise error
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, MemoryError | RuntimeError):
+    if out_of_memory.is_out_of_memory(error):
         text = f"not enough memory ({text})"
+    elif isinstance(error, RuntimeError):
+        raise error
     return text if text.startswith(str(path)) else f"{path}: {text}"

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from contrastseg_jax import checkpoint, distributed, processes, report
+from contrastseg_jax import checkpoint, distributed, out_of_memory, processes, report
 from contrastseg_jax.build import (
     abstract_state,
     build_model,
@@ -134,7 +134,7 @@ def _train_on(
     # Steps.
     if uses_contrast(config):
         anchors, cells = num_anchors(config, model), num_cells(config, model)
-        log.info(f"{anchors} anchors per image, of {cells} cells")
+        log.info(f"contrast.anchors_per_image: {anchors} of {cells} cells; fewer are faster")
     log.info("compiling")
     started = time.monotonic()
     step_fn = compile_step(config, model, tx, mesh)
@@ -258,7 +258,8 @@ def _try_to_score(
     except Exception as error:
         if processes.count() > 1 and not isinstance(error, processes.SharedError):
             raise  # the others wait for this one
-        log.warning(f"step {step}: the evaluation failed, and the run goes on: {reason(error)}")
+        why = out_of_memory.explanation(error) or reason(error)
+        log.warning(f"step {step}: the evaluation failed, and the run goes on: {why}")
         return True
     if board:
         scores = {key: results[key] for key in ("mean_iou", "pixel_accuracy")}

@@ -126,7 +126,7 @@ def test_a_network_that_is_lost_is_not_scored(trained, tmp_path):
         with pytest.raises(FloatingPointError, match="after 6 steps.* 1 of its .*cls_head/conv2"):
             evaluate(
                 *(config, eval_step, variables, [], [], "val", step),
-                **{"mesh": mesh, "folder": tmp_path, "workdir": tmp_path},
+                **{"mesh": mesh, "folder": tmp_path, "workdir": workdir},
             )
     assert not list(tmp_path.iterdir())
 

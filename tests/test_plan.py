@@ -85,7 +85,7 @@ def test_the_compiled_step_is_reported_whole(two_devices):
     assert values["parameters"] == 98_160
     assert values["anchors_per_image"] == 24 and values["cells_per_image"] == 8 * 8
     assert values["flops"] > values["contrast_flops"] > 0
-    assert re.search("anchors, of an image's cells +24 of 64", text)
+    assert re.search(r"contrast.anchors_per_image \(cells\) +24 of 64", text)
     assert values["bytes_held"]["batch"] == 4 * (32 * 32 * 4 + 4 + 1)
     assert status == 0 and values["fits"] is True
     assert values["least_bytes"] == (
