@@ -45,7 +45,7 @@ def explanation(error: BaseException) -> str | None:
 
     It is the innermost function of this package's program that the error came through.
     """
-    if not _is_out_of_memory(error):
+    if not is_out_of_memory(error):
         return None
     on_device = "RESOURCE_EXHAUSTED" in str(error)
     lines = str(error).strip().splitlines() or ["an allocation failed"]
@@ -54,8 +54,8 @@ def explanation(error: BaseException) -> str | None:
     return f"not enough {kind}{work}: {lines[0]}{remedy}"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's, NumPy's and Pillow's way to say it, the system's, XLA's or OpenCV's."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: as Python, NumPy and Pillow say it, the system, XLA or OpenCV."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     signs = ("RESOURCE_EXHAUSTED", "(-4:Insufficient memory)")
