@@ -131,7 +131,7 @@ def require_flags(settings: list[str]) -> None:
     """Raise an error for flags that the mode needs, or has no use for."""
     mode = FLAGS.mode
     for name in NEEDED[mode]:
-        if FLAGS[name].value in (None, "", [""]):
+        if "" in texts_of(name):
             raise InputError(f"--{name}: is needed, --mode={mode} has no default for it")
     known = {name for names in (*NEEDED.values(), *OPTIONAL.values()) for name in names}
     for name in sorted(known.difference(NEEDED[mode], OPTIONAL[mode])):
@@ -169,10 +169,15 @@ def require_places(mode: str) -> None:
             raise InputError(f"--{name}={text}: cannot be written ({found}: {reason}){advice}")
 
 
-def path_of(name: str) -> Path:
-    """The file or folder that a flag names; the current folder where it is left out."""
+def texts_of(name: str) -> list[str]:
+    """What a flag is given, which may be more than once; an empty text where it is left out."""
     values = FLAGS[name].value or ""
-    texts = [values] if isinstance(values, str) else values
+    return [values] if isinstance(values, str) else values
+
+
+def path_of(name: str) -> Path:
+    """The file or folder that a flag names, the last of several; if left out the current folder."""
+    texts = texts_of(name)
     for text in texts:
         if "://" in text:
             raise InputError(f"--{name}={text}: must be on a local or mounted disk")

@@ -44,7 +44,8 @@ def find_images(inputs: Sequence[str], output: Path) -> Inputs:
     others: Counter[str] = Counter()
     results = [Path(os.path.realpath(output / name)) for name in RESULTS]
     for text in inputs:
-        is_empty = True
+        is_empty, num_earlier = True, len(findings)
+        skipped: Counter[str] = Counter()
         for path, start, suffixes in _matches(text):
             if path.is_dir():
                 _refuse_among_images(path, output)
@@ -53,18 +54,20 @@ def find_images(inputs: Sequence[str], output: Path) -> Inputs:
                 if any(real.is_relative_to(result) for result in results):
                     continue
                 if suffixes and file.suffix.lower() not in suffixes:
-                    others[file.suffix.lower() or "no suffix"] += 1
+                    skipped[file.suffix.lower() or "no suffix"] += 1
                     continue
                 is_empty = False
                 found.setdefault(file, file.relative_to(start))
         if is_empty:
-            reasons = [told(others), *(finding.message for finding in findings)]
+            new = findings[num_earlier:]
+            reasons = [told(skipped), *(finding.message for finding in new)]
             raise InputError(
                 "; ".join(
                     [f"--input={text}: holds no image ({' '.join(IMAGE_SUFFIXES)})"]
                     + [reason for reason in reasons if reason]
                 )
             )
+        others += skipped
     names = _distinct(found)
     renamed = sum(Path(name) != found[path].with_suffix("") for name, path in names.items())
     problems = list(dict.fromkeys(finding.message for finding in findings))

@@ -10,11 +10,10 @@ import cv2
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from contrastseg_jax import distributed, out_of_memory, programs, report
+from contrastseg_jax import distributed, programs, report
 from contrastseg_jax.build import dataset_spec, decoding, keep_compiled, pad_color
 from contrastseg_jax.config import Config
 from contrastseg_jax.data.augment import padded_size, resize_image, resized_size, too_large
@@ -22,9 +21,11 @@ from contrastseg_jax.data.checks import in_parallel
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.data.images import (
     JPEG_SIDE,
+    Decoding,
     decode_image,
     encode_jpeg,
     encode_png,
+    image_size,
     is_turned,
 )
 from contrastseg_jax.data.labels import LabelMap, to_mask_values
@@ -34,6 +35,7 @@ from contrastseg_jax.files import write_atomically
 from contrastseg_jax.inputs import RESULTS, find_images, told
 from contrastseg_jax.logging import log
 from contrastseg_jax.models.segmenter import Variables
+from contrastseg_jax.out_of_memory import is_out_of_memory
 from contrastseg_jax.resize import most_likely
 
 LogitsFn = Callable[[Variables, Any], Any]
@@ -147,7 +149,8 @@ def _begin(output: Path, classes: LabelMap) -> None:
 
 def _by_size(config: Config, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
     """The files in the order of their padded sizes: for each the network is compiled once."""
-    own_sizes = in_parallel(_size, files.values(), "Reading sizes")
+    read_size = functools.partial(_size, decoding=decoding(config))
+    own_sizes = in_parallel(read_size, files.values(), "Reading sizes")
     sizes = {}
     for name, size in zip(files, own_sizes, strict=True):
         resized = resized_size(size, config.data.short_side) if all(size) else size
@@ -160,12 +163,11 @@ def _by_size(config: Config, files: Mapping[str, Path]) -> list[tuple[str, Path]
     return [(name, files[name]) for name in sorted(files, key=lambda name: sizes[name])]
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _size(path: Path, decoding: Decoding) -> tuple[int, int]:
     """(height, width) from a file's header; zeros where decoding will say what is wrong with it."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception:  # of many classes, by format
+        return image_size(path.read_bytes(), str(path), decoding)
+    except (OSError, InputError, MemoryError):
         return 0, 0
 
 
@@ -204,11 +206,11 @@ def _told_renamed(number: int) -> str:
 
 def _problem(path: Path, error: Exception) -> str:
     """What went wrong with a file, beginning with its name; raises what is the program's fault."""
-    if isinstance(error, OSError):
-        return f"{path}: its results cannot be written ({error.strerror})"
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if out_of_memory.is_out_of_memory(error):
+    if is_out_of_memory(error):
         text = f"not enough memory ({text})"
+    elif isinstance(error, OSError):
+        text = f"its results cannot be written ({error.strerror})"
     elif isinstance(error, RuntimeError):
         raise error
     return text if text.startswith(str(path)) else f"{path}: {text}"

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from audited import NAMES, prepare, run
-from picture_files import exif, saved
+from picture_files import exif, png, saved
 from PIL import Image
 from raw_data import noise, without_capabilities, write, write_example, write_pair
 
@@ -90,6 +90,18 @@ FAULTS = {
         "mask_format",
         MASK,
         "a mask saved as JPEG has other values than were drawn.* again from its source as PNG",
+    ),
+    "truncated JPEG, as a mask": (
+        bad(MASK, data=saved(Image.fromarray(noise(0, (60, 80, 3))), "JPEG")[:3000]),
+        "mask_format",
+        MASK,
+        "a mask saved as JPEG",
+    ),
+    "too many pixels": (
+        bad(MASK, data=png(np.zeros((1, 8), np.uint8), 1, size=(16385, 16384))),
+        "mask_format",
+        MASK,
+        "has 16384x16385 pixels; at most 268,435,456 are read",
     ),
     "16 bits, scaled up": (
         bad(MASK, data=saved(Image.fromarray(INDEX.astype(np.uint16) * 257))),

@@ -10,11 +10,7 @@ from picture_files import png, saved
 from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
-from contrastseg_jax.data.image_files import (
-    MAX_PIXELS,
-    FormatError,
-    check_checksums,
-)
+from contrastseg_jax.data.image_files import MAX_PIXELS, FormatError, check_checksums
 from contrastseg_jax.data.images import (
     decode_image,
     decode_mask,

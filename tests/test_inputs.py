@@ -105,13 +105,13 @@ def test_results_are_not_inputs(photos):
 
 
 def test_inputs_that_are_none(photos):
-    photos("in/a.png", "empty/a.gif")
+    photos("in/a.png", "in/b.gif", "empty/a.gif")
     with pytest.raises(InputError, match="--input=nothing: no such file or folder"):
         names("in", "nothing")
     with pytest.raises(InputError, match=r"--input=in/\*.tif: no file or folder matches"):
         names("in/*.tif")
     with pytest.raises(InputError, match=r"--input=empty: holds no image \(.jpg .*; 1 file is not"):
-        names("in", "empty")
+        names("in", "empty")  # what is said of it does not count the files of others
 
 
 def test_a_folder_that_cannot_be_read_is_a_problem_of_its_own(photos, monkeypatch):

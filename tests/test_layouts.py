@@ -212,10 +212,13 @@ def test_an_absent_split_names_what_may_be_meant(root):
         assert "did you mean images/train" not in message
 
 
-def test_ade20k_asks_about_the_names_of_other_layouts(spec_of, raw):
+@pytest.mark.parametrize(
+    ("name", "meant"), [("ade20k", "images/training"), ("coco_stuff164k", "images/train2017")]
+)
+def test_published_data_sets_ask_about_the_names_of_other_layouts(name, meant, spec_of, raw):
     write_image(raw / "images" / "train" / "a.jpg")
-    with pytest.raises(InputError, match="images/train; did you mean images/training?"):
-        open_split(spec_of("ade20k"), "train")
+    with pytest.raises(InputError, match=rf"images/train; did you mean {meant}\?"):
+        open_split(spec_of(name), "train")
 
 
 def test_a_folder_without_images_has_no_hints(tmp_path):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from small import ROOT
+from small import ROOT, make_config
 
 from contrastseg_jax import config as config_lib
 from contrastseg_jax import distributed, predict
@@ -83,6 +83,20 @@ def test_a_photograph_is_turned_where_that_is_asked_for(trained, tmp_path, caplo
     for result in ("masks/x.png", "overlays/x.jpg"):
         with Image.open(tmp_path / "out" / result) as picture:
             assert picture.size == (41, 50)
+
+
+@pytest.mark.parametrize(("rule", "number"), [("stored", "2"), ("applied", "1")])
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_sizes_are_those_that_the_network_will_see(tmp_path, caplog, suffix, rule, number):
+    """Of a picture that viewers turn and of one that stands upright as it is stored."""
+    caplog.set_level("INFO", "contrastseg_jax")
+    note = Image.Exif()
+    note[ExifTags.Base.Orientation] = 6
+    files = {name: tmp_path / f"{name}.{suffix}" for name in ("turned", "upright")}
+    Image.new("RGB", (90, 40)).save(files["turned"], exif=note)
+    Image.new("RGB", (40, 90)).save(files["upright"])
+    predict._by_size(make_config(f"data.exif_orientation={rule}"), files)
+    assert f"2 images to predict; the network is compiled for {number} padded size" in caplog.text
 
 
 def test_the_input_folder_may_hold_the_output(trained, photos):

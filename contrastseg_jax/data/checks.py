@@ -142,7 +142,7 @@ def check_encoded(
         mask = read_mask(_readable(mask_data, mask_file), mask_file)
     except FormatError as error:
         findings.append(Finding("mask_format", mask_file, str(error)))
-        colors = mask_colors(_readable(mask_data, mask_file), mask_file)
+        colors = _colors(mask_data, mask_file)
     except InputError as error:
         findings.append(Finding(_reason(mask_data), mask_file, str(error)))
     mask_format = "" if mask is None else _format(mask_data, mask_file)
@@ -219,6 +219,16 @@ def _readable(data: bytes | OSError, file: str) -> bytes:
 def _reason(data: bytes | OSError) -> str:
     """The kind of finding that a file which cannot be read or decoded is."""
     return "permission" if isinstance(data, PermissionError) else "unreadable"
+
+
+def _colors(
+    data: bytes | OSError, file: str
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None:
+    """Those of a mask that should have none; None: it has none, or cannot be read even for them."""
+    try:
+        return mask_colors(_readable(data, file), file)
+    except InputError:
+        return None
 
 
 def _format(data: bytes | OSError, file: str) -> str:

@@ -4,6 +4,7 @@ Both count their 182 labels from 1 (labels.txt). The 10k masks store that number
 label; the 164k masks (stuffthingmaps) store it less 1, with 255 for no label.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,4 +95,4 @@ def _find_164k(spec: DatasetSpec, split: str) -> Found:
     found = match_folders(spec, FOLDERS, split)
     # What mmsegmentation's converter writes beside the masks are none of ours.
     ours = [pair for pair in found.pairs if not pair.name.endswith("_labelTrainIds")]
-    return Found(ours, found.findings)
+    return replace(found, pairs=ours)
