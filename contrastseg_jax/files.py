@@ -81,7 +81,7 @@ def require_literal(path: Path, name: str, misread: Mapping[str, str]) -> None:
     """
     text = f"{path.absolute()}/"
     found = [
-        f"{part} , which would be read as {other}"
+        f"'{part}', which would be read as {other}"
         for part, other in misread.items()
         if part in text
     ]

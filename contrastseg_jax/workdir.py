@@ -109,9 +109,8 @@ def refuse_differences(
     """
     values = dict(leaves(run))
     other_weights = config.model.init_from != run.model.init_from
-    ignored = (
-        OPERATIONAL + tuple(free) + (LEFT_OPEN if other_weights else ())
-    )  # which follow the weights
+    of_weights = LEFT_OPEN if other_weights else ()  # settings that follow the weights
+    ignored = (*OPERATIONAL, *free, *of_weights)
     different = [
         f"{path} = {value!r}: the run has {values[path]!r}"
         for path, value in leaves(config)

@@ -83,10 +83,10 @@ def test_room_that_is_needed(tmp_path):
 @pytest.mark.parametrize(
     ("text", "misread", "message"),
     [
-        ("a\\b", files.OF_CHECKPOINTS, r"\\ , which would be read as /"),
-        ("gs:/x", files.OF_CHECKPOINTS, "gs:/ , which would be read as a bucket"),
-        ("gs:", files.OF_CHECKPOINTS, "gs:/ , which would be read as a bucket"),
-        ("a?b", files.OF_PREPARED_DATA, "[?] , which would be read as the end of the path"),
+        ("a\\b", files.OF_CHECKPOINTS, r"'\\', which would be read as /"),
+        ("gs:/x", files.OF_CHECKPOINTS, "'gs:/', which would be read as a bucket"),
+        ("gs:", files.OF_CHECKPOINTS, "'gs:/', which would be read as a bucket"),
+        ("a?b", files.OF_PREPARED_DATA, "'[?]', which would be read as the end of the path"),
         ("a\0b", files.OF_CHECKPOINTS, "the character NUL"),
         (os.fsdecode(b"a\xff"), files.OF_PREPARED_DATA, "bytes that are not UTF-8"),
     ],

@@ -1,7 +1,7 @@
 """Encoded pictures to arrays and back.
 
-Pillow decodes. OpenCV would be a tenth faster (`benchmarks/data.py --decoders`), but its libraries
-write lines to standard error, of a damaged JPEG or an odd PNG, that name no file.
+Pillow decodes. OpenCV is somewhat faster (`benchmarks/data.py --decoders`), but its libraries write
+lines to standard error, of a damaged JPEG or an odd PNG, that name no file.
 
 Of an image `Decoding` says which way up it is used, and what its deep values mean. A mask has the
 pixels and values that are stored.
