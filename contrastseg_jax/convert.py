@@ -14,6 +14,7 @@ from contrastseg_jax.config import Config
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.evaluate import load_run
+from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
 from contrastseg_jax.models.recognize import Recognized, recognize
 from contrastseg_jax.models.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import NETWORKS, Variables
@@ -83,6 +84,7 @@ def convert_run(config: Config, workdir: Path, which: str, output: Path) -> None
 
 
 def _require_empty(output: Path) -> None:
+    require_literal(output.resolve(), "--output", OF_CHECKPOINTS)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output={output}: must be a new folder, or an empty one")
 

@@ -50,7 +50,6 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
         InputError: it cannot be written.
     """
     target = folder.resolve()
-    require_literal(target, "--output", OF_CHECKPOINTS)
     # One that is there may be a mount point, or have nothing writable around it: it is filled.
     is_there = target.exists()
     partial = (target if is_there else target.parent) / f".{target.name}.{os.getpid()}.partial"
