@@ -1,6 +1,7 @@
 """Several processes, through `main.py`: how they meet, and what must be the same in all."""
 
 import shutil
+import textwrap
 
 import pytest
 from program import TRAIN, command, ended, run
@@ -88,3 +89,32 @@ def test_a_process_without_the_others_gives_up(prepared_dir, tmp_path, start):
     assert result.returncode == 1
     assert "process 1 of 2: not all processes have met at localhost:1 within" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+FAILING = """
+    import runpy, sys
+    from contrastseg_jax.data import pipeline
+    from contrastseg_jax.errors import InputError
+
+    eval_batches = pipeline.eval_batches
+
+    def failing(*arguments, **settings):
+        yield next(iter(eval_batches(*arguments, **settings)))
+        raise InputError("x.png: is damaged")
+
+    pipeline.eval_batches = failing
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_evaluation_that_fails_in_one_process_ends_none(prepared_dir, tmp_path, start):
+    workdir = tmp_path / "run"
+    arguments = command(prepared_dir, workdir, *TRAIN)
+    failing = [arguments[0], "-c", textwrap.dedent(FAILING), *arguments[1:]]
+    statuses, messages = ended(start([arguments, failing], num_processes=2))
+    assert statuses == [0, 0], messages
+    for text in messages:
+        assert "step 6: the evaluation failed, and the run goes on: in process 1: x.png" in text
+    saved = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert "6" in saved and not (workdir / "eval" / "6" / "metrics.json").exists()
