@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from contrastseg_jax import distributed
 from contrastseg_jax.config import Config
 from contrastseg_jax.logging import Board, log, write_metrics
 from contrastseg_jax.optim import Schedule
+from contrastseg_jax.structs import TrainState
 from contrastseg_jax.train_step import Metrics
 
 DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
@@ -77,6 +80,22 @@ def require_finite(history: Sequence[Metrics], step: int) -> None:
             f"the loss of the last {len(history)} steps before step {step + 1} is not finite:"
             f" {losses}; lower optim.learning_rate or look at the data"
         )
+
+
+def require_finite_state(state: TrainState, step: int) -> None:
+    """Stop a run of which `step` has lost the state, though its loss was finite still."""
+    if not _all_finite(state):
+        raise FloatingPointError(
+            f"the state after step {step} is not finite; lower optim.learning_rate or look at the"
+            " data"
+        )
+
+
+@jax.jit
+def _all_finite(state: TrainState) -> jax.Array:
+    """On arrays that lie over several processes too: the answer is the same in all."""
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(state)]
+    return jnp.stack(finite).all()
 
 
 def data_advice(data_wait: float, config: Config) -> str:
