@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from contrastseg_jax import distributed
 from contrastseg_jax.config import Config
@@ -82,20 +81,13 @@ def require_finite(history: Sequence[Metrics], step: int) -> None:
         )
 
 
-def require_finite_state(state: TrainState, step: int) -> None:
+def require_finite_state(state: TrainState, step: int, mesh: Mesh) -> None:
     """Stop a run of which `step` has lost the state, though its loss was finite still."""
-    if not _all_finite(state):
+    if not distributed.all_finite(state, mesh):
         raise FloatingPointError(
             f"the state after step {step} is not finite; lower optim.learning_rate or look at the"
             " data"
         )
-
-
-@jax.jit
-def _all_finite(state: TrainState) -> jax.Array:
-    """On arrays that lie over several processes too: the answer is the same in all."""
-    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(state)]
-    return jnp.stack(finite).all()
 
 
 def data_advice(data_wait: float, config: Config) -> str:

@@ -195,7 +195,7 @@ def _train_on(
             if stopping or evaluating or is_due(step, config.train.checkpoint_steps, num_steps):
                 # A lost state must not replace a good one; its loss is that of before the step.
                 require_finite([metrics], step)
-                require_finite_state(state, step)
+                require_finite_state(state, step, mesh)
                 checkpoint.save(writer, step, state)
             if evaluating:
                 stopping = not score(state, step, ask)
