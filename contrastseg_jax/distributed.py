@@ -105,6 +105,19 @@ def _any(mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(jnp.any, out_shardings=replicated(mesh))
 
 
+def all_finite(tree: Any, mesh: Mesh) -> jax.Array:
+    """Whether all numbers of arrays on the mesh are finite: the same answer in all processes."""
+    return _all_finite(mesh)(tree)
+
+
+@functools.cache
+def _all_finite(mesh: Mesh) -> jax.stages.Wrapped:
+    def all_finite(tree: Any) -> jax.Array:
+        return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+    return jax.jit(all_finite, out_shardings=replicated(mesh))
+
+
 def device_bytes() -> int:
     """Memory of one device; devices of the CPU share that of the machine."""
     stats = jax.local_devices()[0].memory_stats() or {}

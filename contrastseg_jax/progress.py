@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from contrastseg_jax import distributed
 from contrastseg_jax.config import Config
 from contrastseg_jax.logging import Board, log, write_metrics
 from contrastseg_jax.optim import Schedule
+from contrastseg_jax.structs import TrainState
 from contrastseg_jax.train_step import Metrics
 
 DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
@@ -76,6 +78,15 @@ def require_finite(history: Sequence[Metrics], step: int) -> None:
         raise FloatingPointError(
             f"the loss of the last {len(history)} steps before step {step + 1} is not finite:"
             f" {losses}; lower optim.learning_rate or look at the data"
+        )
+
+
+def require_finite_state(state: TrainState, step: int, mesh: Mesh) -> None:
+    """Stop a run of which `step` has lost the state, though its loss was finite still."""
+    if not distributed.all_finite(state, mesh):
+        raise FloatingPointError(
+            f"the state after step {step} is not finite; lower optim.learning_rate or look at the"
+            " data"
         )
 
 

@@ -48,7 +48,13 @@ from contrastseg_jax.evaluate import (
 from contrastseg_jax.files import lock
 from contrastseg_jax.logging import Board, close_board, log, open_board, write_metrics
 from contrastseg_jax.models.segmenter import Segmenter, Variables
-from contrastseg_jax.progress import Interval, data_advice, log_interval, require_finite
+from contrastseg_jax.progress import (
+    Interval,
+    data_advice,
+    log_interval,
+    require_finite,
+    require_finite_state,
+)
 from contrastseg_jax.structs import Batch, TrainState
 from contrastseg_jax.train_step import Metrics, batch_shape, compile_step
 from contrastseg_jax.workdir import claim, evaluation_folder, find_run
@@ -187,7 +193,9 @@ def _train_on(
             paused = time.monotonic()
             evaluating = not stopping and is_due(step, config.train.eval_steps, num_steps)
             if stopping or evaluating or is_due(step, config.train.checkpoint_steps, num_steps):
-                require_finite([metrics], step)  # a lost state must not replace a good one
+                # A lost state must not replace a good one; its loss is that of before the step.
+                require_finite([metrics], step)
+                require_finite_state(state, step, mesh)
                 checkpoint.save(writer, step, state)
             if evaluating:
                 stopping = not score(state, step, ask)

@@ -103,11 +103,3 @@ def ended(group, timeout=TIMEOUT):
     """Exit status and messages of each process."""
     messages = [process.communicate(timeout=timeout)[1] for process in group]
     return [process.returncode for process in group], messages
-
-
-def wait_for_step(workdir, step, group):
-    deadline = time.monotonic() + TIMEOUT
-    while max(logged_steps(workdir), default=0) < step:
-        assert all(process.poll() is None for process in group), ended(group)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

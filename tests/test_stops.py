@@ -7,15 +7,7 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from program import (
-    TOY,
-    command,
-    ended,
-    logged_steps,
-    require_prompt_end,
-    run,
-    wait_for_step,
-)
+from program import TIMEOUT, TOY, command, ended, logged_steps, require_prompt_end, run
 from small import SETTINGS
 
 RUN = (
@@ -62,10 +54,8 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
     workdir = tmp_path / "run"
     arguments = command(prepared_dir, workdir, *TOY, settings=settings)
 
-    group = start(arguments, num_processes=2, num_devices=2)
-    wait_for_step(workdir, 1, group)
-    group[1].send_signal(signal.SIGTERM)
-    statuses, messages = ended(group)
+    monkeypatch.setenv("SIGNAL_AT", "1:SIGTERM:1")
+    statuses, messages = ended(start(arguments, num_processes=2, num_devices=2))
     assert statuses == [143, 143], messages
     stopped = max(logged_steps(workdir))
     for text in messages:
@@ -73,9 +63,9 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
     assert "process 1: SIGTERM" in messages[1] and "loss" not in messages[1]
 
     split = [*arguments, "--config.parallel.fsdp=True", "--config.memory.sharding=slots"]
+    monkeypatch.setenv("SIGNAL_AT", f"{stopped + 1}:SIGKILL:2")
     group = start(split, num_processes=4)
-    wait_for_step(workdir, stopped + 1, group)
-    group[2].kill()
+    group[2].wait(TIMEOUT)
     killed = time.monotonic()
     statuses, messages = ended(group)
     require_prompt_end(killed)
@@ -86,6 +76,7 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
         assert any(text in messages[index] for text in ends), messages
     assert f"going on after step {stopped} of 12" in messages[0]
 
+    monkeypatch.delenv("SIGNAL_AT")
     result = run(arguments, num_devices=2)
     assert result.returncode == 0, result.stderr
     assert logged_steps(workdir) == list(range(1, 13))
@@ -108,17 +99,16 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
 
 
 def test_a_run_of_which_a_process_was_killed_ends_bit_for_bit_as_if_it_was_not(
-    prepared_dir, tmp_path, start
+    prepared_dir, tmp_path, start, monkeypatch
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     statuses, messages = ended(start(command(prepared_dir, whole, *TOY, settings=RUN), 2))
     assert statuses == [0, 0], messages
     arguments = command(prepared_dir, killed, *TOY, settings=RUN)
-    group = start(arguments, num_processes=2)
-    wait_for_step(killed, 5, group)
-    group[0].kill()
-    statuses, messages = ended(group)
-    assert all(statuses), messages
+    monkeypatch.setenv("SIGNAL_AT", "5:SIGKILL:0")
+    statuses, messages = ended(start(arguments, num_processes=2))
+    assert statuses[0] == -signal.SIGKILL and all(statuses), messages
+    monkeypatch.delenv("SIGNAL_AT")
     statuses, messages = ended(start(arguments, num_processes=2))
     assert statuses == [0, 0], messages
     assert "going on after step" in messages[0]

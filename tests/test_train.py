@@ -134,6 +134,22 @@ def test_an_evaluation_that_fails_is_a_warning_and_comes_after_the_checkpoint(
     assert not list((workdir / "checkpoints").glob("*damaged*"))
 
 
+def test_a_state_that_a_step_has_lost_is_not_saved(tmp_path, monkeypatch):
+    """Its loss, of the weights before, is finite."""
+    config, workdir = config_of(tmp_path), tmp_path / "run"
+
+    def spoilt_steps(*arguments):
+        for state, metrics, waited in take_steps(*arguments):
+            if state.step == 6:
+                state.params["proj_head"]["conv2"]["bias"] += jnp.inf
+            yield state, metrics, waited
+
+    monkeypatch.setattr(train_module, "take_steps", spoilt_steps)
+    with pytest.raises(FloatingPointError, match="the state after step 6 is not finite"):
+        train_module.train(config, workdir)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4"}
+
+
 def test_pictures_and_curves_that_fail_are_warnings(tmp_path, monkeypatch, caplog):
     config = config_of(tmp_path, "train.num_steps=3")
 
