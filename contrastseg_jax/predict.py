@@ -67,8 +67,9 @@ def predict_run(
         if line:
             log.info(line)
     problems, num_predicted, num_turned, num_long = [*found.problems], 0, 0, 0
+    files = _by_size(config, found.files)
     with logging_redirect_tqdm([log]):
-        for name, path in tqdm(_by_size(config, found.files), unit="image", disable=None):
+        for number, (name, path) in enumerate(tqdm(files, unit="image", disable=None), start=1):
             try:
                 content = _content(path)
                 image = decode_image(content, str(path), decoding(config))
@@ -77,6 +78,7 @@ def predict_run(
             except (OSError, InputError, MemoryError, RuntimeError, cv2.error) as error:
                 problems.append(_problem(path, error))
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
+                    problems += [f"{path}: not predicted" for _, path in files[number:]]
                     break
                 continue
             num_predicted += 1

@@ -178,13 +178,13 @@ def test_an_image_for_which_memory_is_missing_is_told_before_it_is_used(
         )
 
 
-def test_a_full_disk_ends_it_with_one_line(trained, photos, tmp_path, monkeypatch):
+def test_a_full_disk_ends_it_and_what_was_left_is_named(trained, photos, tmp_path, monkeypatch):
     def fail(path, _):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     (photos / "bad.png").unlink()
     monkeypatch.setattr(predict, "write_atomically", fail)
-    with pytest.raises(InputError, match="(?s)1 problem in .*No space left on device"):
+    with pytest.raises(InputError, match="(?s)2 problems in .*No space left on.*: not pred"):
         predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
 
 
