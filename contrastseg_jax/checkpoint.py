@@ -77,7 +77,11 @@ def open_writer(workdir: Path, *, keep_checkpoints: int) -> Iterator[Writer]:
         _folder(workdir).mkdir(parents=True, exist_ok=True)
     options = ocp.AsyncOptions(create_directories_asynchronously=False)  # fails at once
     orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
-    with ThreadPoolExecutor(1) as thread, contextlib.closing(orbax):
+    with (
+        _cleared_at_end(_folder(workdir)),
+        ThreadPoolExecutor(1) as thread,
+        contextlib.closing(orbax),
+    ):
         writer = Writer(workdir, keep_checkpoints, orbax, thread)
         try:
             yield writer
@@ -287,6 +291,16 @@ def _clear_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name.endswith(LEFTOVERS):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _cleared_at_end(folder: Path) -> Iterator[None]:
+    """As Orbax's threads may write on after a failure, until Orbax is closed."""
+    try:
+        yield
+    finally:
+        if processes.is_first():
+            _clear_leftovers(folder)
 
 
 def _give_up_old(writer: Writer) -> None:
