@@ -13,8 +13,8 @@ REASONS = {
 }
 
 
-def library(name):
-    """A library that tests compare with; without it the test is skipped."""
+def package(name):
+    """A package that tests compare with; without it the test is skipped."""
     return pytest.importorskip(name, reason=REASONS[name.partition(".")[0]])
 
 

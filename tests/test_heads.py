@@ -137,7 +137,7 @@ def aspp_in_torch(torch, variables, x, rates):
     "settings", [{}, {"project_size": 1, "refine_relu": True}], ids=["original", "torchvision"]
 )
 def test_deeplab_head_is_the_written_out_one(features, settings):
-    torch = needs.library("torch")
+    torch = needs.package("torch")
     head = DeepLabV3Head(3, 0.5, width=4, rates=(1, 2, 3), **settings)
     variables = random_variables(head, features)
     x = torch.as_tensor(np.array(features).transpose(0, 3, 1, 2))
@@ -150,7 +150,7 @@ def test_deeplab_head_is_the_written_out_one(features, settings):
 
 
 def test_deeplab_plus_is_the_written_out_one(features):
-    torch = needs.library("torch")
+    torch = needs.package("torch")
     low = jnp.asarray(np.random.default_rng(3).normal(size=(2, 17, 25, 5)), jnp.float32)
     neck, head = DeepLabV3PlusNeck(rates=(1, 2, 3)), DeepLabV3PlusHead(3, 0.5)
     of_neck = random_variables(neck, features, low)

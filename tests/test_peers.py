@@ -118,8 +118,8 @@ def test_our_network_computes_what_its_peer_does(library, name, network, num_cla
         ),
     }
     if num_classes == 0:  # of a backbone the peer is timm's, wherever its weights are from
-        needs.library("timm")
-    model = make[library](needs.library(library))
+        needs.package("timm")
+    model = make[library](needs.package(library))
     shapes = {f"module.{key}": tuple(value.shape) for key, value in model.state_dict().items()}
     tensors = recipe.recipe_tensors(shapes)
     expected = peers.peer_output((network,), tensors, recipe.image())

@@ -58,7 +58,7 @@ def test_agrees_with_a_loop_over_pixels(path, old, new):
 
 @pytest.mark.parametrize(("old", "new"), SIZES)
 def test_agrees_with_torch_in_value_and_gradient(path, old, new):
-    torch = needs.library("torch")
+    torch = needs.package("torch")
     x = random_map(old)
     cotangent = np.random.default_rng(1).normal(size=(2, *new, 3)).astype(np.float32)
     result, vjp = jax.vjp(lambda x: resize_bilinear(x, new), jnp.asarray(x))

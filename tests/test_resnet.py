@@ -140,7 +140,7 @@ def test_size_of_the_features(spec, size, expected):
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
 def test_max_pool_is_that_of_pytorch(ceil_mode):
-    torch = needs.library("torch")
+    torch = needs.package("torch")
     pool = torch.nn.MaxPool2d(3, 2, 1, ceil_mode=ceil_mode)
     rng = np.random.default_rng(0)
     for size in ((1, 1), (2, 3), (4, 5), (7, 8), (16, 1)):
