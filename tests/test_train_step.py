@@ -1,4 +1,4 @@
-"""The train step: what it computes, on how many devices, and how often it is compiled."""
+"""The train step: what it computes, and how often; on other devices: test_multi_device.py."""
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +21,6 @@ PLAIN = (
     *("contrast.warmup_steps=0", "optim.momentum=0.0", "optim.weight_decay=0.0"),
     *("optim.learning_rate=0.1", "train.num_steps=100"),
 )
-
-
-def test_one_device_gives_the_same_as_two():
-    """Loss, gradients and bank, to float32 rounding, for the same global batch."""
-    banks, histories, gradients = [], [], []
-    for num_devices in (1, 2):
-        step_fn, state, mesh = start(make_config(*PLAIN), num_devices)
-        before = distributed.fetch(state.params)
-        state, first = step_fn(state, distributed.to_devices(make_batch(0), mesh))
-        moved = jax.tree.map(
-            lambda old, new: (old - new).ravel(), before, distributed.fetch(state.params)
-        )
-        gradients.append(np.concatenate(jax.tree.leaves(moved)) / 0.1)
-        banks.append(distributed.fetch(state.memory))
-        state, second = step_fn(state, distributed.to_devices(make_batch(1), mesh))
-        histories.append(distributed.fetch([first, second]))
-    (first, second), (other_first, other_second) = histories
-    assert first["contrast"] > 0
-    for key, value in first.items():
-        np.testing.assert_allclose(value, other_first[key], rtol=1e-5, err_msg=key)
-    error = np.linalg.norm(gradients[0] - gradients[1]) / np.linalg.norm(gradients[0])
-    assert error < 1e-4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *banks)
-    # The second step starts from parameters that differ by rounding, and contrasts with the bank.
-    np.testing.assert_allclose(second["loss"], other_second["loss"], rtol=1e-3)
 
 
 def test_the_loss_falls_on_one_batch():
@@ -120,14 +95,6 @@ def test_bank_alone_trains_on_what_it_holds():
     state, history, _ = run_steps(config, num_steps=2)
     assert history[1]["contrast"] > 0
     assert state.memory.pixel.dtype == jnp.bfloat16
-
-
-def test_bank_and_parameters_split_over_the_devices_train_alike(warming_up):
-    state, history, _ = run_steps(make_config("memory.sharding=slots", "parallel.fsdp=True"))
-    for metrics, expected in zip(history, warming_up[1], strict=True):
-        for key, value in expected.items():
-            np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
-    np.testing.assert_allclose(state.memory.pixel, warming_up[0].memory.pixel, atol=1e-4)
 
 
 def test_diagnostics_are_logged_with_the_loss(warming_up):
