@@ -3,14 +3,12 @@
 import os
 from pathlib import Path
 
+import compile_fast
+
 # Before JAX is imported. NPROC: virtual CPU devices need a thread each, or collectives may hang.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimisation takes longer than all that runs here.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
-    + os.environ.get("XLA_FLAGS", "")
-)
+os.environ["XLA_FLAGS"] = f"{compile_fast.flags(num_devices=2)} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest

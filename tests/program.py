@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import compile_fast
 from small import ROOT, SETTINGS
 from tensorboardX.proto.event_pb2 import Event
 
@@ -27,10 +28,12 @@ def command(prepared_dir, workdir, *flags, settings=SETTINGS):
 
 
 def environment(num_devices=1):
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
-    flags += " --xla_backend_optimization_level=0"  # as in conftest.py
-    cache = str(ROOT / ".cache" / "jax")
-    return os.environ | {"XLA_FLAGS": flags, "NPROC": "32", "JAX_COMPILATION_CACHE_DIR": cache}
+    return os.environ | {
+        "XLA_FLAGS": compile_fast.flags(num_devices),
+        "NPROC": "32",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
 
 
 def run(arguments, num_devices=1):

@@ -1,6 +1,5 @@
 """A run that is small in everything: what the tests of the program share."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,9 +34,6 @@ SETTINGS = (
     "eval.batch_size=2",
     "eval.num_pictures=1",
 )
-
-# For networks: compiling costs far more than running here.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_config(*overrides, variant="memory"):

@@ -1,4 +1,4 @@
-"""The method on 1, 2, 4 and 8 devices, with the bank whole on each or split over them."""
+"""The method on 1 to 8 devices, with the bank whole on each or split over them."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def test_loss_gradient_diagnostics_and_bank_do_not_depend_on_devices(in_float64,
     """Neither on their number nor on where the bank lies."""
     cases = in_float64[strategy]
     reference = cases.pop("1/replicated")
-    assert len(cases) == 5
+    assert len(cases) == 3
     assert reference["0"] > 0 and reference["0"].dtype == np.float64
     for case, arrays in cases.items():
         assert arrays.keys() == reference.keys()
@@ -70,7 +70,7 @@ def test_nor_do_selections_by_hardness(in_float32, strategy):
     """But for rounding: of the result, and of embeddings, magnified as it is on one device."""
     cases = in_float32[strategy]
     reference, moved = cases.pop("1/replicated"), cases.pop("moved")
-    assert len(cases) == 5
+    assert len(cases) == 3
     assert reference["0"] > 0
     for case, arrays in cases.items():
         assert arrays.keys() == reference.keys()

@@ -4,7 +4,7 @@ import shutil
 import textwrap
 
 import pytest
-from program import TRAIN, command, ended, run
+from program import TOY, TRAIN, command, ended, run
 from small import ROOT
 
 
@@ -92,7 +92,7 @@ def test_a_process_without_the_others_gives_up(prepared_dir, tmp_path, start):
 
 
 FAILING = """
-    import runpy, sys
+    import os, runpy, sys
     from contrastseg_jax.data import pipeline
     from contrastseg_jax.errors import InputError
 
@@ -104,13 +104,14 @@ FAILING = """
 
     pipeline.eval_batches = failing
     sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_an_evaluation_that_fails_in_one_process_ends_none(prepared_dir, tmp_path, start):
     workdir = tmp_path / "run"
-    arguments = command(prepared_dir, workdir, *TRAIN)
+    arguments = command(prepared_dir, workdir, *TOY)
     failing = [arguments[0], "-c", textwrap.dedent(FAILING), *arguments[1:]]
     statuses, messages = ended(start([arguments, failing], num_processes=2))
     assert statuses == [0, 0], messages

@@ -65,7 +65,7 @@ def test_resnet_is_timms():
     expected = {collection: {"backbone": leaves} for collection, leaves in shapes.items()}
     variables = filled(tensors, expected)
 
-    @small.quick_jit
+    @small.jax.jit
     def evaluate(variables, image):
         backbone = {collection: parts["backbone"] for collection, parts in variables.items()}
         return model.apply(backbone, image, train=False)["last"]
@@ -79,7 +79,7 @@ def test_deeplabv3_is_torchvisions():
     model = build("deeplabv3_r101_torchvision")
     variables = filled(tensors, segmenter.variable_shapes(model))
 
-    @small.quick_jit
+    @small.jax.jit
     def evaluate(variables, image):
         output, state = model.apply(
             variables,

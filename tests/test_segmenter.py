@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from recipe import recipe_array
-from small import quick_jit
 
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.heads import ProjectionHead
@@ -100,7 +99,7 @@ def test_a_single_pixel_trains_to_finite_values(name):
     model = segmenter.build(name, num_classes=3, proj_dim=4, dropout_rate=0.1)
     variables = segmenter.init_variables(model, 0)
 
-    @quick_jit
+    @jax.jit
     def train(image):
         rngs = {"dropout": jax.random.key(0)}
         return model.apply(variables, image, train=True, rngs=rngs, mutable=["batch_stats"])
@@ -243,7 +242,7 @@ def test_bfloat16_is_of_the_layers_alone(name):
     convolutions = [line for line in program.splitlines() if "= conv_general_dilated" in line]
     assert convolutions and all(":bf16[" in line for line in convolutions)
 
-    @partial(quick_jit, static_argnames="model")
+    @partial(jax.jit, static_argnames="model")
     def evaluate(params, *, model):
         variables = {"params": params, "batch_stats": batch_stats}
         return model.apply(variables, image, train=False).logits
@@ -270,7 +269,7 @@ def test_recomputed_stages_change_no_gradient(tiny_variables):
     assert shapes(segmenter.variable_shapes(again)["params"]) == shapes(params)
     assert str(jax.make_jaxpr(gradient(again))(params)).count("remat") >= 3
     close = partial(np.testing.assert_allclose, rtol=0.02, atol=1e-5)
-    jax.tree.map(close, quick_jit(gradient(again))(params), quick_jit(gradient(plain))(params))
+    jax.tree.map(close, jax.jit(gradient(again))(params), jax.jit(gradient(plain))(params))
 
 
 def test_auxiliary_heads_are_computed_where_something_reads_them():
@@ -317,7 +316,7 @@ def model(case):
 
 
 def test_evaluation_is_that_of_the_original(model, tensors, stored):
-    @quick_jit
+    @jax.jit
     def evaluate(variables, image):
         output, state = model.apply(
             variables,
@@ -336,13 +335,35 @@ def test_evaluation_is_that_of_the_original(model, tensors, stored):
     np.testing.assert_allclose(subset, stored["eval_embed_sub"], rtol=0, atol=1e-5)
 
 
-def test_training_is_that_of_the_original(model, tensors, stored, case):
-    @quick_jit
-    def train(variables, image):
-        return model.apply(variables, image, train=True, mutable=["batch_stats"])
+@pytest.fixture(scope="module")
+def trained(model, tensors):
+    """Of one program: a probe and its gradients, the outputs, and the updated statistics."""
 
+    def probe(params, image, batch_stats):
+        output, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            image,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        outputs = {"seg": output.logits, "embed": output.embedding}
+        if output.aux_logits is not None:
+            outputs["seg_aux"] = output.aux_logits
+        loss = 0.0
+        for key, value in outputs.items():
+            _, h, w, c = value.shape
+            weight = recipe_array(f"R.{key}.probe", (1, c, h, w)).transpose(0, 2, 3, 1)
+            loss += jnp.vdot(jnp.broadcast_to(weight, value.shape), value) / len(image)
+        return loss, (output, updates)
+
+    variables = flax_variables(tensors)
+    gradient = jax.jit(jax.value_and_grad(probe, argnums=(0, 1), has_aux=True))
+    return gradient(variables["params"], golden.image(), variables["batch_stats"])
+
+
+def test_training_is_that_of_the_original(trained, tensors, stored, case):
     _, _, of_logits, of_embedding, fewest, _ = case
-    output, updates = train(flax_variables(tensors), golden.image())
+    (_, (output, updates)), _ = trained
     logits = golden.to_torch(output.logits)
     np.testing.assert_allclose(logits, stored["train_seg"], rtol=0, atol=of_logits)
     if "train_seg_aux" in stored:
@@ -367,25 +388,8 @@ def test_training_is_that_of_the_original(model, tensors, stored, case):
     assert np.all(ratio[~of_mean] <= fewest / (fewest - 1))
 
 
-def test_gradients_are_those_of_the_original(model, tensors, stored, case):
-    variables = flax_variables(tensors)
-
-    def probe(params, image):
-        output, _ = model.apply(
-            {**variables, "params": params}, image, train=True, mutable=["batch_stats"]
-        )
-        outputs = {"seg": output.logits, "embed": output.embedding}
-        if output.aux_logits is not None:
-            outputs["seg_aux"] = output.aux_logits
-        loss = 0.0
-        for key, value in outputs.items():
-            _, h, w, c = value.shape
-            weight = recipe_array(f"R.{key}.probe", (1, c, h, w)).transpose(0, 2, 3, 1)
-            loss += jnp.vdot(jnp.broadcast_to(weight, value.shape), value) / len(image)
-        return loss
-
-    gradient = quick_jit(jax.value_and_grad(probe, argnums=(0, 1)))
-    loss, (by_params, by_image) = gradient(variables["params"], golden.image())
+def test_gradients_are_those_of_the_original(trained, tensors, stored, case):
+    (loss, _), (by_params, by_image) = trained
     of_gradient = case[5]
     np.testing.assert_allclose(loss, stored["probe_loss"], rtol=of_gradient / 10)
     # In float64, with weights not rounded to float32, HRNet's agree to 4e-8; float32 loses digits
