@@ -2,6 +2,7 @@
 
     python benchmarks/contrast.py            # all tables, about three minutes on two CPU cores
     python benchmarks/contrast.py --growth   # how a step grows with slots and classes
+    python benchmarks/contrast.py --steps    # whole steps of a small network, with and without
 
 Both sides of a ratio are timed in one run, in turns, and the quickest of several runs counts. With
 PyTorch installed, the method in the batch is also timed the way the original computes it.
@@ -21,14 +22,17 @@ from absl import app, flags
 from jax import lax
 from jax.nn import logsumexp, softplus
 
-from contrastseg_jax import memory
+from contrastseg_jax import build, distributed, memory
+from contrastseg_jax import config as config_lib
 from contrastseg_jax.contrast import batch_candidates, pixel_contrast_loss, sample_anchors
-from contrastseg_jax.structs import Anchors, Candidates, MemoryBank
+from contrastseg_jax.structs import Anchors, Batch, Candidates, MemoryBank
+from contrastseg_jax.train_step import compile_step
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("growth", False, "Time per step against slots and classes instead.")
+flags.DEFINE_boolean("steps", False, "Time of whole steps by variant instead.")
 
 SCALE: dict[str, Any] = {"temperature": 0.1, "base_temperature": 0.07}
 DIM, CLASSES = 256, 19
@@ -38,6 +42,9 @@ def main(_: list[str]) -> None:
     """Print the tables in Markdown."""
     if FLAGS.growth:
         growth()
+        return
+    if FLAGS.steps:
+        whole_steps()
         return
     in_batch(num_images=2)
     in_batch(num_images=8)
@@ -266,6 +273,47 @@ def growth() -> None:
             f"| {num_classes} | {slots:,} | {rows:,} | {1e3 * seconds[0]:.0f}"
             f" | {1e9 * seconds[0] / rows:.0f} | {1e3 * seconds[1]:.0f} |"
         )
+
+
+# --- Whole steps ---------------------------------------------------------------------------------
+
+
+def whole_steps(crop: int = 128, num_classes: int = 8) -> None:
+    """Steps of hrnet_tiny by configs/folder.py: cross entropy, contrast, contrast with the bank."""
+    sides = {name: train_step(name, crop, num_classes) for name in ("ce", "contrast", "memory")}
+    print(f"\nconfigs/folder.py:hrnet_tiny, 8 crops of {crop}x{crop}, {num_classes} classes\n")
+    table(sides, "ce", num_runs=12)
+
+
+def train_step(variant: str, crop: int, num_classes: int) -> Callable[[], Any]:
+    """One step after another on one batch, the contrast loss from the first on."""
+    settings = ["data.root=.", f"data.class_names={tuple(map(str, range(num_classes)))}"]
+    settings += [f"augment.crop_size=({crop}, {crop})", "contrast.warmup_steps=0"]
+    config = config_lib.load(f"configs/folder.py:hrnet_tiny,{variant}", settings)
+    mesh = distributed.make_mesh(jax.devices()[:1])
+    model = build.build_model(config, num_classes)
+    tx, _ = build.build_optimizer(config)
+    state = build.init_state(config, model, tx, build.initial_variables(config, model))
+    state = jax.device_put(state, build.state_sharding(config, state, mesh))
+    step_fn = compile_step(config, model, tx, mesh)
+    rng = np.random.default_rng(0)
+    label = rng.integers(num_classes, size=(8, crop // 16, crop // 16)).repeat(16, 1).repeat(16, 2)
+    image = label[..., None] * 20 + rng.integers(60, size=(*label.shape, 3))
+    batch = Batch(
+        image=image.astype(np.uint8),
+        label=label.astype(np.uint8),
+        example_id=np.arange(8, dtype=np.int32),
+        valid=np.ones(8, bool),
+    )
+    batch = distributed.to_devices(batch, mesh)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = step_fn(state, batch)
+        return metrics
+
+    jax.block_until_ready(run())  # compiled
+    return run
 
 
 # --- Measuring -----------------------------------------------------------------------------------
