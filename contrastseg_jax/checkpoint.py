@@ -57,13 +57,16 @@ class Writer:
     problem: str = ""  # why the newest checkpoint could not be saved; empty: it could
 
 
-def prepare(workdir: Path) -> None:
+def prepare(workdir: Path, state: TrainState) -> None:
     """Clear away what a kill has left, and see that checkpoints written there come back.
 
+    `state`: arrays, or their shapes and dtypes, as large as those that will be saved.
+
     Raises:
-        InputError: they do not.
+        InputError: they do not come back, or the disk has no room for one.
     """
-    processes.together(lambda: _prepare(_folder(workdir)) if processes.is_first() else None)
+    size = _num_bytes(state)
+    processes.together(lambda: _prepare(_folder(workdir), size) if processes.is_first() else None)
 
 
 @contextlib.contextmanager
@@ -101,7 +104,7 @@ def save(writer: Writer, step: int, state: TrainState) -> None:
     """
     _finish(writer)
     path, stored = _folder(writer.workdir) / str(step), _without_empty(state)
-    size = sum(array.nbytes for array in jax.tree.leaves(stored))
+    size = _num_bytes(state)
     try:
         # Orbax would find a full disk too, but its threads go on writing after it has.
         processes.together(
@@ -212,7 +215,8 @@ def _find_whole(workdir: Path, which: str, goes_on: bool) -> int:
         left = [step for step in saved_steps(workdir) if step not in damaged]
         if damaged and not left:
             problems = [f"{step}: {problem}" for step, problem in damaged.items()]
-            raise listed(f"{folder}, which holds no whole checkpoint", problems)
+            remedy = "put one back from a copy, or train in another --workdir"
+            raise listed(f"{folder}, which holds no whole checkpoint ({remedy})", problems)
         step = left[-1] if damaged else find_step(workdir, which)
         problem = damage(folder / str(step))
         if not problem:
@@ -235,9 +239,17 @@ def _best(workdir: Path, steps: list[int]) -> int:
     return max(steps, key=lambda step: (read_score(workdir, step), step))
 
 
-def _prepare(folder: Path) -> None:
+def _num_bytes(state: TrainState) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def _prepare(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder)
+    try:
+        require_room(folder, size)
+    except OSError as error:
+        raise InputError(f"a checkpoint would not fit: {reason(error)}") from error
     path, arrays = folder / "probe.deleted", {"probe": np.arange(1000, dtype=np.float32)}
     notes = {"digests": {name: digests.of_array(array) for name, array in arrays.items()}}
     try:

@@ -121,8 +121,9 @@ def _train_on(
     if start_step >= num_steps and scored:
         log.info(f"{workdir}: is trained to its end, step {start_step}")
         return
-    checkpoint.prepare(workdir)
-    state = _placed_state(config, model, tx, variables, workdir, start_step, mesh)
+    abstract = abstract_state(config, model, tx)
+    checkpoint.prepare(workdir, abstract)
+    state = _placed_state(abstract, config, model, tx, variables, workdir, start_step, mesh)
 
     # Scores.
     eval_step = compile_eval_step(config, model, mesh)
@@ -211,6 +212,7 @@ def _train_on(
 
 
 def _placed_state(
+    abstract: TrainState,
     config: Config,
     model: Segmenter,
     tx: optax.GradientTransformation,
@@ -220,7 +222,6 @@ def _placed_state(
     mesh: Mesh,
 ) -> TrainState:
     """The state at step 0, of `variables`, or that of the checkpoint after `step`; on the mesh."""
-    abstract = abstract_state(config, model, tx)
     of_state = state_sharding(config, abstract, mesh)
     if variables is None:
         log.info(f"going on after step {step} of {config.train.num_steps}")

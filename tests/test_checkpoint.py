@@ -182,7 +182,7 @@ def test_missing_checkpoints(tmp_path):
     (tmp_path / "checkpoints" / "4.damaged").mkdir()
     with pytest.raises(InputError, match="no finished checkpoint"):
         checkpoint.find_step(tmp_path, "latest")
-    checkpoint.prepare(tmp_path)
+    checkpoint.prepare(tmp_path, tiny_state(0))
     assert names(tmp_path) == ["4.damaged"]
 
 
@@ -293,6 +293,8 @@ def test_without_room_nothing_is_begun(tmp_path, monkeypatch, caplog):
         with monkeypatch.context() as patch:
             patch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=1000))
             checkpoint.save(writer, 2, tiny_state(2))
+            with pytest.raises(InputError, match="checkpoint would not fit: No space .* 1,000 are"):
+                checkpoint.prepare(tmp_path, tiny_state(2))
         assert "could not be saved (No space left on device: " in caplog.text
         assert "1,000 are free" in caplog.text
         checkpoint.save(writer, 3, tiny_state(3))
@@ -338,7 +340,7 @@ def test_what_does_not_come_back_does_not_count(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("name", ["exp[1]", "a*b", "a?b", "{a}", "a%20b #", "a\nb", "[!a]", "写真"])
 def test_folders_with_any_name_hold_checkpoints(tmp_path, name):
     workdir = tmp_path / name
-    checkpoint.prepare(workdir)
+    checkpoint.prepare(workdir, tiny_state(0))
     save_all(workdir, [1])
     assert checkpoint.find_whole(workdir, "latest") == 1
     state = tiny_state(1)
@@ -349,7 +351,7 @@ def test_folders_with_any_name_hold_checkpoints(tmp_path, name):
 def test_a_place_that_cannot_work_is_found_before_training(tmp_path, monkeypatch):
     workdir = tmp_path / "a\\b"  # of which TensorStore makes a/b
     with pytest.raises(InputError, match="checkpoints cannot be kept there"):
-        checkpoint.prepare(workdir)
+        checkpoint.prepare(workdir, tiny_state(0))
     assert names(workdir) == []
 
     def fail(*_, **__):
@@ -357,4 +359,4 @@ def test_a_place_that_cannot_work_is_found_before_training(tmp_path, monkeypatch
 
     monkeypatch.setattr(ocp.Checkpointer, "save", fail)
     with pytest.raises(InputError, match=r"did not come back \(Input/output error\)"):
-        checkpoint.prepare(tmp_path / "other")
+        checkpoint.prepare(tmp_path / "other", tiny_state(0))
