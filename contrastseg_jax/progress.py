@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from contrastseg_jax import distributed
+from contrastseg_jax.board import Board, write_metrics
 from contrastseg_jax.config import Config
-from contrastseg_jax.logging import Board, log, write_metrics
+from contrastseg_jax.logging import log
 from contrastseg_jax.optim import Schedule
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.train_step import Metrics

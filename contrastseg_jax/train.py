@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax import checkpoint, distributed, out_of_memory, processes, report
+from contrastseg_jax.board import Board, close_board, open_board, write_metrics
 from contrastseg_jax.build import (
     abstract_state,
     build_model,
@@ -46,7 +47,7 @@ from contrastseg_jax.evaluate import (
     require_memory,
 )
 from contrastseg_jax.files import lock
-from contrastseg_jax.logging import Board, close_board, log, open_board, write_metrics
+from contrastseg_jax.logging import log
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.progress import (
     Interval,

@@ -45,7 +45,7 @@ def check_rules(*overrides, num_devices=1):
 def test_every_config_is_valid(path, variant, monkeypatch):
     """The bank fits an accelerator of 16 GB."""
     monkeypatch.setattr(distributed, "device_bytes", lambda: 16 << 30)
-    spec = f":hrnet_w18,{variant}" if variant else ""
+    spec = f":hrnet_tiny,{variant}" if variant else ""
     config = config_lib.load(str(path) + spec, NEEDED.get(path.name, []))
     if path.name != "default.py":
         check(config, mode="train")

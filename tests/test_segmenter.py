@@ -55,7 +55,7 @@ def output_shapes(name, *image_shape, train=True):
 @pytest.mark.parametrize(
     "name",
     [
-        *("hrnet_tiny", "hrnet_w18_small", "hrnet_w40", "hrnet_w48", "hrnet_w32_ocr"),
+        *("hrnet_tiny", "hrnet_w18_small", "hrnet_w48", "hrnet_tiny_ocr"),
         *("fcn_r34", "deeplabv3_r50", "deeplabv3_r152_torchvision", "ocr_r18"),
         *("deeplabv3plus_r18", "deeplabv3plus_r101"),
     ],
@@ -76,8 +76,8 @@ def test_a_network_gives_logits_and_embeddings_of_one_size(name):
         ("deeplabv3_r101", (512, 1024), (65, 129)),  # facts of the original
         ("deeplabv3_r101", (64, 96), (9, 13)),
         ("deeplabv3_r101_torchvision", (512, 1024), (64, 128)),
-        ("hrnet_w48_ocr", (512, 1024), (128, 256)),
-        ("hrnet_w48_ocr", (360, 480), (90, 120)),
+        ("hrnet_tiny_ocr", (512, 1024), (128, 256)),
+        ("hrnet_tiny_ocr", (360, 480), (90, 120)),
         ("hrnet_w18_small", (375, 500), (94, 125)),
         ("deeplabv3_r50", (375, 500), (48, 63)),
         ("deeplabv3plus_r50", (375, 500), (94, 125)),

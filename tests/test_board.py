@@ -2,13 +2,16 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from program import events, scalars
+from small import ROOT
 
-from contrastseg_jax.logging import close_board, open_board, write_metrics
+from contrastseg_jax.board import close_board, open_board, write_metrics
 
 
 def read(workdir):
@@ -93,3 +96,10 @@ def test_a_line_that_is_damaged_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     close_board(open_board(tmp_path, 9))
     assert [line["step"] for line in read(tmp_path)] == [1, 4]
+
+
+def test_pytorch_is_not_imported():
+    """Which tensorboardX would do, for seconds; who imports it later, gets it."""
+    code = "import sys; from contrastseg_jax import board; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr

@@ -1,0 +1,107 @@
+"""Where a run's numbers go: `metrics.jsonl`, and TensorBoard's files beside it."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from contrastseg_jax.errors import best_effort
+from contrastseg_jax.files import to_json, write_atomically
+
+# Where PyTorch is installed, tensorboardX imports it: seconds, and 200 MB, for tensors that no run
+# has. With None in its place, Python says that there is none.
+_hidden = "torch" not in sys.modules
+if _hidden:
+    sys.modules["torch"] = cast(Any, None)
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402 # pyright: ignore
+from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402 # pyright: ignore
+
+if _hidden:
+    del sys.modules["torch"]
+
+
+@dataclass(frozen=True)
+class Board:
+    """Where numbers go, besides `metrics.jsonl`."""
+
+    events: EventsWriter | None  # None: TensorBoard's file cannot be written
+
+
+def open_board(workdir: Path, start_step: int) -> Board:
+    """The numbers go on after `start_step`; what cannot be written is a warning.
+
+    A run that was killed has logged steps that it will take again: they are dropped. TensorBoard's
+    files cannot be shortened, so what is left of `metrics.jsonl` is written into a new one.
+    """
+    events, lines, path = None, None, workdir / "metrics.jsonl"
+    with best_effort(str(path)):
+        lines = []
+        if path.exists():
+            lines = _lines_until(path.read_text(), start_step)
+            write_atomically(path, "".join(lines))
+    # Not tensorboardX's SummaryWriter: the thread that it writes with dies of a full disk, and
+    # whoever has more to write waits for it for ever.
+    folder = (workdir / "tensorboard").absolute()
+    with best_effort(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("events.out.tfevents.*") if lines is not None else ():
+            old.unlink()
+        events = EventsWriter(str(folder / "events"))
+        # By which a TensorBoard that shows the old files forgets all their steps.
+        restart = SessionLog(status=SessionLog.START)
+        events.write_event(Event(step=0, session_log=restart, wall_time=time.time()))
+        for line in lines or ():
+            events.write_event(_event(json.loads(line)))
+        events.flush()
+    return Board(events)
+
+
+def write_metrics(workdir: Path, board: Board, step: int, values: Mapping[str, float]) -> None:
+    """Append one line of numbers; what is not finite (IoU of an absent class) becomes null."""
+    path, line = workdir / "metrics.jsonl", {"step": step, "time": round(time.time(), 3), **values}
+    with best_effort(str(path)), path.open("a") as file:
+        file.write(to_json(line) + "\n")
+    if board.events:
+        with best_effort(str(workdir / "tensorboard")):
+            board.events.write_event(_event(line))
+            board.events.flush()
+
+
+def close_board(board: Board) -> None:
+    """Write what is left to write."""
+    if board.events:
+        with best_effort("TensorBoard"):
+            board.events.close()
+
+
+def _event(line: Mapping[str, Any]) -> Event:
+    """A line of `metrics.jsonl` for TensorBoard, with the time at which it was logged."""
+    # Not tensorboardX's `scalar`, which takes ASCII alone: 天 and 地 would be one curve, `_`.
+    scalars = [
+        Summary.Value(
+            tag=key.encode(errors="backslashreplace").decode(),
+            simple_value=math.nan if value is None else value,
+        )
+        for key, value in line.items()
+        if key not in ("step", "time")
+    ]
+    wall_time = line.get("time", time.time())
+    return Event(step=line["step"], summary=Summary(value=scalars), wall_time=wall_time)
+
+
+def _lines_until(text: str, last_step: int) -> list[str]:
+    """The whole lines of steps up to `last_step`; a kill may have cut a line short."""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if _step(line) <= last_step]
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
