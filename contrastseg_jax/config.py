@@ -163,10 +163,10 @@ def broken_rules(
     size = config.train.batch_size
     if size > 0 and size % num_devices:
         below = size - size % num_devices
-        nearest = " or ".join(str(n) for n in (below, below + num_devices) if n)
+        multiples = " or ".join(str(n) for n in (below, below + num_devices) if n)
         problems.append(
             f"train.batch_size = {size}: must be a multiple of the {num_devices} devices,"
-            f" e.g. {nearest}"
+            f" e.g. {multiples}"
         )
     return problems
 

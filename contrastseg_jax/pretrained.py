@@ -187,12 +187,12 @@ def start_from(
 
 def _digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of a folder."""
-    digests = {}
+    found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        digests[path.relative_to(folder).as_posix()] = digest
-    return digests
+        found[path.relative_to(folder).as_posix()] = digest
+    return found
 
 
 def _require_same(written: Variables, found: Any) -> None:

@@ -207,11 +207,11 @@ def compile_step(
 
 def batch_shape(config: Config, mesh: Mesh) -> Batch:
     """Shapes, types and shardings of a global training batch."""
-    size, sharding = config.train.batch_size, distributed.split(mesh)
+    size, by_rows = config.train.batch_size, distributed.split(mesh)
     image, row = (size, *config.augment.crop_size), (size,)
     return Batch(
-        image=jax.ShapeDtypeStruct((*image, 3), jnp.uint8, sharding=sharding),
-        label=jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
-        example_id=jax.ShapeDtypeStruct(row, jnp.int32, sharding=sharding),
-        valid=jax.ShapeDtypeStruct(row, jnp.bool, sharding=sharding),
+        image=jax.ShapeDtypeStruct((*image, 3), jnp.uint8, sharding=by_rows),
+        label=jax.ShapeDtypeStruct(image, jnp.uint8, sharding=by_rows),
+        example_id=jax.ShapeDtypeStruct(row, jnp.int32, sharding=by_rows),
+        valid=jax.ShapeDtypeStruct(row, jnp.bool, sharding=by_rows),
     )

@@ -84,10 +84,10 @@ def contrast(maps, bank, *, mesh, split_memory, strategy):
     return loss, metrics, grad, bank
 
 
-def run_contrast(num_devices, sharding, strategy, moved=False):
+def run_contrast(num_devices, bank_sharding, strategy, moved=False):
     """Three steps from a bank that is partly filled: later ones overwrite slots of earlier ones."""
     mesh = distributed.make_mesh(jax.devices()[:num_devices])
-    split_memory = sharding == "slots"
+    split_memory = bank_sharding == "slots"
     bank = memory.init_memory(
         num_classes=CLASSES, pixel_size=24, segment_size=16, proj_dim=DIM, dtype=FLOAT
     )
@@ -119,11 +119,11 @@ def run_contrast(num_devices, sharding, strategy, moved=False):
     return [np.asarray(x) for x in (*results, *jax.tree.leaves(bank))]
 
 
-def run_step(sharding):
+def run_step(bank_sharding):
     """The HLO of the real step on eight devices, and how often two batches were traced."""
     settings = ("memory.pixel_size=65536", "memory.segment_size=64", "train.batch_size=8")
     selection = ("contrast.negatives=semi_hard", "contrast.num_negatives=8")
-    config = make_config(*settings, *selection, f"memory.sharding={sharding}")
+    config = make_config(*settings, *selection, f"memory.sharding={bank_sharding}")
     step_fn, state, mesh = start(config, num_devices=8)
     batch = distributed.to_devices(make_batch(size=8), mesh)
     with jax.debug_nans(False):  # which would keep the arguments, to look for the NaN again
@@ -147,15 +147,16 @@ def run_training(num_devices, settings):
 def main(path):
     """Write everything into one file."""
     results = {}
-    for num_devices, sharding, strategy in itertools.product((1, 8), SHARDINGS, STRATEGIES):
-        for i, array in enumerate(run_contrast(num_devices, sharding, strategy)):
-            results[f"{strategy}/{num_devices}/{sharding}/{i}"] = array
+    for num_devices, bank_sharding, strategy in itertools.product((1, 8), SHARDINGS, STRATEGIES):
+        for i, array in enumerate(run_contrast(num_devices, bank_sharding, strategy)):
+            results[f"{strategy}/{num_devices}/{bank_sharding}/{i}"] = array
     if FLOAT == "float32":
         for strategy in STRATEGIES:
             for i, array in enumerate(run_contrast(1, "replicated", strategy, moved=True)):
                 results[f"{strategy}/moved/{i}"] = array
-        for sharding in SHARDINGS:
-            results[f"hlo/{sharding}"], results[f"traces/{sharding}"] = run_step(sharding)
+        for bank_sharding in SHARDINGS:
+            hlo, traces = run_step(bank_sharding)
+            results |= {f"hlo/{bank_sharding}": hlo, f"traces/{bank_sharding}": traces}
     else:
         for layout in LAYOUTS:
             for key, array in run_training(*LAYOUTS[layout]).items():

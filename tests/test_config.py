@@ -23,13 +23,13 @@ NEEDED = {  # what a user has to say
 }
 
 
-def load(*overrides, spec=""):
+def config_with(*overrides, spec=""):
     return config_lib.load(DEFAULT + spec, overrides)
 
 
 def check_rules(*overrides, num_devices=1):
     problems = config_lib.broken_rules(
-        load("data.name=synthetic", *overrides),
+        config_with("data.name=synthetic", *overrides),
         choices={
             "model.name": ("hrnet_w18", "hrnet_w48"),
             "data.name": ("synthetic", "camvid", "tfds"),
@@ -58,7 +58,7 @@ def test_every_setting_is_read():
     local = {"contrast": "settings", "model": "net"}
     paths = (ROOT / "contrastseg_jax").rglob("*.py")
     source = "\n".join(path.read_text() for path in paths if path.stem not in ("config", "check"))
-    for path, _ in config_lib.leaves(load()):
+    for path, _ in config_lib.leaves(config_with()):
         *_, group, key = f"config.{path}".split(".")
         unpacked = re.search(rf"\*\*(config|data)\.{group}\b", source)
         parameter = unpacked and re.search(rf"^    {key}: ", source, re.MULTILINE)
@@ -68,7 +68,7 @@ def test_every_setting_is_read():
 
 def test_all_bad_overrides_are_listed_with_the_nearest_name():
     with pytest.raises(InputError) as error:
-        load(
+        config_with(
             *("data.name=synthetic", "train.batchsize=3", "contrast.temprature=2"),
             *("train.num_steps=a", "seed", "tau=1"),
         )
@@ -86,7 +86,7 @@ def test_all_bad_overrides_are_listed_with_the_nearest_name():
 )
 def test_the_last_name_of_a_setting_counts_more_than_its_group(path, suggested):
     with pytest.raises(InputError) as error:
-        load(f"{path}=1")
+        config_with(f"{path}=1")
     hint = f", did you mean {suggested}?" if suggested else ""
     assert f"  {path}: no such setting{hint}" in str(error.value).splitlines()
 
@@ -105,7 +105,7 @@ def test_the_last_name_of_a_setting_counts_more_than_its_group(path, suggested):
 )
 def test_overrides_take_the_type_of_the_default(text, value):
     path = text.partition("=")[0]
-    got = dict(config_lib.leaves(load(text)))[path]
+    got = dict(config_lib.leaves(config_with(text)))[path]
     assert got == value and type(got) is type(value)
 
 
@@ -118,7 +118,7 @@ def test_overrides_take_the_type_of_the_default(text, value):
 )
 def test_overrides_of_another_type_are_refused(text):
     with pytest.raises(InputError, match=re.escape(text.replace("=", " = "))):
-        load(text)
+        config_with(text)
 
 
 @pytest.mark.parametrize(
@@ -216,10 +216,10 @@ def test_folders_are_the_same_by_whatever_path(tmp_path, monkeypatch):
     (tmp_path / "w").mkdir()
     (tmp_path / "link").symlink_to("w")
     for spelling in ("w", "./w", "~/w", "link", tmp_path / "w"):
-        assert load(f"model.init_from={spelling}").model.init_from == str(tmp_path / "w")
-    assert load("data.root=~/w").data.root == str(tmp_path / "w")
-    assert load("data.root=w").data.root == "w"
-    assert load().model.init_from == load().data.root == ""
+        assert config_with(f"model.init_from={spelling}").model.init_from == str(tmp_path / "w")
+    assert config_with("data.root=~/w").data.root == str(tmp_path / "w")
+    assert config_with("data.root=w").data.root == "w"
+    assert config_with().model.init_from == config_with().data.root == ""
     stored = config_lib.from_json('{"model": {"init_from": "w"}}', "config.json")
     assert stored.model.init_from == str(tmp_path / "w")
 
@@ -242,7 +242,7 @@ def test_files_that_are_no_config(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         config_lib.load("configs/nothing.py")
     with pytest.raises(InputError, match="variant 'cee'"):
-        load(spec=":hrnet_w18,cee")
+        config_with(spec=":hrnet_w18,cee")
     path = tmp_path / "typo.py"
     path.write_text(
         "from configs import default\n"
