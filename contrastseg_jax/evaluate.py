@@ -240,7 +240,7 @@ def evaluate(
         process_count=jax.process_count(),
     )
     confusion = np.zeros((len(classes.names),) * 2, np.int64)  # more pixels than int32 can count
-    pictures, num_pictures = [], config.eval.num_pictures if processes.is_first() else 0
+    drawn, num_pictures = [], config.eval.num_pictures if processes.is_first() else 0
     for batch in _asking(batches, before_batch):
         on_devices = distributed.to_devices(batch, mesh)
         logits = programs.run(eval_step.network, variables, on_devices.image)
@@ -264,7 +264,7 @@ def evaluate(
                     classes,
                     record["name"].decode(),
                 )
-                pictures.append(picture)
+                drawn.append(picture)
     results = {
         "data": spec.name,
         "split": split,
@@ -281,7 +281,7 @@ def evaluate(
         log.info(advice)
 
     def write() -> None:
-        report.save_evaluation(folder, results, pictures, advice)
+        report.save_evaluation(folder, results, drawn, advice)
 
     processes.together(write if processes.is_first() else lambda: None)
     return results

@@ -117,8 +117,8 @@ def test_images_are_as_the_weights_need_them(whole, tmp_path, caplog):
     caplog.set_level("INFO", build.log.name)
     settings = ["model.image_std=(1.0, 2.0, 3.0)", "model.image_mean=(103.53, 116.28, 123.675)"]
     said = make_config("model.name=hrnet_tiny", f"model.init_from={whole}", *settings)
-    image_format = build.image_format(build.follow_weights(said, None))
-    assert found.std == (1.0, 2.0, 3.0) and image_format.channel_order == "BGR"
+    of_config = build.image_format(build.follow_weights(said, None))
+    assert found.std == (1.0, 2.0, 3.0) and of_config.channel_order == "BGR"
     assert "BGR; red, green, blue have mean (103.53, 116.28, 123.675), std (57.375" in caplog.text
     assert "but model.image_std = (1.0, 2.0, 3.0), as the config says" in caplog.text
 
