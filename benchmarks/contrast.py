@@ -22,11 +22,17 @@ from absl import app, flags
 from jax import lax
 from jax.nn import logsumexp, softplus
 
-from contrastseg_jax import build, distributed, memory
-from contrastseg_jax import config as config_lib
-from contrastseg_jax.contrast import batch_candidates, pixel_contrast_loss, sample_anchors
+from contrastseg_jax.config.load import load
+from contrastseg_jax.contrast import memory_bank
+from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
+from contrastseg_jax.contrast.loss import pixel_contrast_loss
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.setup.setup import build_model
 from contrastseg_jax.structs import Anchors, Batch, Candidates, MemoryBank
-from contrastseg_jax.train_step import compile_step
+from contrastseg_jax.training.optim import build_optimizer
+from contrastseg_jax.training.state import init_state, state_sharding
+from contrastseg_jax.training.train_step import compile_step
+from contrastseg_jax.weights.load import initial_variables
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
@@ -227,15 +233,17 @@ def loss_against_bank(
 def enqueue() -> None:
     """Keys of eight images and their writing into a bank that is given away."""
     embedding, label, _ = make_maps(8)
-    bank = memory.init_memory(
+    bank = memory_bank.init_memory(
         num_classes=CLASSES, pixel_size=5000, segment_size=5000, proj_dim=DIM, dtype="float32"
     )
 
     def step(bank: MemoryBank, embedding: jax.Array, label: jax.Array) -> MemoryBank:
         keys = jax.random.split(jax.random.key(0), len(label))
-        pixel = memory.pixel_keys(embedding, label, keys, num_classes=CLASSES, pixels_per_class=10)
-        return memory.enqueue(
-            bank, pixel, memory.segment_keys(embedding, label, num_classes=CLASSES)
+        pixel = memory_bank.pixel_keys(
+            embedding, label, keys, num_classes=CLASSES, pixels_per_class=10
+        )
+        return memory_bank.enqueue(
+            bank, pixel, memory_bank.segment_keys(embedding, label, num_classes=CLASSES)
         )
 
     run: Any = jax.jit(step, donate_argnums=0).lower(bank, embedding, label).compile()
@@ -289,12 +297,12 @@ def train_step(variant: str, crop: int, num_classes: int) -> Callable[[], Any]:
     """One step after another on one batch, the contrast loss from the first on."""
     settings = ["data.root=.", f"data.class_names={tuple(map(str, range(num_classes)))}"]
     settings += [f"augment.crop_size=({crop}, {crop})", "contrast.warmup_steps=0"]
-    config = config_lib.load(f"configs/folder.py:hrnet_tiny,{variant}", settings)
-    mesh = distributed.make_mesh(jax.devices()[:1])
-    model = build.build_model(config, num_classes)
-    tx, _ = build.build_optimizer(config)
-    state = build.init_state(config, model, tx, build.initial_variables(config, model))
-    state = jax.device_put(state, build.state_sharding(config, state, mesh))
+    config = load(f"configs/folder.py:hrnet_tiny,{variant}", settings)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    model = build_model(config, num_classes)
+    tx, _ = build_optimizer(config)
+    state = init_state(config, model, tx, initial_variables(config, model))
+    state = jax.device_put(state, state_sharding(config, state, mesh))
     step_fn = compile_step(config, model, tx, mesh)
     rng = np.random.default_rng(0)
     label = rng.integers(num_classes, size=(8, crop // 16, crop // 16)).repeat(16, 1).repeat(16, 2)
@@ -305,7 +313,7 @@ def train_step(variant: str, crop: int, num_classes: int) -> Callable[[], Any]:
         example_id=np.arange(8, dtype=np.int32),
         valid=np.ones(8, bool),
     )
-    batch = distributed.to_devices(batch, mesh)
+    batch = sharding.to_devices(batch, mesh)
 
     def run() -> Any:
         nonlocal state

@@ -28,7 +28,7 @@ from absl import app, flags
 from jaxtyping import UInt8
 from PIL import Image
 
-from contrastseg_jax import config as config_lib
+from contrastseg_jax.config.load import schema
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.images import decode_image, decode_mask, encode_jpeg
 from contrastseg_jax.data.labels import LabelMap, default_palette
@@ -94,7 +94,7 @@ def make_batches(
     records: list[Record], crop_size: tuple[int, int], *, num_threads: int, num_workers: int = 0
 ) -> pipeline.Batches:
     """The loader of a run, with the settings of configs/default.py."""
-    config = config_lib.schema()
+    config = schema()
     return pipeline.train_batches(
         records,
         label_map=LABEL_MAP,

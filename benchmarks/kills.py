@@ -22,9 +22,13 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from contrastseg_jax import build, checkpoint, distributed
-from contrastseg_jax.data.dataset import label_map
-from contrastseg_jax.workdir import read_config, saved_steps
+from contrastseg_jax.data.dataset import dataset_spec, label_map
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.run import checkpoint
+from contrastseg_jax.run.workdir import read_config, saved_steps
+from contrastseg_jax.setup.setup import build_model
+from contrastseg_jax.training.optim import build_optimizer
+from contrastseg_jax.training.state import abstract_state
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT = 60  # seconds after which a process ends that has not met the others
@@ -151,9 +155,9 @@ def checkpoints(workdir: Path) -> list[int]:
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, by its path."""
     config = read_config(workdir)
-    model = build.build_model(config, len(label_map(build.dataset_spec(config)).names))
-    state = build.abstract_state(config, model, build.build_optimizer(config)[0])
-    everywhere = distributed.replicated(distributed.make_mesh())
+    model = build_model(config, len(label_map(dataset_spec(config)).names))
+    state = abstract_state(config, model, build_optimizer(config)[0])
+    everywhere = sharding.replicated(sharding.make_mesh())
     step = checkpoint.find_whole(workdir, "latest")
     state = checkpoint.restore(workdir, step, state, everywhere)
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}

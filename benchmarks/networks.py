@@ -32,14 +32,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from contrastseg_jax import build, distributed
-from contrastseg_jax import config as config_lib
-from contrastseg_jax.config import Config
-from contrastseg_jax.models import heads, hrnet, segmenter
+from contrastseg_jax.config import default
+from contrastseg_jax.config.load import override
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.models import segmenter, zoo
+from contrastseg_jax.models.backbones import hrnet
+from contrastseg_jax.models.heads import fcn
 from contrastseg_jax.models.segmenter import Segmenter
-from contrastseg_jax.resize import resize_bilinear
+from contrastseg_jax.ops.resize import resize_bilinear
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.setup.setup import build_model
 from contrastseg_jax.structs import Batch
-from contrastseg_jax.train_step import compile_step
+from contrastseg_jax.training.optim import build_optimizer
+from contrastseg_jax.training.state import init_state
+from contrastseg_jax.training.train_step import compile_step
+from contrastseg_jax.weights.load import initial_variables
 
 CLASSES, PROJ_DIM = 19, 256
 TIMED = (
@@ -64,7 +71,7 @@ def main(_: list[str]) -> None:
     elif FLAGS.remat:
         rematted(FLAGS.names or REMATTED, (height, width))
     else:
-        counts(FLAGS.names or segmenter.model_names())
+        counts(FLAGS.names or zoo.model_names())
 
 
 # --- Parameters and operations -------------------------------------------------------------------
@@ -76,7 +83,7 @@ def counts(names: Sequence[str]) -> None:
     row(*["---"] * 4)
     image = jax.ShapeDtypeStruct((1, 512, 1024, 3), jnp.float32)
     for name in names:
-        model = segmenter.build(name, num_classes=CLASSES, proj_dim=PROJ_DIM, dropout_rate=0.0)
+        model = zoo.build(name, num_classes=CLASSES, proj_dim=PROJ_DIM, dropout_rate=0.0)
         variables = segmenter.variable_shapes(model)
         sizes = {
             part: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
@@ -161,7 +168,7 @@ def rematted(names: Sequence[str], size: tuple[int, int]) -> None:
     )
     row(*["---"] * 8)
     for name in names:
-        stages, plain = segmenter.stage_names(name), None
+        stages, plain = zoo.stage_names(name), None
         for remat in ((), *((stage,) for stage in stages), stages):
             config = make_config(name, size, f"model.remat={remat}")
             step = step_program(config)
@@ -176,7 +183,7 @@ def rematted(names: Sequence[str], size: tuple[int, int]) -> None:
 def make_config(name: str, size: tuple[int, int], *overrides: str) -> Config:
     """A user's config with contrast in the batch, past its warm-up."""
     own = ("train.batch_size=2", f"augment.crop_size={size}", "contrast.warmup_steps=0")
-    return config_lib.load(f"{config_lib.SCHEMA}:{name},contrast", (*own, *overrides))
+    return override(default.get_config(f"{name},contrast"), (*own, *overrides))
 
 
 def forward_programs(config: Config) -> tuple[Program, Program]:
@@ -191,11 +198,11 @@ def forward_programs(config: Config) -> tuple[Program, Program]:
         resizes.append((x.shape, size))
         return resize_bilinear(x, size)
 
-    model = build.build_model(config, CLASSES)
-    variables = jax.device_put(build.initial_variables(config, model))
+    model = build_model(config, CLASSES)
+    variables = jax.device_put(initial_variables(config, model))
     with (
         mock.patch.object(hrnet, "resize_bilinear", recorded),
-        mock.patch.object(heads, "resize_bilinear", recorded),
+        mock.patch.object(fcn, "resize_bilinear", recorded),
     ):
         image = noise(1, *config.augment.crop_size, 3)
         program = compiled(jax.jit(functools.partial(forward, model)), variables, image)
@@ -209,11 +216,11 @@ def forward_programs(config: Config) -> tuple[Program, Program]:
 
 def step_program(config: Config) -> Program:
     """Train steps of one batch, one after the other."""
-    mesh = distributed.make_mesh(jax.devices()[:1])
-    model = build.build_model(config, CLASSES)
-    tx, _ = build.build_optimizer(config)
-    state = build.init_state(config, model, tx, build.initial_variables(config, model))
-    state = jax.device_put(state, distributed.replicated(mesh))
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    model = build_model(config, CLASSES)
+    tx, _ = build_optimizer(config)
+    state = init_state(config, model, tx, initial_variables(config, model))
+    state = jax.device_put(state, sharding.replicated(mesh))
     rng, (height, width) = np.random.default_rng(0), config.augment.crop_size
     label = rng.integers(CLASSES, size=(2, height // 16, width // 16)).repeat(16, 1).repeat(16, 2)
     batch = Batch(
@@ -222,13 +229,13 @@ def step_program(config: Config) -> Program:
         example_id=np.arange(2, dtype=np.int32),
         valid=np.ones(2, bool),
     )
-    batch = jax.device_put(batch, distributed.split(mesh))
+    batch = jax.device_put(batch, sharding.split(mesh))
     return compiled(compile_step(config, model, tx, mesh), state, batch, carries_state=True)
 
 
 def kept_megabytes(config: Config) -> float:
     """What the gradient of the network needs of its forward pass, as JAX sees it."""
-    model = build.build_model(config, CLASSES)
+    model = build_model(config, CLASSES)
     image = jax.ShapeDtypeStruct((2, *config.augment.crop_size, 3), jnp.float32)
 
     def gradient(variables: Any, image: jax.Array) -> Any:

@@ -5,8 +5,8 @@
         --config.model.init_from=weights/hrnet_w48_imagenet
 """
 
-from configs import default
-from contrastseg_jax.config import Config
+from contrastseg_jax.config import default
+from contrastseg_jax.config.tree import Config
 
 
 def get_config(spec: str = "hrnet_w48,memory") -> Config:

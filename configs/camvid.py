@@ -6,8 +6,8 @@
 For the original's images of 960x720 add --config.data.short_side=360, or raise the crop.
 """
 
-from configs import default
-from contrastseg_jax.config import Config
+from contrastseg_jax.config import default
+from contrastseg_jax.config.tree import Config
 
 
 def get_config(spec: str = "hrnet_w48,memory") -> Config:

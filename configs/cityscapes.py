@@ -10,8 +10,8 @@ The temperature study of the original's README (HRNet-W48, contrast inside the b
         --config.model.init_from=weights/hrnet_w48_imagenet --config.contrast.temperature=$t; done
 """
 
-from configs import default
-from contrastseg_jax.config import Config
+from contrastseg_jax.config import default
+from contrastseg_jax.config.tree import Config
 
 
 def get_config(spec: str = "hrnet_w48,memory") -> Config:

@@ -6,8 +6,8 @@
 For COCO-Stuff 164k (118,287 / 5000 images) add --config.data.name=coco_stuff164k.
 """
 
-from configs import default
-from contrastseg_jax.config import Config
+from contrastseg_jax.config import default
+from contrastseg_jax.config.tree import Config
 
 
 def get_config(spec: str = "hrnet_w48,memory") -> Config:

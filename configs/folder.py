@@ -7,8 +7,8 @@ A mask is a PNG with one channel; its values number the classes in the order of 
 data.ignore_values (255) are no class. Copy this file to keep settings of your own.
 """
 
-from configs import default
-from contrastseg_jax.config import Config
+from contrastseg_jax.config import default
+from contrastseg_jax.config.tree import Config
 
 
 def get_config(spec: str = "hrnet_w18_small,memory") -> Config:

@@ -3,8 +3,8 @@
 python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-from configs import default
-from contrastseg_jax.config import Config
+from contrastseg_jax.config import default
+from contrastseg_jax.config.tree import Config
 
 
 def get_config(spec: str = "hrnet_tiny,memory") -> Config:

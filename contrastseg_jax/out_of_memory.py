@@ -8,35 +8,35 @@ PACKAGE = Path(__file__).parent
 
 # By file of this package: what it was doing, and what takes less memory.
 WORK = {
-    "train.py": (
+    "training/train.py": (
         "training",
         "Lower augment.crop_size or train.batch_size; --mode=plan says what fits, and what else"
         " saves memory",
     ),
-    "evaluate.py": (
+    "evaluation/evaluate.py": (
         "evaluating",
         "Lower eval.batch_size; where it is 1 already, the largest images are too large for this"
         " machine",
     ),
-    "predict.py": (
+    "evaluation/predict.py": (
         "predicting",
         "The image is too large for this machine: scale it down, or cut it into parts",
     ),
-    "report.py": ("drawing pictures", "Lower eval.num_pictures, or make the images smaller"),
+    "data/pictures.py": ("drawing pictures", "Lower eval.num_pictures, or make the images smaller"),
     "data/pipeline.py": (
         "making batches",
         "Lower data.cache_size, data.num_workers, data.num_threads or data.prefetch",
     ),
-    "data/checks.py": (
+    "data/audit/examples.py": (
         "reading the data set",
         "Images are decoded several at a time: make the largest ones smaller",
     ),
-    "audit.py": ("auditing the data set", "Make the largest images smaller"),
-    "convert.py": (
+    "data/audit/report.py": ("auditing the data set", "Make the largest images smaller"),
+    "weights/convert.py": (
         "converting weights",
         "They are held in memory several times over: convert on a machine with more of it",
     ),
-    "plan.py": ("planning", "The compiler needs it; --quick plans without compiling"),
+    "planning/plan.py": ("planning", "The compiler needs it; --quick plans without compiling"),
 }
 
 

@@ -1,9 +1,10 @@
 """JAX as strict as it gets, two virtual devices, and compiled programs kept between runs."""
 
 import os
-from pathlib import Path
 
+import checked_shapes  # noqa: F401
 import compile_fast
+from paths import ROOT
 
 # Before JAX is imported. NPROC: virtual CPU devices need a thread each, or collectives may hang.
 os.environ.setdefault("NPROC", "32")
@@ -17,9 +18,7 @@ from program import start_group
 from raw_data import write_example
 
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.train import train
-
-ROOT = Path(__file__).parents[1]
+from contrastseg_jax.training.train import train
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

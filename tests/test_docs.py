@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 from absl.testing import flagsaver
+from paths import ROOT
 
-import main
-from contrastseg_jax import config as config_lib
+from contrastseg_jax import cli
+from contrastseg_jax.config.load import load
+from contrastseg_jax.config.rules import broken_rules
 from contrastseg_jax.data.dataset import dataset_names
-from contrastseg_jax.models.segmenter import model_names
+from contrastseg_jax.models.zoo import model_names
 
-ROOT = Path(__file__).parents[1]
 COMMAND = re.compile(r"python ((?:main|benchmarks/\w+)\.py[^\n`;#]*(?:(?<=\\)\n[^\n`;#]*)*)")
 
 
 def commands():
     """Program and arguments of each call that documents, configs or programs show, once."""
-    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "main.py"]
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "contrastseg_jax" / "cli.py"]
     for path in (*files, *(ROOT / "configs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         for text in COMMAND.findall(path.read_text()):
             if text.count('"') % 2:  # the call stands in quotes itself
@@ -38,17 +39,17 @@ def test_every_command_is_understood(command, monkeypatch):
         defined = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", Path(program).read_text())
         assert {text[2:].partition("=")[0] for text in arguments} <= {*defined}
         return
-    monkeypatch.setattr(main, "require_places", lambda _: None)  # made-up ones
-    settings = [text.removeprefix(main.SETTING) for text in arguments if main.SETTING in text]
+    monkeypatch.setattr(cli, "require_places", lambda _: None)  # made-up ones
+    settings = [text.removeprefix(cli.SETTING) for text in arguments if cli.SETTING in text]
     with flagsaver.flagsaver():
-        flags = [text for text in arguments if main.SETTING not in text]
-        assert main.FLAGS([program, *flags]) == [program]
-        main.require_flags(settings)
-        if main.FLAGS.config:
-            config = config_lib.load(main.FLAGS.config, settings)
+        flags = [text for text in arguments if cli.SETTING not in text]
+        assert cli.FLAGS([program, *flags]) == [program]
+        cli.require_flags(settings)
+        if cli.FLAGS.config:
+            config = load(cli.FLAGS.config, settings)
             choices = {"model.name": model_names(), "data.name": dataset_names()}
-            problems = config_lib.broken_rules(config, choices=choices, num_devices=1)
-            assert problems == [] or main.FLAGS.mode == "plan"  # which needs no data
+            problems = broken_rules(config, choices=choices, num_devices=1)
+            assert problems == [] or cli.FLAGS.mode == "plan"  # which needs no data
 
 
 def test_there_are_such_commands():
@@ -67,13 +68,15 @@ def test_every_fault_of_the_original_has_its_test():
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", cell)
         assert named, f"D{number} names no test"
         for file, test in named:
-            assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+            assert f"def {test}(" in next((ROOT / "tests").rglob(file)).read_text(), (
+                f"{file}::{test}"
+            )
 
 
 def test_every_function_and_setting_of_the_method_exists():
     text = (ROOT / "docs" / "method.md").read_text()
     modules = {path.stem: path for path in (ROOT / "contrastseg_jax").rglob("*.py")}
-    settings = (ROOT / "configs" / "default.py").read_text()
+    settings = (ROOT / "contrastseg_jax" / "config" / "default.py").read_text()
     named = re.findall(r"`(?:\w+/)?(\w+)\.([A-Za-z]\w+)\b", text)
     assert len(named) > 20
     for module, name in named:

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from paths import ROOT
 from program import TOY, TRAIN, command, logged_steps, run, scalars
 from safetensors.numpy import save_file
-from small import ROOT, SETTINGS
+from small import SETTINGS
 from state_dicts import tiny
 
 from contrastseg_jax.data.images import encode_png
@@ -57,7 +58,7 @@ def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path, monkeypatch):
 
 def test_modes_read_the_config_from_the_workdir(trained, tmp_path):
     _, workdir = trained
-    main = [sys.executable, str(ROOT / "tests" / "toy_main.py"), f"--workdir={workdir}"]
+    main = [sys.executable, str(ROOT / "tests" / "helpers" / "toy_main.py"), f"--workdir={workdir}"]
     evaluated = run([*main, "--mode=eval", "--checkpoint=best"], num_devices=2)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "mean IoU" in evaluated.stderr and "index.html" in evaluated.stderr

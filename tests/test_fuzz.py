@@ -17,8 +17,10 @@ from picture_files import exif, png, saved, tiff
 from PIL import Image
 from raw_data import noise
 
-import main
-from contrastseg_jax import config as config_lib
+from contrastseg_jax import cli
+from contrastseg_jax.config.load import from_json, override, schema, to_json
+from contrastseg_jax.config.rules import broken_rules
+from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data.image_files import check_checksums
 from contrastseg_jax.data.images import (
     Decoding,
@@ -196,8 +198,8 @@ def test_a_tag_of_a_fractional_type_is_an_input_error():
 
 # --- Settings ------------------------------------------------------------------------------------
 
-DEFAULT = config_lib.schema()
-KNOWN = dict(config_lib.leaves(DEFAULT))
+DEFAULT = schema()
+KNOWN = dict(leaves(DEFAULT))
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=12)
 VALUES = st.one_of(
     TEXTS,
@@ -229,13 +231,13 @@ OVERRIDES = st.one_of(
 @example(["augment.scale_range=(1, 1" + "0" * 400 + ")"])
 def test_whatever_a_setting_holds_its_fault_is_an_input_error(overrides):
     try:
-        config = config_lib.override(DEFAULT, overrides)
+        config = override(DEFAULT, overrides)
     except InputError:
         return
-    broken = config_lib.broken_rules(config, choices={}, num_devices=1)
+    broken = broken_rules(config, choices={}, num_devices=1)
     assert all(isinstance(line, str) for line in broken)
     if not broken:
-        assert config_lib.from_json(config_lib.to_json(config), "config.json") == config
+        assert from_json(to_json(config), "config.json") == config
 
 
 PATHS = st.one_of(TEXTS, st.sampled_from(("\0", "a\0", "\ud800", "\udcff/x", "~\ud800", "n" * 300)))
@@ -258,9 +260,9 @@ def test_whatever_a_path_on_the_command_line_holds_its_fault_is_an_error(mode, p
     arguments = [f"--{name}={path}" for name, path in zip(MODES[mode], paths, strict=False)]
     with flagsaver.flagsaver():
         try:
-            main.FLAGS(["main.py", f"--mode={mode}", *arguments])
-            main.require_flags([])
+            cli.FLAGS(["main.py", f"--mode={mode}", *arguments])
+            cli.require_flags([])
             if mode != "convert":
-                main.load_config([])
+                cli.load_config([])
         except (InputError, OSError) as error:
             assert f"{error}"

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from small import make_config
 
-from contrastseg_jax import audit, evaluate, predict, report
-from contrastseg_jax.config import leaves
+from contrastseg_jax.config.tree import leaves
+from contrastseg_jax.data import pictures
+from contrastseg_jax.data.audit import report
 from contrastseg_jax.data.labels import LabelMap, default_palette
+from contrastseg_jax.evaluation import evaluate, predict
 from contrastseg_jax.out_of_memory import PACKAGE, WORK, explanation
 
 TOO_MANY_BYTES = 2**45
@@ -83,13 +85,13 @@ def test_advice_fits_what_was_being_done(monkeypatch):
     assert "while evaluating" in text and "Lower eval.batch_size" in text
     assert "crop_size" not in text
 
-    monkeypatch.setattr(report, "_save", of_numpy)
+    monkeypatch.setattr(pictures, "save_figure", of_numpy)
     label = image[:, :, 0]
-    text = explained(report.save_panel, Path(), image, label, label, classes, "x")
+    text = explained(pictures.save_panel, Path(), image, label, label, classes, "x")
     assert "while drawing pictures" in text and "eval.num_pictures" in text
 
-    monkeypatch.setattr(audit, "raw_splits", of_numpy)
-    assert "while auditing" in explained(audit.audit_run, config, Path(), None)
+    monkeypatch.setattr(report, "raw_splits", of_numpy)
+    assert "while auditing" in explained(report.audit_run, config, Path(), None)
 
 
 def test_files_and_settings_that_are_named_exist():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from small import make_batch, make_config, start
 
-from contrastseg_jax.contrast import batch_candidates, pixel_contrast_loss
-from contrastseg_jax.evaluate import score
-from contrastseg_jax.optim import poly_schedule
+from contrastseg_jax.contrast.anchors import batch_candidates
+from contrastseg_jax.contrast.loss import pixel_contrast_loss
+from contrastseg_jax.evaluation.evaluate import score
 from contrastseg_jax.structs import Anchors, Batch, Candidates
+from contrastseg_jax.training.optim import poly_schedule
 
 SELECTED = ("contrast.num_positives=2", "contrast.num_negatives=2")
 

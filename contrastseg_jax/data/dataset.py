@@ -14,6 +14,8 @@ from types import ModuleType
 import absl.logging
 import tensorflow_datasets as tfds
 
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.data.audit.examples import Splits
 from contrastseg_jax.data.builders import (
     ade20k,
     camvid,
@@ -32,7 +34,7 @@ from contrastseg_jax.data.builders.base import (
     check_splits,
     data_root,
 )
-from contrastseg_jax.data.checks import Splits
+from contrastseg_jax.data.images import Decoding
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.data.prepared import Records, find_fault, open_records, remove, seal
 from contrastseg_jax.errors import InputError
@@ -230,3 +232,24 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         absl.logging.set_verbosity(verbosity)
+
+
+def dataset_spec(config: Config) -> DatasetSpec:
+    """Which data set, with the settings that it reads."""
+    data = config.data
+    return DatasetSpec(
+        name=data.name,
+        prepared_dir=data.prepared_dir,
+        root=data.root,
+        exif_orientation=data.exif_orientation,
+        bit_depth=data.bit_depth,
+        class_names=data.class_names,
+        ignore_values=data.ignore_values,
+        **data.tfds,
+        **data.synthetic,
+    )
+
+
+def decoding(config: Config) -> Decoding:
+    """How image files become pixels."""
+    return dataset_spec(config).decoding

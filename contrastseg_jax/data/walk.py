@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from contrastseg_jax.data.checks import Finding
+from contrastseg_jax.data.audit.examples import Finding
 
 
 def files_below(

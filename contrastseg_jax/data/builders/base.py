@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
-from contrastseg_jax.data.audit import audit_split, general_findings, told_once
+from contrastseg_jax.data.audit.examples import RawSplit, ReadMask, Splits, check_files
+from contrastseg_jax.data.audit.statistics import audit_split, general_findings, told_once
 from contrastseg_jax.data.builders.pairs import Found, Pair
-from contrastseg_jax.data.checks import RawSplit, ReadMask, Splits, check_files
 from contrastseg_jax.data.images import AS_STORED, Decoding, decode_mask, encode_png
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed

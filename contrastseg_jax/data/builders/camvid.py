@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from contrastseg_jax.data.audit.examples import Finding
 from contrastseg_jax.data.builders.base import (
     SPLITS,
     DatasetSpec,
@@ -23,7 +24,6 @@ from contrastseg_jax.data.builders.pairs import (
     on_disk,
     read_lines,
 )
-from contrastseg_jax.data.checks import Finding
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError

@@ -12,6 +12,7 @@ from typing import cast
 
 import tensorflow_datasets as tfds
 
+from contrastseg_jax.data.audit.examples import Checked, Finding, RawSplit, check_encoded
 from contrastseg_jax.data.builders import folder
 from contrastseg_jax.data.builders.base import (
     DatasetSpec,
@@ -21,7 +22,6 @@ from contrastseg_jax.data.builders.base import (
     file_stamp,
     name_by_hash,
 )
-from contrastseg_jax.data.checks import Checked, Finding, RawSplit, check_encoded
 from contrastseg_jax.data.images import Decoding
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contrastseg_jax.data.checks import Finding
+from contrastseg_jax.data.audit.examples import Finding
 from contrastseg_jax.data.images import IMAGE_SUFFIXES
 from contrastseg_jax.data.walk import files_below, unreadable
 

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from contrastseg_jax.data.audit.examples import Checked, RawSplit, check_encoded
 from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, SplitConfig
-from contrastseg_jax.data.checks import Checked, RawSplit, check_encoded
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.data.labels import LabelMap, default_palette
 from contrastseg_jax.structs import IGNORE_LABEL

@@ -1,0 +1,1 @@
+"""Settings: the schema, files and overrides, rules."""

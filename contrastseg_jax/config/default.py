@@ -1,0 +1,131 @@
+"""Every setting, its default and what it means: the schema that all other configs start from.
+
+A config file offers `get_config("MODEL[,VARIANT]")`; VARIANT is ce (cross entropy alone), contrast
+(plus pixel contrast inside the batch) or memory (contrast with the memory bank as well).
+"""
+
+from ml_collections import ConfigDict
+
+from contrastseg_jax.config.tree import Config
+
+CANDIDATES = {"ce": "none", "contrast": "batch", "memory": "both"}  # of each variant
+
+
+def get_config(spec: str = "hrnet_w48,memory") -> Config:
+    """The default config for a network and a variant, e.g. "hrnet_w48,memory"."""
+    model, _, variant = spec.partition(",")
+    variant = variant or "memory"
+    if variant not in CANDIDATES:
+        raise ValueError(f"variant {variant!r}: must be one of {', '.join(CANDIDATES)}")
+    config: Config = ConfigDict()
+    config.seed = 0  # of initialisation, sampling, shuffling and augmentation
+
+    config.data = data = ConfigDict()
+    # cityscapes, pascal_context, coco_stuff10k, coco_stuff164k, camvid, ade20k, landcover, folder,
+    # tfds (any data set of TFDS) or synthetic
+    data.name = "folder"
+    data.root = ""  # folder that holds the raw data set; tfds: its own, or ~/tensorflow_datasets
+    data.prepared_dir = "~/.cache/contrastseg_jax"  # where prepared data sets are kept
+    data.class_names = ()  # folder, tfds: the classes, in the order of their mask values
+    data.ignore_values = (255,)  # folder, tfds: mask values that are no class
+    # Pixels of images as stored, or applied: turned as EXIF data ask viewers to. Masks never are.
+    data.exif_orientation = "stored"
+    # Bits that the values of images with more than 8 have: 8 to 16, the upper 8 of which are kept.
+    # 0: as each file says, and one whose values leave the upper quarters of its range unused, as
+    # those of 12 bits in 16 do, is refused.
+    data.bit_depth = 0
+    data.short_side = 0  # resize images to this short side first; 0: keep the size
+    data.cache_size = 0  # decoded images kept in memory, by each process that makes batches
+    data.num_threads = 4  # that read and augment, in each of the processes that do
+    data.num_workers = 0  # processes that make training batches; 0: threads of this one
+    data.prefetch = 8  # batches made ahead of the step that needs them
+
+    data.tfds = ConfigDict()  # the data set of TFDS that data.name = "tfds" uses
+    data.tfds.dataset = ""  # its name there, e.g. oxford_iiit_pet
+    data.tfds.image_feature = "image"  # the image's name in its examples
+    data.tfds.label_feature = "label"  # the mask's name in its examples
+    data.tfds.train_split = "train"  # what to train on, e.g. train[:90%]
+    data.tfds.val_split = "validation"  # what to validate on, e.g. train[90%:]
+
+    data.synthetic = ConfigDict()  # the generated data set, for tests and benchmarks
+    data.synthetic.image_size = (64, 96)  # height, width
+    data.synthetic.num_classes = 5
+    data.synthetic.num_examples = (32, 8)  # train, val
+
+    config.augment = augment = ConfigDict()
+    augment.crop_size = (512, 1024)  # height, width (original: Cityscapes)
+    augment.scale_range = (0.5, 2.0)  # of random resizing (original: all data sets)
+    augment.aspect_range = (0.9, 1.1)  # of width over height (original: all data sets)
+    augment.flip_rate = 0.5  # share of images mirrored left to right
+    augment.brightness = 10  # largest shift of all channels, grey levels (original: 10)
+    augment.color_distortion = 0.0  # brightness, contrast, saturation, hue; 1: as SSD (original: 0)
+    # Share of crops around a pixel of a class drawn uniformly from the image's (original: 0).
+    augment.class_uniform_rate = 0.0
+
+    config.model = net = ConfigDict()
+    net.name = model  # see `contrastseg_jax/models/zoo.py`
+    net.proj_dim = 256  # length of an embedding (paper: 256)
+    net.dropout_rate = -1.0  # in front of the logits; -1: as the network's original has it
+    net.init_from = ""  # folder of --mode=convert, whose weights training starts from; empty: none
+    net.dtype = "float32"  # in which layers compute, or bfloat16; parameters stay float32
+    net.remat = ()  # stages computed again for the gradient, to save memory, e.g. ("stage4",)
+    # How the network takes images. Empty: as the weights of init_from do, or ImageNet's way.
+    net.image_mean = ()  # red, green, blue, subtracted (ImageNet: 123.675, 116.28, 103.53)
+    net.image_std = ()  # red, green, blue, divided by (ImageNet: 58.395, 57.12, 57.375)
+    net.channel_order = ""  # RGB or BGR
+
+    config.loss = loss = ConfigDict()
+    loss.class_weights = ()  # of cross entropy, one per class; empty: all 1
+    loss.aux_weight = 0.4  # of an auxiliary head's cross entropy, where a network has one
+
+    config.contrast = contrast = ConfigDict()
+    contrast.candidates = CANDIDATES[variant]  # none, batch (the global one), memory or both
+    contrast.loss_weight = 0.1  # of the contrast loss (original: 0.1, with its bank 1)
+    contrast.anchors = "hard"  # hard: half of the anchors mispredicted pixels; random: any
+    # Sampled from each image; 0: a sixteenth of the cells of its map of embeddings, at least 16 and
+    # at most 512 (original: 1024 for the 2 images of a GPU).
+    contrast.anchors_per_image = 0
+    contrast.max_views = 100  # most anchors of one class in one image (original: 100)
+    contrast.positives = "all"  # of an anchor: all, random, hardest or semi_hard (paper)
+    contrast.negatives = "all"  # likewise; semi_hard: at random out of the hardest tenth
+    contrast.num_positives = 1024  # of an anchor, unless all (paper: 1024)
+    contrast.num_negatives = 2048  # of an anchor, unless all (paper: 2048)
+    contrast.approximate = False  # find the hardest by lax.approx_max_k, fast on a TPU
+    contrast.temperature = 0.1  # (paper: 0.1)
+    contrast.base_temperature = 0.07  # the loss is scaled by temperature / this (original)
+    contrast.warmup_steps = 5000  # steps before the contrast loss counts (original: 5000)
+
+    config.memory = memory = ConfigDict()
+    memory.pixel_size = 5000  # slots per class of the pixel queue; 0: none (original: 5000)
+    memory.segment_size = 5000  # slots per class of the segment queue; 0: none (original: 5000)
+    memory.pixels_per_class = 10  # enqueued per class and image (paper: 10)
+    memory.dtype = "float32"  # in which the bank is stored: float32 or bfloat16
+    memory.sharding = "replicated"  # whole on every device, or slots: a part of them on each
+
+    config.optim = optim = ConfigDict()
+    optim.learning_rate = 0.01  # at step 0 (original: 0.01)
+    optim.head_lr_multiplier = 1.0  # of all but the backbone (original: 1, two data sets 10)
+    optim.warmup_steps = 0  # in which the learning rate rises from 0 (original: 0)
+    optim.poly_power = 0.9  # learning_rate * (1 - step / num_steps) ** poly_power (original: 0.9)
+    optim.momentum = 0.9  # (original: 0.9)
+    optim.weight_decay = 5e-4  # on every parameter (original: 5e-4)
+    optim.ema_decay = 0.0  # of running averages of the variables, to evaluate with; 0: none
+
+    config.train = train = ConfigDict()
+    train.batch_size = 8  # images per step over all devices (original: 8)
+    train.num_steps = 40_000  # (original: 40,000)
+    train.log_steps = 50  # between two lines of the log
+    train.eval_steps = 1000  # between two evaluations; the last step always evaluates
+    train.checkpoint_steps = 1000  # between two checkpoints; the last step always saves
+    train.keep_checkpoints = 2  # newest ones kept, besides the best by val mIoU
+
+    config.parallel = parallel = ConfigDict()
+    parallel.fsdp = False  # split parameters, optimiser state and EMA over the devices
+    parallel.compilation_cache = ""  # folder of compiled programs; empty: one in the workdir
+
+    config.eval = evaluate = ConfigDict()
+    evaluate.batch_size = 8  # images per step, rounded up to a multiple of the devices
+    evaluate.pad_multiple = 32  # image sides are padded to a multiple, to compile for few sizes
+    evaluate.num_pictures = 4  # images drawn beside label and prediction at an evaluation
+
+    return config.lock()

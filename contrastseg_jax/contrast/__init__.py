@@ -1,0 +1,1 @@
+"""The paper: anchors, candidates, the pixel contrast loss, the memory bank."""

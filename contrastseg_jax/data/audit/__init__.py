@@ -1,0 +1,1 @@
+"""Whether a data set is sound: each example, a split, the report."""

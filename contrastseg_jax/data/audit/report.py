@@ -1,0 +1,314 @@
+"""Audits a data set: a summary to read, `audit.json` with all of it, and a sheet of examples."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.data import pictures
+from contrastseg_jax.data.audit.examples import Finding
+from contrastseg_jax.data.audit.statistics import (
+    NEEDED,
+    SplitAudit,
+    audit_split,
+    color_results,
+    color_table,
+    enet_weights,
+    examples_to_show,
+    general_findings,
+    median_frequency_weights,
+    missing_splits,
+    with_optional_masks,
+)
+from contrastseg_jax.data.augment import too_large
+from contrastseg_jax.data.builders.base import DatasetSpec
+from contrastseg_jax.data.dataset import dataset_spec, label_map, misplaced, raw_splits
+from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.errors import InputError, best_effort
+from contrastseg_jax.files import to_json, write_atomically
+from contrastseg_jax.structs import IGNORE_LABEL
+from contrastseg_jax.text import table
+
+NUM_SHOWN = 20  # examples on the sheet
+NUM_NAMED = 3  # findings of a kind that the summary spells out
+
+# What each kind of finding is called, and what mends it.
+KINDS = {
+    "no_data": ("data that cannot be opened", "do what the message says"),
+    "layout": ("files that make no clear pairs", "bring the files into the layout of the data set"),
+    "permission": ("files and folders without permission", "get the right to read them"),
+    "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists anew"),
+    "suffix": ("files of another format than expected", "convert them; renaming does not"),
+    "no_split": ("missing splits", "give each split some images; its layout is in README.md"),
+    "no_masks": ("images without any mask", "add masks; without, they can be predicted alone"),
+    "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
+    "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
+    "image_format": ("images of unsuitable formats", "do as the message says"),
+    "mask_format": ("masks that are no index masks", "convert them as the messages say"),
+    "size": ("masks of another size than their image", "export them again at the image's size"),
+    "too_large": ("images too large to evaluate", "cut them into tiles, or resize them to less"),
+    "unknown_value": ("masks with values that are no class", "correct the masks"),
+    "unlabelled": ("splits without a labelled pixel", "see whether the ignored values are right"),
+    "absent_class": ("classes that never occur", "nothing can be learnt of them, or scored"),
+    "turned": ("files that viewers turn", "see in overlays.png whether image and mask fit"),
+    "duplicate": ("images in two splits", "delete one; scores on seen images are too good"),
+}
+
+
+def audit_run(config: Config, workdir: Path, split: str | None) -> None:
+    """Audit the data set of a config, all splits or one; prepares nothing.
+
+    Prints a summary and writes `audit.json` and `overlays.png` into WORKDIR/audit.
+
+    Raises:
+        InputError: training would go wrong, or there is no such split.
+    """
+    spec = dataset_spec(config)
+    classes, folder = label_map(spec), workdir / "audit"
+    findings, splits = [], {}
+    try:
+        splits = raw_splits(spec)
+    except (InputError, OSError) as error:
+        findings.append(Finding("no_data", spec.root, str(error)))
+    if split is not None and splits:
+        if split not in splits:
+            raise InputError(
+                f"--split={split}: data set '{spec.name}' has only {', '.join(splits)}"
+            )
+        splits = {split: splits[split]}
+    limit = partial(
+        too_large, short_side=config.data.short_side, pad_multiple=config.eval.pad_multiple
+    )
+    audits = {
+        name: with_optional_masks(audit_split(raw, classes, name, limit), name)
+        for name, raw in splits.items()
+    }
+    if split is None and not findings:
+        findings += missing_splits(audits, misplaced(spec, NEEDED))
+    findings += [finding for audit in audits.values() for finding in audit.findings]
+    audits = {name: audit for name, audit in audits.items() if audit.num_examples}
+    findings += general_findings(audits, classes)
+    findings = list(dict.fromkeys(findings))  # a folder that is closed is so to every split
+
+    results = audit_results(spec, classes, audits, findings)
+    write_atomically(folder / "audit.json", to_json(results) + "\n")
+    sheet = folder / "overlays.png"
+    sheet.unlink(missing_ok=True)  # of an earlier audit
+    print("\n".join(summary(results)))
+    examples = examples_to_show(splits, audits, classes, NUM_SHOWN)
+    if examples:
+        with best_effort(str(sheet)):
+            pictures.save_sheet(sheet, examples, classes, f"{spec.name} {spec.root}")
+    print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if sheet.exists() else ""))
+    if results["num_errors"]:
+        number = results["num_errors"]
+        outlook = _outlook(findings, audits)
+        raise InputError(f"{number} error{'s' if number > 1 else ''} in the data; {outlook}")
+
+
+def _outlook(findings: Sequence[Finding], audits: Mapping[str, SplitAudit]) -> str:
+    """What the errors among the findings would stop."""
+    optional = [split for split in audits if split not in NEEDED]
+    of_optional = {found for split in optional for found in audits[split].findings}
+    if any(found.is_error and found not in of_optional for found in findings):
+        return "training would go wrong"
+    return f"evaluating {', '.join(optional)} would fail, which training does not read"
+
+
+def audit_results(
+    spec: DatasetSpec,
+    classes: LabelMap,
+    audits: Mapping[str, SplitAudit],
+    findings: Sequence[Finding],
+) -> dict[str, Any]:
+    """All that is in `audit.json`."""
+    num_errors = sum(finding.is_error for finding in findings)
+    kinds = dict.fromkeys(finding.kind for finding in findings)
+    results = {
+        "data": spec.name,
+        "root": spec.root,
+        "num_errors": num_errors,
+        "num_warnings": len(findings) - num_errors,
+        "findings": [asdict(finding) for finding in findings],
+        "remedies": {kind: remedy(kind, spec, audits) for kind in kinds},
+        "classes": {
+            name: [value for value, i in sorted(classes.train_ids.items()) if i == class_id]
+            for class_id, name in [*enumerate(classes.names), (IGNORE_LABEL, "no class")]
+        },
+        "splits": {split: split_results(audit, classes) for split, audit in audits.items()},
+    }
+    if audits:
+        split = "train" if "train" in audits else next(iter(audits))
+        results["class_weights"] = class_weights(audits[split], split, len(classes.names))
+    return results
+
+
+def class_weights(audit: SplitAudit, split: str, num_classes: int) -> dict[str, Any]:
+    """Class weights by each rule, where at least half of the masks could be read."""
+    num_read = audit.mask_formats.total()
+    results = {"split": split, "masks_read": num_read, "masks": audit.num_examples}
+    if 2 * num_read < max(audit.num_examples, 1):
+        return results
+    weights = {
+        "median_frequency": median_frequency_weights(audit, num_classes),
+        "enet": enet_weights(audit, num_classes),
+    }
+    return results | {rule: [float(f"{x:.4g}") for x in w] for rule, w in weights.items()}
+
+
+def audited_class_weights(workdir: Path, class_names: Sequence[str]) -> list[float] | None:
+    """The weights by median frequency that an audit left in a workdir; None: of these classes none.
+
+    `class_names`: in the order of their ids.
+    """
+    try:
+        results = json.loads((workdir / "audit" / "audit.json").read_bytes())
+        of_these = list(results["classes"])[: len(class_names)] == list(class_names)
+        return results["class_weights"]["median_frequency"] if of_these else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def split_results(audit: SplitAudit, classes: LabelMap) -> dict[str, Any]:
+    """Numbers of a split. Shares are those of all pixels, the ignored ones included."""
+    num_pixels = int(audit.value_pixels.sum())
+    share = audit.class_pixels / max(num_pixels, 1)
+    return {
+        "num_examples": audit.num_examples,
+        "num_faulty_files": len({finding.file for finding in audit.findings if finding.is_error}),
+        "num_pixels": num_pixels,
+        "ignored_share": float(share[IGNORE_LABEL]),
+        "image_sizes": {f"{w}x{h}": n for (h, w), n in audit.sizes.most_common()},
+        "mask_formats": dict(audit.mask_formats.most_common()),
+        "classes": {
+            name: {
+                "pixels": int(audit.class_pixels[class_id]),
+                "share": float(share[class_id]),
+                "images": int(audit.class_images[class_id]),
+            }
+            for class_id, name in [*enumerate(classes.names), (IGNORE_LABEL, "no class")]
+        },
+        "mask_colors": color_results(audit) if audit.in_color else None,
+        "values": {
+            str(value): {
+                "pixels": int(audit.value_pixels[value]),
+                "images": int(audit.value_images[value]),
+            }
+            for value in np.flatnonzero(audit.value_pixels)
+        },
+        "unknown_values": [
+            {"file": file, "value": value, "pixels": pixels}
+            for file, value, pixels in audit.unknown
+        ],
+    }
+
+
+def remedy(kind: str, spec: DatasetSpec, audits: Mapping[str, SplitAudit]) -> str:
+    """What mends findings of a kind."""
+    if kind != "unknown_value" or not spec.class_names:
+        return KINDS[kind][1]
+    values = sorted({value for audit in audits.values() for _, value, _ in audit.unknown})
+    ignored = tuple(sorted({*spec.ignore_values, *values}))
+    return (
+        f"name the classes up to value {values[-1]} in data.class_names, which has"
+        f" {len(spec.class_names)}, or ignore the values:"
+        f' --config.data.ignore_values="{ignored}"'
+    )
+
+
+def summary(results: Mapping[str, Any]) -> list[str]:
+    """The lines to print."""
+    splits: dict[str, Any] = results["splits"]
+    lines = [f"{results['data']} {results['root']}".rstrip()]
+    if splits:
+        lines += ["", *table(_split_rows(splits)), "", *table(_class_rows(results))]
+        lines += _weight_lines(results["class_weights"])
+    for level, is_error in (("errors", True), ("warnings", False)):
+        found = [f for f in results["findings"] if f["is_error"] == is_error]
+        lines += ["", f"{level}: {len(found) or 'none'}"]
+        for kind in dict.fromkeys(finding["kind"] for finding in found):
+            lines += _kind_lines(kind, [f for f in found if f["kind"] == kind], results)
+    return [*lines, ""]
+
+
+def _kind_lines(
+    kind: str, findings: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
+) -> list[str]:
+    """Findings of a kind, spelt out as far as they tell something new."""
+    lines = [f"  {KINDS[kind][0]}: {len(findings)}", f"  -> {results['remedies'][kind]}"]
+    texts = []
+    if kind == "mask_format":  # colours are those of a split, not of each mask
+        colors = {split: found["mask_colors"] for split, found in results["splits"].items()}
+        colors = {split: found for split, found in colors.items() if found}
+        texts = [color_table(split, found) for split, found in colors.items()]
+        told = {file for found in colors.values() if found["masks"] > 1 for file in found["files"]}
+        findings = [finding for finding in findings if finding["file"] not in told]
+    texts += [finding["message"] for finding in findings[:NUM_NAMED]]
+    lines += [f"    {line}" for text in texts for line in text.splitlines()]
+    if len(findings) > NUM_NAMED:
+        lines.append(f"    and {len(findings) - NUM_NAMED} more in audit.json")
+    return lines
+
+
+def _weight_lines(weights: Mapping[str, Any]) -> list[str]:
+    """Class weights to paste, and of how many masks they are."""
+    read, masks = weights["masks_read"], weights["masks"]
+    number = "" if read == masks else f" ({read} of {masks} masks, the others could not be read)"
+    lines = []
+    for rule, title in (("median_frequency", "median frequency"), ("enet", "ENet's formula")):
+        if rule in weights:
+            values = ", ".join(f"{weight:g}" for weight in weights[rule])
+            lines += [
+                "",
+                f"class weights by {title}, of {weights['split']}{number}:",
+                f'  --config.loss.class_weights="({values})"',
+            ]
+    if not lines:
+        text = f"no class weights: {read} of {masks} masks of {weights['split']} could be read"
+        lines = ["", f"{text}, at least half are needed"]
+    return lines
+
+
+def _split_rows(splits: Mapping[str, Any]) -> list[list[str]]:
+    rows = [
+        ["split", "images", "faulty files", "megapixels", "no class", "image sizes", "mask files"]
+    ]
+    for name, split in splits.items():
+        rows.append(
+            [
+                name,
+                f"{split['num_examples']}",
+                f"{split['num_faulty_files']}",
+                f"{split['num_pixels'] / 1e6:.3g}",
+                f"{split['ignored_share']:.1%}",
+                _most(split["image_sizes"]),
+                _most(split["mask_formats"]),
+            ]
+        )
+    return rows
+
+
+def _class_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row per class: its mask values, and in each split share of the pixels and images."""
+    splits = results["splits"]
+    rows = [["class", "mask values", *(f"{s} {x}" for s in splits for x in ("pixels", "images"))]]
+    for name, values in results["classes"].items():
+        row = [name, " ".join(map(str, values[:4])) + (" ..." if len(values) > 4 else "")]
+        for split in splits.values():
+            found = split["classes"][name]
+            row += [f"{found['share']:.1%}", f"{found['images']}"]
+        rows.append(row)
+    return rows
+
+
+def _most(counts: Mapping[str, int]) -> str:
+    """The most frequent three of some names, with their numbers if there are others."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    named = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:3])
+    return f"{named}, {len(counts) - 3} more" if len(counts) > 3 else named

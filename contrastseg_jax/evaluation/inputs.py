@@ -1,0 +1,126 @@
+"""Which images to predict, and what their results are called."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+
+from contrastseg_jax.data.audit.examples import Finding
+from contrastseg_jax.data.images import IMAGE_SUFFIXES
+from contrastseg_jax.data.walk import files_below
+from contrastseg_jax.errors import InputError
+
+RESULTS = ("masks", "overlays", "legend.png")  # what a prediction writes into its output
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is to be predicted, and what is not."""
+
+    files: dict[str, Path]  # by the name of their results
+    others: Counter[str]  # files that are no images, by suffix
+    problems: list[str]  # folders that cannot be read
+    renamed: int  # files whose results would have had the name of others
+
+
+def find_images(inputs: Sequence[str], output: Path) -> Inputs:
+    """The images of files, folders and patterns; results of an earlier prediction are left out.
+
+    A file is taken whatever its suffix; of folders, and of what a pattern matches, the files with
+    the suffix of an image. Links are followed, and give their own name. Results are named by the
+    path below the folder, or from the pattern's wildcard on, without suffix. Files that would share
+    a name keep their suffixes, or where these are the same, their paths below the folder that all
+    of the inputs lie in.
+
+    Raises:
+        InputError: an input does not exist or holds no image, or the results would lie among the
+            images.
+    """
+    findings: list[Finding] = []
+    found: dict[Path, Path] = {}  # paths, and how far they name the results
+    others: Counter[str] = Counter()
+    results = [Path(os.path.realpath(output / name)) for name in RESULTS]
+    for text in inputs:
+        is_empty, num_earlier = True, len(findings)
+        skipped: Counter[str] = Counter()
+        for path, start, suffixes in _matches(text):
+            if path.is_dir():
+                _refuse_among_images(path, output)
+            for file in files_below(path, findings) if path.is_dir() else (path,):
+                real = Path(os.path.realpath(file.parent), file.name)
+                if any(real.is_relative_to(result) for result in results):
+                    continue
+                if suffixes and file.suffix.lower() not in suffixes:
+                    skipped[file.suffix.lower() or "no suffix"] += 1
+                    continue
+                is_empty = False
+                found.setdefault(file, file.relative_to(start))
+        if is_empty:
+            new = findings[num_earlier:]
+            reasons = [told(skipped), *(finding.message for finding in new)]
+            raise InputError(
+                "; ".join(
+                    [f"--input={text}: holds no image ({' '.join(IMAGE_SUFFIXES)})"]
+                    + [reason for reason in reasons if reason]
+                )
+            )
+        others += skipped
+    names = _distinct(found)
+    renamed = sum(Path(name) != found[path].with_suffix("") for name, path in names.items())
+    problems = list(dict.fromkeys(finding.message for finding in findings))
+    return Inputs(names, others, problems, renamed)
+
+
+def told(others: Counter[str]) -> str:
+    """What is said of files that are no images; nothing of none."""
+    if not others:
+        return ""
+    number = others.total()
+    kinds = ", ".join(f"{suffix} {times}" for suffix, times in sorted(others.items()))
+    return f"{number} file{'s are' if number > 1 else ' is'} not predicted: {kinds}"
+
+
+def _matches(text: str) -> Iterator[tuple[Path, Path, tuple[str, ...]]]:
+    """What an input stands for: paths, where names begin, the suffixes to take; none: any."""
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    if os.path.lexists(path):  # before it is read as a pattern: names may have brackets
+        yield (path, path, IMAGE_SUFFIXES) if path.is_dir() else (path, path.parent, ())
+        return
+    start = next(folder for folder in path.parents if os.path.lexists(folder))
+    pattern = str(path.relative_to(start))
+    if not glob.has_magic(pattern):
+        raise InputError(f"--input={text}: no such file or folder")
+    matches = sorted(glob.glob(pattern, root_dir=start, recursive=True))
+    if not matches:
+        raise InputError(f"--input={text}: no file or folder matches the pattern")
+    for match in matches:
+        yield start / match, start, IMAGE_SUFFIXES
+
+
+def _refuse_among_images(folder: Path, output: Path) -> None:
+    """Raise an error for an output that is the input, or that has it for its masks."""
+    for place in (output, *(output / name for name in RESULTS)):
+        if os.path.realpath(place) == os.path.realpath(folder):
+            raise InputError(
+                f"--output={output}: its masks would lie among the images of --input={folder};"
+                " it must be another folder"
+            )
+
+
+def _distinct(found: Mapping[Path, Path]) -> dict[str, Path]:
+    """The files by the shortest of their names that no other file has."""
+    shared = os.path.commonpath([path.parent for path in found])
+    names = [
+        [name.as_posix() for name in (below.with_suffix(""), below, path.relative_to(shared))]
+        for path, below in found.items()
+    ]
+    times = [Counter(of_length) for of_length in zip(*names, strict=True)]
+    files: dict[str, Path] = {}
+    for path, options in zip(found, names, strict=True):
+        clear = [name for name, number in zip(options, times, strict=True) if number[name] == 1]
+        numbered = (f"{options[-1]} ({number})" for number in count(1))
+        files[next(name for name in chain(clear, numbered) if name not in files)] = path
+    return files

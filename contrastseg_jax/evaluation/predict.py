@@ -1,0 +1,222 @@
+"""Predictions for image files: index masks, overlays and a legend."""
+
+import errno
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.data import pictures
+from contrastseg_jax.data.audit.examples import in_parallel
+from contrastseg_jax.data.augment import padded_size, resize_image, resized_size, too_large
+from contrastseg_jax.data.dataset import dataset_spec, decoding, label_map
+from contrastseg_jax.data.images import (
+    JPEG_SIDE,
+    Decoding,
+    decode_image,
+    encode_jpeg,
+    encode_png,
+    image_size,
+    is_turned,
+)
+from contrastseg_jax.data.labels import LabelMap, to_mask_values
+from contrastseg_jax.errors import InputError, best_effort, listed
+from contrastseg_jax.evaluation import programs
+from contrastseg_jax.evaluation.evaluate import compile_network
+from contrastseg_jax.evaluation.inputs import RESULTS, find_images, told
+from contrastseg_jax.files import write_atomically
+from contrastseg_jax.models.segmenter import Variables
+from contrastseg_jax.ops.resize import most_likely
+from contrastseg_jax.out_of_memory import is_out_of_memory
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.logging import log
+from contrastseg_jax.setup.setup import pad_color
+from contrastseg_jax.weights.load import load_run
+
+LogitsFn = Callable[[Variables, Any], Any]
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # which no other file will get either
+
+most_likely_programs = programs.by_shape(most_likely)
+
+
+def predict_run(
+    config: Config, workdir: Path, which: str, inputs: Sequence[str], output: Path
+) -> None:
+    """Predict files, folders and what patterns match into `output`.
+
+    For `a/b.jpg` come `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg`, or a
+    PNG where a side is too long for a JPEG. A file that cannot be read, or takes more memory than
+    is there, does not stop the others; all such are in the error at the end.
+    """
+    found = find_images(inputs, output)
+    _require_own(output)
+    model, variables, _, _ = load_run(config, workdir, which)
+    keep_compiled(config, workdir)
+    mesh = sharding.make_mesh(jax.local_devices()[:1])  # images come one by one
+    variables = jax.device_put(variables, sharding.replicated(mesh))
+    logits_fn = functools.partial(programs.run, compile_network(config, model, mesh))
+    classes = label_map(dataset_spec(config))
+    _begin(output, classes)
+    for line in (told(found.others), _told_renamed(found.renamed)):
+        if line:
+            log.info(line)
+    problems, num_predicted, num_turned, num_long = [*found.problems], 0, 0, 0
+    files = _by_size(config, found.files)
+    with logging_redirect_tqdm([log]):
+        for number, (name, path) in enumerate(tqdm(files, unit="image", disable=None), start=1):
+            try:
+                content = _content(path)
+                image = decode_image(content, str(path), decoding(config))
+                prediction = predict_image(config, logits_fn, variables, image)
+                _write(output, name, image, prediction, classes)
+            except (OSError, InputError, MemoryError, RuntimeError, cv2.error) as error:
+                problems.append(_problem(path, error))
+                if isinstance(error, OSError) and error.errno in NO_SPACE:
+                    problems += [f"{path}: not predicted" for _, path in files[number:]]
+                    break
+                continue
+            num_predicted += 1
+            if config.data.exif_orientation == "stored":
+                num_turned += is_turned(content, str(path))
+            num_long += _is_long(image)
+    log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
+    if num_turned:
+        log.info(
+            f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn;"
+            " --config.data.exif_orientation=applied turns them"
+        )
+    if num_long:
+        log.info(f"{num_long} of the overlays are PNG: a side is too long for a JPEG")
+    if problems:
+        raise listed(" ".join(inputs), problems, limit=len(problems))
+
+
+def predict_image(
+    config: Config,
+    logits_fn: LogitsFn,
+    variables: Variables,
+    image: UInt8[np.ndarray, "h w 3"],
+) -> UInt8[np.ndarray, "h w"]:
+    """Class ids at the image's own size; the network sees it as in an evaluation.
+
+    Raises:
+        InputError: the image is too large, as it is or resized.
+    """
+    own_size, multiple = (image.shape[0], image.shape[1]), config.eval.pad_multiple
+    if problem := too_large(own_size, config.data.short_side, multiple):
+        raise InputError(problem)
+    size = resized_size(own_size, config.data.short_side)
+    padded = np.full((1, *padded_size(size, multiple), 3), pad_color(config), np.uint8)
+    padded[0, : size[0], : size[1]] = resize_image(image, size)
+    classes = programs.run(
+        most_likely_programs,
+        logits_fn(variables, padded),
+        *(np.array([size], np.int32), np.array([own_size], np.int32)),
+        padded_image=padded.shape[1:3],
+        padded_label=padded_size(own_size, multiple),
+    )
+    return np.asarray(classes)[0, : own_size[0], : own_size[1]].astype(np.uint8)
+
+
+def _require_own(output: Path) -> None:
+    """Raise an error for a folder that holds masks of something else, which would be replaced."""
+    *folders, legend = RESULTS
+    for name in folders:
+        folder = output / name
+        if folder.is_dir() and any(folder.iterdir()) and not (output / legend).exists():
+            raise InputError(
+                f"--output={output}: {folder} holds files that are no prediction's (there is no"
+                f" {legend}); choose another folder"
+            )
+
+
+def _begin(output: Path, classes: LabelMap) -> None:
+    """Makes the folders of the results, to see that they can be written."""
+    *folders, legend = RESULTS
+    try:
+        for name in folders:
+            (output / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+        raise InputError(f"--output={output}: cannot be written ({reason})") from error
+    with best_effort(str(output / legend)):
+        pictures.save_legend(output / legend, classes)
+
+
+def _by_size(config: Config, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """The files in the order of their padded sizes: for each the network is compiled once."""
+    read_size = functools.partial(_size, decoding=decoding(config))
+    own_sizes = in_parallel(read_size, files.values(), "Reading sizes")
+    sizes = {}
+    for name, size in zip(files, own_sizes, strict=True):
+        resized = resized_size(size, config.data.short_side) if all(size) else size
+        sizes[name] = padded_size(resized, config.eval.pad_multiple)
+    number = len({size for size in sizes.values() if all(size)})
+    log.info(
+        f"{len(files)} images to predict; the network is compiled for {number} padded"
+        f" size{'s' if number > 1 else ''} of them"
+    )
+    return [(name, files[name]) for name in sorted(files, key=lambda name: sizes[name])]
+
+
+def _size(path: Path, decoding: Decoding) -> tuple[int, int]:
+    """(height, width) from a file's header; zeros where decoding will say what is wrong with it."""
+    try:
+        return image_size(path.read_bytes(), str(path), decoding)
+    except (OSError, InputError, MemoryError):
+        return 0, 0
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _write(
+    output: Path,
+    name: str,
+    image: UInt8[np.ndarray, "h w 3"],
+    prediction: UInt8[np.ndarray, "h w"],
+    classes: LabelMap,
+) -> None:
+    mask = encode_png(to_mask_values(prediction, classes))
+    write_atomically(output / "masks" / f"{name}.png", mask)
+    path = output / "overlays" / f"{name}{'.png' if _is_long(image) else '.jpg'}"
+    with best_effort(str(path)):
+        picture = pictures.overlay(image, prediction, classes)
+        content = encode_png(picture) if _is_long(image) else encode_jpeg(picture, 90)
+        write_atomically(path, content)
+
+
+def _is_long(image: UInt8[np.ndarray, "h w 3"]) -> bool:
+    return max(image.shape) > JPEG_SIDE
+
+
+def _told_renamed(number: int) -> str:
+    if not number:
+        return ""
+    return f"{number} files share their names with others; their results have longer ones"
+
+
+def _problem(path: Path, error: Exception) -> str:
+    """What went wrong with a file, beginning with its name; raises what is the program's fault."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if is_out_of_memory(error):
+        text = f"not enough memory ({text})"
+    elif isinstance(error, OSError):
+        text = f"its results cannot be written ({error.strerror})"
+    elif isinstance(error, RuntimeError):
+        raise error
+    return text if text.startswith(str(path)) else f"{path}: {text}"

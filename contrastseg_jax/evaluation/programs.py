@@ -1,0 +1,57 @@
+"""Programs compiled for the shapes of their arguments, when these come, and only if they fit."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.parallel import device_memory
+
+KEPT = 32  # programs of a function; each takes 20 MB and more, and sizes of images may be thousands
+
+Programs = Callable[..., jax.stages.Compiled]
+
+
+def by_shape(function: Callable[..., Any], **settings: Any) -> Programs:
+    """What compiles a function for arguments: arrays, or their shapes; keywords are static.
+
+    The newest `KEPT` programs are kept. `settings`: of `jax.jit`.
+
+    Raises:
+        InputError: (what it gives) the program needs more memory than is there.
+    """
+    kept: dict[Any, jax.stages.Compiled] = {}
+
+    def program(*arguments: Any, **static: Any) -> jax.stages.Compiled:
+        arrays, structure = jax.tree.flatten(arguments)
+        shapes = [(x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in arrays]
+        key = (structure, *shapes, *sorted(static.items()))
+        if key not in kept:
+            if len(kept) == KEPT:
+                del kept[next(iter(kept))]
+            # By a jit of its own: JAX holds on to what one has compiled for as long as it lives.
+            jitted = jax.jit(functools.partial(function, **static), **settings)
+            compiled = jitted.lower(*arguments).compile()
+            require_memory(compiled)
+            kept[key] = compiled
+        return kept[key]
+
+    return program
+
+
+def run(programs: Programs, *arguments: Any, **static: Any) -> Any:
+    """What the program for some arguments makes of them."""
+    return programs(*arguments, **static)(*arguments)
+
+
+def require_memory(program: jax.stages.Compiled) -> None:
+    """Raise an error if a program needs more memory than a device has left: it would be killed."""
+    memory, free = program.memory_analysis(), device_memory.free_bytes()
+    if memory is None:  # not every backend knows
+        return
+    need = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    need += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    if need > free:
+        raise InputError(f"takes {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")

@@ -1,0 +1,1 @@
+"""Heads: logits and embeddings from features."""

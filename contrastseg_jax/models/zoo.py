@@ -1,0 +1,151 @@
+"""Networks by name: which backbone with which heads."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import flax.linen as nn
+
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.models.backbones.hrnet import HRNET_SPECS, HRNet, HRNetSpec
+from contrastseg_jax.models.backbones.resnet import RESNET_SPECS, ResNet, ResNetSpec
+from contrastseg_jax.models.heads.deeplab import DeepLabV3Head, DeepLabV3PlusHead, DeepLabV3PlusNeck
+from contrastseg_jax.models.heads.fcn import FCNHead
+from contrastseg_jax.models.heads.ocr import OCRHead
+from contrastseg_jax.models.segmenter import Segmenter
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything in which one network differs from another: backbone and heads."""
+
+    backbone: HRNetSpec | ResNetSpec
+    cls_head: Callable[..., nn.Module] = FCNHead
+    neck: Callable[[], nn.Module] | None = None  # joins layer1 to what both heads read
+    aux_head: Callable[..., nn.Module] | None = None
+    aux_input: str = "last"  # the features that the auxiliary head reads
+    dropout_rate: float = 0.1  # in front of the logits, as the network's original has it
+    aux_dropout: float = 0.0  # the auxiliary head's share of it
+    aux_guides: bool = False  # cls_head reads the auxiliary logits too
+
+
+def _of_hrnet(name: str, spec: HRNetSpec) -> dict[str, NetworkSpec]:
+    ocr_aux = partial(FCNHead, use_bias=(True, True))
+    return {
+        name: NetworkSpec(spec),
+        f"{name}_ocr": NetworkSpec(
+            spec, OCRHead, aux_head=ocr_aux, aux_guides=True, dropout_rate=0.05
+        ),
+    }
+
+
+def _of_resnet(name: str, spec: ResNetSpec) -> dict[str, NetworkSpec]:
+    """The original's networks, with its stem and max-pool, and the standard ones."""
+    channels = 2048 if spec.block == "bottleneck" else 512
+    stride_8 = replace(spec, output_stride=8)
+    original = replace(stride_8, stem="deep", ceil_mode=True)
+    # torchvision's heads; its FCN drops single values, these whole channels.
+    fcn = partial(FCNHead, width=channels // 4, use_bias=(False, True))
+    fcn_aux = partial(FCNHead, width=channels // 8, use_bias=(False, True))
+    deeplab = partial(DeepLabV3Head, width=256, project_size=1, refine_relu=True)
+    dsn = partial(FCNHead, width=256, use_bias=(True, True))
+    ocr_dsn = partial(FCNHead, width=512, use_bias=(True, True))
+    return {
+        f"fcn_{name}": NetworkSpec(
+            stride_8, fcn, aux_head=fcn_aux, aux_input="layer3", aux_dropout=1.0
+        ),
+        f"deeplabv3_{name}": NetworkSpec(
+            original, DeepLabV3Head, aux_head=dsn, aux_input="layer3", dropout_rate=0.0
+        ),
+        f"deeplabv3_{name}_torchvision": NetworkSpec(
+            stride_8,
+            deeplab,
+            aux_head=fcn_aux,
+            aux_input="layer3",
+            dropout_rate=0.5,
+            aux_dropout=0.2,
+        ),
+        f"deeplabv3plus_{name}": NetworkSpec(
+            replace(spec, output_stride=16), DeepLabV3PlusHead, neck=DeepLabV3PlusNeck
+        ),
+        f"ocr_{name}": NetworkSpec(
+            original,
+            OCRHead,
+            aux_head=ocr_dsn,
+            aux_input="layer3",
+            dropout_rate=0.05,
+            aux_dropout=1.0,
+            aux_guides=True,
+        ),
+    }
+
+
+NETWORKS: dict[str, NetworkSpec] = {}
+for _name, _spec in HRNET_SPECS.items():
+    NETWORKS |= _of_hrnet(_name, _spec)
+for _name, _spec in RESNET_SPECS.items():
+    NETWORKS |= _of_resnet(_name, _spec)
+
+
+def model_names() -> tuple[str, ...]:
+    """Every name that `build` knows."""
+    return tuple(NETWORKS)
+
+
+def sharing_backbone(name: str) -> tuple[str, ...]:
+    """Every network whose backbone has the same weights; strides and dilations have none."""
+
+    def with_weights(spec: HRNetSpec | ResNetSpec) -> HRNetSpec | ResNetSpec:
+        if isinstance(spec, HRNetSpec):
+            return spec
+        return replace(spec, output_stride=32, ceil_mode=False, multi_grid=())
+
+    backbone = with_weights(NETWORKS[name].backbone)
+    return tuple(n for n, spec in NETWORKS.items() if with_weights(spec.backbone) == backbone)
+
+
+def stage_names(name: str) -> tuple[str, ...]:
+    """The stages of a network's backbone that `remat` may name."""
+    return (HRNet if isinstance(NETWORKS[name].backbone, HRNetSpec) else ResNet).STAGES
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    proj_dim: int,
+    dropout_rate: float,
+    dtype: str = "float32",
+    remat: tuple[str, ...] = (),
+) -> Segmenter:
+    """The network `name`; an InputError with the nearest names where there is none.
+
+    `remat`: stages of the backbone (`stage_names`) whose insides are computed again for the
+    gradient instead of kept.
+    """
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(name, model_names()) or model_names()
+        raise InputError(f"model.name = {name!r}: no such network; nearest: {', '.join(near)}")
+    spec = NETWORKS[name]
+    if isinstance(spec.backbone, HRNetSpec):
+        backbone = HRNet(spec.backbone, remat)
+    else:
+        backbone = ResNet(spec.backbone, remat)
+    neck = spec.neck() if spec.neck else None
+    cls_head = spec.cls_head(num_classes=num_classes, dropout_rate=dropout_rate)
+    aux_head = None
+    if spec.aux_head:
+        aux_rate = spec.aux_dropout * dropout_rate
+        aux_head = spec.aux_head(num_classes=num_classes, dropout_rate=aux_rate)
+    return Segmenter(
+        backbone=backbone,
+        neck=neck,
+        cls_head=cls_head,
+        aux_head=aux_head,
+        aux_input=spec.aux_input,
+        aux_guides=spec.aux_guides,
+        num_classes=num_classes,
+        proj_dim=proj_dim,
+        dtype=dtype,
+    )

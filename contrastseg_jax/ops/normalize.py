@@ -1,0 +1,14 @@
+"""Images as a network takes them."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from contrastseg_jax.structs import ImageFormat
+
+
+def normalize(image: UInt8[Array, "b h w 3"], image_format: ImageFormat) -> Float[Array, "b h w 3"]:
+    """Images as a network takes them."""
+    mean = jnp.asarray(image_format.mean, jnp.float32)
+    std = jnp.asarray(image_format.std, jnp.float32)
+    normalized = (image.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+    return normalized[..., ::-1] if image_format.channel_order == "BGR" else normalized

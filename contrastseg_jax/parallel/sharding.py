@@ -1,0 +1,124 @@
+"""One mesh axis, `data`: batches are split over it; bank and parameters where asked."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from contrastseg_jax.structs import Batch, MemoryBank, TrainState
+
+Tree = TypeVar("Tree")
+AnyMesh = Mesh | AbstractMesh  # abstract: devices that are only counted, to plan for
+
+SMALL = 2**14  # numbers; arrays with fewer are whole on every device, they would gain nothing
+
+
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """The given devices, or all devices of all processes, in one row.
+
+    In the order of processes: which rows of a batch a process reads depends on nothing else.
+    `jax.make_mesh` would follow the wiring of a TPU slice, in which processes alternate.
+    """
+    devices = jax.devices() if devices is None else devices
+    in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(in_order), ("data",), axis_types=(AxisType.Auto,))
+
+
+def split(mesh: AnyMesh) -> NamedSharding:
+    """Leading axis over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_sharding(
+    mesh: AnyMesh, state: TrainState, *, split_memory: bool, fsdp: bool
+) -> TrainState:
+    """Where each array of a `TrainState` lies: on every device whole, unless it is split.
+
+    Args:
+        mesh: the devices.
+        state: the state, or its shapes.
+        split_memory: each device holds a part of each queue's slots.
+        fsdp: and a part of every large array of parameters, optimiser state and EMA.
+    """
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    if fsdp:
+        parts = functools.partial(jax.tree.map, lambda x: _longest_axis(mesh, x.shape))
+        whole = whole.replace(
+            params=parts(state.params), opt_state=parts(state.opt_state), ema=parts(state.ema)
+        )
+    if split_memory and state.memory is not None:
+        whole = whole.replace(memory=slots_sharding(mesh, state.memory))
+    return whole
+
+
+def slots_sharding(mesh: AnyMesh, bank: MemoryBank) -> MemoryBank:
+    """Each device holds a part of each queue's slots; counters are everywhere."""
+    slots: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
+    counters = jax.tree.map(lambda _: replicated(mesh), bank)
+    return counters.replace(pixel=slots, segment=slots)
+
+
+def _longest_axis(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
+    """A large array split along its longest axis of those that come out even."""
+    even = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
+    if math.prod(shape) < SMALL or not even:
+        return replicated(mesh)
+    longest = max(even, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> Batch:
+    """The global batch of which this process holds its own rows."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), batch)
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """Inside `jit`: bring every array of the tree to all devices (an all-gather if split)."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is split over all devices."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def any_process(flag: bool, mesh: Mesh) -> jax.Array:
+    """Whether `flag` holds in any process: the same answer in all, once it is computed."""
+    flags = jax.make_array_from_process_local_data(
+        split(mesh), np.full(len(mesh.local_devices), flag)
+    )
+    return _any(mesh)(flags)
+
+
+@functools.cache
+def _any(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(jnp.any, out_shardings=replicated(mesh))
+
+
+def all_finite(tree: Any, mesh: Mesh) -> jax.Array:
+    """Whether all numbers of arrays on the mesh are finite: the same answer in all processes."""
+    return _all_finite(mesh)(tree)
+
+
+@functools.cache
+def _all_finite(mesh: Mesh) -> jax.stages.Wrapped:
+    def all_finite(tree: Any) -> jax.Array:
+        return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+    return jax.jit(all_finite, out_shardings=replicated(mesh))
+
+
+def fetch(tree: Any) -> Any:
+    """Replicated device arrays as NumPy arrays."""
+    return jax.device_get(tree)

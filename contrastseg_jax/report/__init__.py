@@ -1,0 +1,1 @@
+"""Pages and curves: numbers and pictures in, files out."""

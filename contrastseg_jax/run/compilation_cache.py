@@ -1,0 +1,37 @@
+"""Where compiled programs are kept."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.run.logging import log
+
+
+def keep_compiled(config: Config, workdir: Path | None) -> None:
+    """Keep compiled programs where the environment or the config says, else in the workdir."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or config.parallel.compilation_cache
+    if not folder and workdir:
+        folder = str(workdir / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder) or None)
+    _shorten_warnings(folder)
+
+
+def _shorten_warnings(folder: str) -> None:
+    """JAX warns of each program that it cannot read or write in its folder: log the first alone."""
+    show, logged = warnings.showwarning, False
+
+    def show_or_log(message: Warning | str, *details: Any) -> None:
+        nonlocal logged
+        text = str(message)
+        if "persistent compilation cache entry" not in text:
+            show(message, *details)
+        elif not logged:
+            logged = True
+            reason = text.partition(": ")[2]
+            log.warning(f"{folder}: compiled programs are not kept, or not found there ({reason})")
+
+    warnings.showwarning = show_or_log

@@ -1,0 +1,89 @@
+"""A digest of every array of a state: the same on any number of devices and processes.
+
+It is the sum over an array's elements of splitmix64, of the element's bits and of its place in the
+whole array, modulo 2**64. So parts can be added up in any order, and one element that changes
+always changes the sum.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from contrastseg_jax.parallel import processes
+
+# Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014), as in splitmix64.c.
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))  # shift right, then multiply
+MASK = 2**64 - 1
+SMALL = 2**16  # elements that are mixed at once: what fits a processor's cache
+
+
+def of_state(state: Any) -> dict[str, str]:
+    """The digest of each array of a state by its name; all processes must ask.
+
+    Every element is counted once, on the device that holds the first copy of it.
+    """
+    arrays = named(state)
+    with ThreadPoolExecutor() as pool:  # NumPy computes without Python's lock
+        sums = list(pool.map(_of_shards, arrays.values()))
+    everyone = [text.split() for text in processes.gather(" ".join(f"{part:x}" for part in sums))]
+    return {
+        name: written(array.dtype, array.shape, sum(int(part, 16) for part in parts))
+        for (name, array), *parts in zip(arrays.items(), *everyone, strict=True)
+    }
+
+
+def of_array(array: np.ndarray) -> str:
+    """The digest of a whole array."""
+    return written(array.dtype, array.shape, of_part(array, (0,) * array.ndim, array.shape))
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by the names under which Orbax stores them."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def written(dtype: Any, shape: Sequence[int], total: int) -> str:
+    """A digest as text, with what else makes an array what it is."""
+    return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}] {total & MASK:016x}"
+
+
+def of_part(part: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:
+    """The sum over a part, which begins at `start`, of an array of `shape`."""
+    if part.shape == tuple(shape):  # whole: one axis will do, which is faster
+        part, start, shape = part.reshape(-1), (0,), (part.size,)
+    bits = part.view(np.dtype(f"u{part.dtype.itemsize}"))
+    strides = [int(np.prod(shape[axis + 1 :], dtype=object)) for axis in range(len(shape))]
+    return _mixed(bits, [(begin, stride) for begin, stride in zip(start, strides, strict=True)])
+
+
+def _of_shards(array: jax.Array) -> int:
+    return sum(
+        of_part(np.asarray(shard.data), [side.start or 0 for side in shard.index], array.shape)
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    )
+
+
+def _mixed(bits: np.ndarray, axes: list[tuple[int, int]]) -> int:
+    """The sum over elements; `axes`: of each the place of its first element, and its stride."""
+    if bits.size > SMALL:
+        axis = int(np.argmax(bits.shape))
+        half = bits.shape[axis] // 2
+        first, second = np.split(bits, [half], axis)
+        begin, stride = axes[axis]
+        later = [*axes[:axis], (begin + half, stride), *axes[axis + 1 :]]
+        return _mixed(first, axes) + _mixed(second, later)
+    mixed = bits.astype(np.uint64) + np.uint64(GOLDEN)
+    for axis, (begin, stride) in enumerate(axes):
+        step, first = np.uint64(stride * GOLDEN & MASK), np.uint64(begin * stride * GOLDEN & MASK)
+        places = np.arange(bits.shape[axis], dtype=np.uint64) * step + first
+        mixed += np.expand_dims(places, tuple(range(1, bits.ndim - axis)))
+    for shift, factor in MIX:
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    return int(mixed.sum(dtype=np.uint64))

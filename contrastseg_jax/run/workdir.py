@@ -1,0 +1,121 @@
+"""The folder of a run: the config that it has, which others may go on in it, what it holds.
+
+No JAX here.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from contrastseg_jax.config.load import LEFT_OPEN, from_json, override, to_json
+from contrastseg_jax.config.tree import Config, leaves
+from contrastseg_jax.errors import InputError, listed, warn_once
+from contrastseg_jax.files import write_atomically
+
+# Settings of the machine and of the watching, not of the experiment: a run may resume with others.
+OPERATIONAL = (
+    "data.root",
+    "data.prepared_dir",
+    "data.cache_size",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch",
+    "train.log_steps",
+    "train.eval_steps",
+    "train.checkpoint_steps",
+    "train.keep_checkpoints",
+    "eval.batch_size",
+    "eval.num_pictures",
+    "memory.sharding",
+    "parallel.fsdp",
+    "parallel.compilation_cache",
+)
+# Settings of the photographs: those to predict may come from another camera than those of the run.
+PHOTOGRAPHIC = ("data.exif_orientation", "data.bit_depth")
+
+
+def read_config(
+    workdir: Path, overrides: Sequence[str] = (), *, free: Sequence[str] = ()
+) -> Config:
+    """The config of the run in a workdir; only OPERATIONAL and `free` settings may differ."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"--workdir={workdir}: has no config.json; train a run there first")
+    run = from_json(path.read_text(), str(path))
+    config = override(run, overrides)
+    refuse_differences(config, run, workdir, free=free)
+    return config
+
+
+def claim(workdir: Path, config: Config, *, write: bool = True) -> None:
+    """Make the workdir that of this config, unless it holds the run of another one.
+
+    `write`: as one process of a run does; the others look alone.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir}: is a file, not a folder")
+    run = find_run(workdir)
+    if run is not None:
+        refuse_differences(config, run, workdir)
+    if write:
+        write_atomically(workdir / "config.json", to_json(config))
+
+
+def find_run(workdir: Path) -> Config | None:
+    """The config of the run that a workdir holds, if it holds one.
+
+    What counts as a run is a finished checkpoint: one that stopped before may be begun again with
+    other settings.
+    """
+    path = workdir / "config.json"
+    if not saved_steps(workdir):
+        return None
+    if not path.exists():
+        raise InputError(f"--workdir={workdir}: has checkpoints but no config.json")
+    return from_json(path.read_text(), str(path))
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of the finished checkpoints, in order."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
+def evaluation_folder(workdir: Path, step: int, split: str = "val") -> Path:
+    """Where the scores and pictures of a checkpoint are."""
+    return workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
+
+
+def read_score(workdir: Path, step: int) -> float:
+    """What "best" means: val mIoU. Below all others: a checkpoint without one, or on no pixel."""
+    path = evaluation_folder(workdir, step) / "metrics.json"
+    try:
+        score = json.loads(path.read_text())["mean_iou"]
+        return -math.inf if score is None else float(score)
+    except FileNotFoundError:
+        return -math.inf
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        warn_once(str(path), f"{path}: is damaged ({error!r}); step {step} counts as not evaluated")
+        return -math.inf
+
+
+def refuse_differences(
+    config: Config, run: Config, workdir: Path, *, free: Sequence[str] = ()
+) -> None:
+    """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ.
+
+    `free`: paths of further settings that may.
+    """
+    values = dict(leaves(run))
+    other_weights = config.model.init_from != run.model.init_from
+    of_weights = LEFT_OPEN if other_weights else ()  # settings that follow the weights
+    ignored = (*OPERATIONAL, *free, *of_weights)
+    different = [
+        f"{path} = {value!r}: the run has {values[path]!r}"
+        for path, value in leaves(config)
+        if path not in ignored and value != values[path]
+    ]
+    if different:
+        raise listed(f"--workdir={workdir}, which holds a run of another config", different)

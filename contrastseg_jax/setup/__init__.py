@@ -1,0 +1,1 @@
+"""What a config means, checked and resolved."""

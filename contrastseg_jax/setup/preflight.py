@@ -1,0 +1,208 @@
+"""Whether settings fit each other, network, data set and machine: before anything is written."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from contrastseg_jax.config.rules import broken_rules, uses_contrast, uses_memory
+from contrastseg_jax.config.tree import Config, replaced
+from contrastseg_jax.contrast.selection import POOLED, RANK_BITS
+from contrastseg_jax.data.dataset import dataset_names, dataset_spec, label_map
+from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.files import OF_PREPARED_DATA, require_literal
+from contrastseg_jax.models.zoo import model_names, stage_names
+from contrastseg_jax.parallel import device_memory
+from contrastseg_jax.run.logging import log
+from contrastseg_jax.setup.setup import build_model, num_anchors, training_shapes
+from contrastseg_jax.weights import pretrained
+
+BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
+# Values from which a BatchNorm can estimate a variance. That of n values is (n - 1) / n of the true
+# one on average, so that with its running mean an evaluation sees larger features than training
+# did: by 41% with 2, 15% with 4, 7% with 8, the fewest of the original's recipes.
+ENOUGH_VALUES = 8
+
+
+def check(
+    config: Config,
+    *,
+    mode: str,
+    reads_weights: bool = False,
+    num_devices: int | None = None,
+) -> None:
+    """Raise one error for all settings that do not fit each other, this package or the machine.
+
+    Those that fit, but of which training suffers, are warnings.
+
+    `reads_weights`: whether those of `model.init_from`, if it names any, are to be started from.
+    `num_devices`: those to train on, of a plan, which itself says what does not fit them; else this
+    machine's.
+    """
+    trains = mode in ("train", "plan")
+    if num_devices is None:
+        num_devices = jax.device_count() if trains else 1
+    problems = broken_rules(
+        config,
+        choices={"model.name": model_names(), "data.name": dataset_names()},
+        num_devices=num_devices,
+    )
+    if mode == "plan":  # reads no data
+        problems = [problem for problem in problems if not problem.startswith("data.root")]
+    else:
+        problems += place_problems(config)
+    if config.model.name in model_names():
+        problems += weights_problems(config) if reads_weights else []
+        stages = stage_names(config.model.name)
+        problems += [
+            f"model.remat names {stage!r}: must be stages of {config.model.name}: "
+            + ", ".join(stages)
+            for stage in config.model.remat
+            if stage not in stages
+        ]
+    if not any(problem.startswith("data.") for problem in problems):
+        classes = label_map(dataset_spec(config)).names
+        weights = config.loss.class_weights
+        if weights and len(weights) != len(classes):
+            problems.append(
+                f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
+                f" {len(classes)} classes {', '.join(classes)}, or none"
+            )
+        # Else there is no network, or no batch, of which to say more.
+        of_shapes = ("model.", "augment.crop_size", "train.batch_size")
+        if trains and not any(problem.startswith(of_shapes) for problem in problems):
+            problems += contrast_problems(
+                config,
+                num_classes=len(classes),
+                num_devices=num_devices,
+                device_bytes=device_memory.device_bytes() if mode == "train" else None,
+            )
+            problems += statistics_problems(config, num_classes=len(classes))
+    if problems:
+        raise listed("the config", problems)
+
+
+def place_problems(config: Config) -> list[str]:
+    """Folders that the library which prepares data sets would take for other ones."""
+    names = ("prepared_dir", "root") if config.data.name == "tfds" else ("prepared_dir",)
+    problems = []
+    for name in names:
+        try:
+            folder = Path(config.data[name]).expanduser()
+            require_literal(folder, f"data.{name}", OF_PREPARED_DATA)
+        except InputError as error:
+            problems.append(str(error))
+    return problems
+
+
+def weights_problems(config: Config) -> list[str]:
+    """What keeps a network from starting with `model.init_from`."""
+    net = config.model
+    if not net.init_from:
+        return []
+    if "://" in net.init_from:
+        return [f"model.init_from = {net.init_from!r}: must be on a local or mounted disk"]
+    try:
+        pretrained.read(Path(net.init_from), net.name)
+        pretrained.require_intact(Path(net.init_from))
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def statistics_problems(config: Config, *, num_classes: int) -> list[str]:
+    """BatchNorms without a variance, as one value of each channel has none.
+
+    Those that take theirs of few values are a warning.
+    """
+    model = build_model(config, num_classes)
+    size, crop_size = config.train.batch_size, tuple(config.augment.crop_size)
+    num_values = training_shapes(config, model).num_values
+    fewest = min(num_values.values())
+    if fewest >= ENOUGH_VALUES:
+        return []
+    layers = [name for name, number in num_values.items() if number == fewest]
+    others = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
+    # A mean over the image, or one vector of a class, is what it is on any crop.
+    larger = replaced(config, {"augment.crop_size": tuple(2 * side for side in crop_size)})
+    by_crop = training_shapes(larger, model).num_values[layers[0]] > fewest
+    text = (
+        f"train.batch_size = {size}, augment.crop_size = {crop_size}: BatchNorm of"
+        f" {config.model.name} takes the variance of a channel from {fewest}"
+        f" value{'s' if fewest > 1 else ''} ({layers[0]}{others})"
+    )
+    remedy = f"raise train.batch_size to {-(-ENOUGH_VALUES * size // fewest)}"
+    remedy += ", or augment.crop_size" if by_crop else ""
+    if fewest == 1:
+        return [f"{text}, which has none: {remedy}"]
+    log.warning(f"{text}, so that evaluation differs from training: {remedy}")
+    return []
+
+
+def contrast_problems(
+    config: Config, *, num_classes: int, num_devices: int, device_bytes: int | None
+) -> list[str]:
+    """What the bank cannot hold, and what cannot hold the bank; each with its figures.
+
+    `device_bytes`: memory of one device; None: does not matter.
+    """
+    if not uses_contrast(config):
+        return []
+    settings, bank, batch_size = config.contrast, config.memory, config.train.batch_size
+    problems, slots, anchors = [], 0, 0
+    if uses_memory(config):
+        slots = bank.pixel_size + bank.segment_size
+        problems += bank_problems(config, num_devices=num_devices)
+        parts = num_devices if bank.sharding == "slots" else 1
+        size = num_classes * slots * config.model.proj_dim * jnp.dtype(bank.dtype).itemsize
+        if device_bytes is not None and size // parts > BANK_SHARE * device_bytes:
+            problems.append(
+                f"memory: {num_classes} classes x {slots} slots x {config.model.proj_dim}"
+                f" {bank.dtype} take {size // parts / 2**30:.1f} GiB of a device's"
+                f" {device_bytes / 2**30:.1f}: must be at most {BANK_SHARE:.0%}; make the queues"
+                " smaller, or use memory.dtype = 'bfloat16' or memory.sharding = 'slots'"
+            )
+    if settings.candidates in ("batch", "both"):
+        anchors = num_anchors(config, build_model(config, num_classes))
+    own = min(anchors, settings.max_views)  # of one class in an image, of which one is the anchor
+    most = {
+        "positives": slots + max(batch_size * own - 1, 0),
+        "negatives": (num_classes - 1) * slots
+        + batch_size * min(anchors, (num_classes - 1) * settings.max_views),
+    }
+    for side, limit in most.items():
+        number = settings[f"num_{side}"]
+        if settings[side] != "all" and number > limit:
+            problems.append(
+                f"contrast.num_{side} = {number}: an anchor has at most {limit}, of {num_classes}"
+                f" classes, {slots} slots a class and {batch_size * anchors} anchors in the batch"
+            )
+    total = num_classes * slots + batch_size * anchors
+    if total > 1 << RANK_BITS and POOLED & {settings.positives, settings.negatives}:
+        problems.append(
+            f"contrast.positives = {settings.positives!r}, contrast.negatives ="
+            f" {settings.negatives!r}: can draw from at most {1 << RANK_BITS} candidates; there are"
+            f" {total}, of {num_classes} classes, {slots} slots a class and {batch_size * anchors}"
+            " anchors in the batch"
+        )
+    return problems
+
+
+def bank_problems(config: Config, *, num_devices: int) -> list[str]:
+    """Queues that are too short for a step, or that do not come out even over the devices."""
+    problems, bank = [], config.memory
+    for queue, per_image in (("pixel", bank.pixels_per_class), ("segment", 1)):
+        size, rows = bank[f"{queue}_size"], per_image * config.train.batch_size
+        if 0 < size < rows:
+            problems.append(
+                f"memory.{queue}_size = {size}: one step may enqueue {rows} rows of a class"
+                f" ({per_image} for each of {config.train.batch_size} images); it must be at least"
+                " that, or 0"
+            )
+        if bank.sharding == "slots" and size % num_devices:
+            problems.append(
+                f"memory.{queue}_size = {size}: memory.sharding = 'slots' splits it over"
+                f" {num_devices} devices; it must be a multiple, e.g."
+                f" {size + num_devices - size % num_devices}"
+            )
+    return problems

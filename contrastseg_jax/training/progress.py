@@ -1,0 +1,114 @@
+"""What a run says of itself with each line of the log: how far, how fast, whether sound."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.run.board import Board, write_metrics
+from contrastseg_jax.run.logging import log
+from contrastseg_jax.structs import TrainState
+from contrastseg_jax.training.optim import Schedule
+from contrastseg_jax.training.train_step import Metrics
+
+DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
+# What is 0 in a step whose contrast compares nothing: in its warm-up, or without a pair.
+OF_CONTRAST = (
+    *("contrast", "positive_similarity", "negative_similarity", "positives_per_anchor"),
+    "hard_anchors",
+)
+
+
+@dataclass
+class Interval:
+    """The steps since the last line of the log."""
+
+    began: float  # by the monotonic clock; later by the pauses that do not count
+    metrics: list[Metrics] = field(default_factory=list)
+    waited: float = 0.0  # seconds in which the devices had no work
+
+
+def log_interval(
+    config: Config,
+    workdir: Path,
+    board: Board | None,
+    step: int,
+    interval: Interval,
+    schedule: Schedule,
+) -> float:
+    """A line of means over the interval, which ends after `step`; the share of it without work."""
+    seconds, size = time.monotonic() - interval.began, len(interval.metrics)
+    history = sharding.fetch(interval.metrics)
+    values = interval_means(history) | {
+        "interval_steps": size,
+        "learning_rate": float(schedule(step - 1)),
+        "images_per_second": size * config.train.batch_size / seconds,
+        "data_wait": interval.waited / seconds,
+    }
+    if board:
+        write_metrics(workdir, board, step, {f"train/{key}": v for key, v in values.items()})
+    log.info(_line(step, config.train.num_steps, values, size / seconds))
+    return values["data_wait"]
+
+
+def interval_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of each metric over some steps; of the contrast's over those in which there were pairs.
+
+    Where there were none, these are left out: no mean, and not 0.
+    """
+    with_pairs = [metrics for metrics in history if metrics.get("positives_per_anchor") != 0]
+    steps = {key: with_pairs if key in OF_CONTRAST else history for key in history[0]}
+    return {
+        key: float(np.mean([metrics[key] for metrics in found]))
+        for key, found in steps.items()
+        if found
+    }
+
+
+def require_finite(history: Sequence[Metrics], step: int) -> None:
+    """Stop a run whose loss is lost; `history` ends with `step`."""
+    losses = [float(metrics["loss"]) for metrics in history]
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(
+            f"the loss of the last {len(history)} steps before step {step + 1} is not finite:"
+            f" {losses}; lower optim.learning_rate or look at the data"
+        )
+
+
+def require_finite_state(state: TrainState, step: int, mesh: Mesh) -> None:
+    """Stop a run of which `step` has lost the state, though its loss was finite still."""
+    if not sharding.all_finite(state, mesh):
+        raise FloatingPointError(
+            f"the state after step {step} is not finite; lower optim.learning_rate or look at the"
+            " data"
+        )
+
+
+def data_advice(data_wait: float, config: Config) -> str:
+    """What to change in a run that spends the share `data_wait` of its time waiting for data."""
+    if data_wait <= DATA_BOUND:
+        return ""
+    data = config.data
+    return (
+        f"the run waits for data {data_wait:.0%} of the time; what may help, on {os.cpu_count()}"
+        f" CPU cores: more data.num_threads (now {data.num_threads}) or data.num_workers (now"
+        f" {data.num_workers}), or, where memory allows, data.cache_size (now {data.cache_size})"
+    )
+
+
+def _line(step: int, num_steps: int, values: dict[str, float], steps_per_second: float) -> str:
+    """One line of the log."""
+    left = int((num_steps - step) / steps_per_second)
+    losses = [f"{k} {values[k]:.4f}" for k in ("loss", "cross_entropy", "contrast") if k in values]
+    return (
+        f"step {step}/{num_steps}  {'  '.join(losses)}  lr {values['learning_rate']:.2e}"
+        f"  {values['images_per_second']:.1f} img/s  waiting for data {values['data_wait']:.0%}"
+        f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    )

@@ -1,0 +1,1 @@
+"""Where variables come from: files of PyTorch, folders of weights, checkpoints."""

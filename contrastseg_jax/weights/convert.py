@@ -1,0 +1,161 @@
+"""Weights of PyTorch, or of a run, to a folder that training and evaluation start from."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.data.dataset import dataset_spec, label_map
+from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
+from contrastseg_jax.models.backbones.resnet import ResNetSpec
+from contrastseg_jax.models.segmenter import Variables
+from contrastseg_jax.models.zoo import NETWORKS
+from contrastseg_jax.setup.setup import image_format
+from contrastseg_jax.structs import IMAGENET, ImageFormat
+from contrastseg_jax.weights import parity, pretrained
+from contrastseg_jax.weights.load import load_run
+from contrastseg_jax.weights.pretrained import Weights
+from contrastseg_jax.weights.recognize import Recognized, recognize
+from contrastseg_jax.weights.torch_files import Tensors, read_tensors
+from contrastseg_jax.weights.torch_names import flax_paths, flax_variables, unused
+
+# The original reads images as BGR, and normalises HRNet's with statistics in the order of RGB.
+ORIGINAL_HRNET = ImageFormat(IMAGENET.mean[::-1], IMAGENET.std[::-1], "BGR")
+ORIGINAL_RESNET = ImageFormat((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), "BGR")
+
+ROUNDING = 1e-4  # of the largest value; what a hundred layers make of rounding is 4e-6
+
+
+def convert(source: Path, output: Path) -> None:
+    """Write the weights of a PyTorch or safetensors file into a folder, as `pretrained` says.
+
+    Prints every array with its statistics, then what the weights are.
+
+    Raises:
+        InputError: the file cannot be read, fits no network or holds numbers that are not finite;
+            the output is not a new or empty folder, or cannot be written. Nothing is left behind
+            then.
+    """
+    _require_usable(output)
+    tensors = read_tensors(source)
+    recognized = recognize(tensors, source=str(source))
+    variables = flax_variables(tensors)
+    _require_sound(tensors, source)
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = Weights(
+        **vars(recognized),
+        class_names=(),
+        image_format=_image_format(recognized, tensors),
+        source=source.name,
+        sha256=digest,
+    )
+    left_out = Counter(unused(tensors).values())
+    remarks = [
+        "left out: " + (", ".join(f"{n} {name}" for name, n in left_out.items()) or "nothing"),
+        _compared(weights, tensors, variables),
+    ]
+    _write(output, weights, variables, remarks)
+
+
+def convert_run(config: Config, workdir: Path, which: str, output: Path) -> None:
+    """Write the weights of a checkpoint of a run: "latest", "best" or a step. As `convert` else.
+
+    Running averages where the run keeps them, and no optimiser and no bank.
+    """
+    _require_usable(output)
+    if which == "init":
+        raise InputError("--checkpoint=init: what is converted of a run is latest, best or a step")
+    model, variables, step, _ = load_run(config, workdir, which)
+    weights = Weights(
+        networks=(config.model.name,),
+        num_classes=model.num_classes,
+        proj_dim=model.proj_dim,
+        class_names=label_map(dataset_spec(config)).names,
+        image_format=image_format(config),
+        source=f"{workdir.absolute().name}, step {step}",
+        sha256="",
+    )
+    _write(output, weights, jax.device_get(variables), [])
+
+
+def _require_usable(output: Path) -> None:
+    require_literal(output.resolve(), "--output", OF_CHECKPOINTS)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output={output}: must be a new folder, or an empty one")
+
+
+def _write(output: Path, weights: Weights, variables: Variables, remarks: list[str]) -> None:
+    """Save the folder, and print the report that is in it."""
+    overview = parameter_overview.get_parameter_overview(variables, include_stats=True)
+    report = "\n".join([overview, *_summary(weights, variables), *remarks])
+    pretrained.save(output, weights, variables, report + "\n")
+    print(report)
+    print(f"written: {output}; start from it with --config.model.init_from={output}")
+
+
+def _image_format(recognized: Recognized, tensors: Tensors) -> ImageFormat:
+    """How the weights were trained to take images: the original's read BGR, all others RGB.
+
+    The original's are those of its stem, and HRNets that are part of a whole network.
+    """
+    backbone = NETWORKS[recognized.networks[0]].backbone
+    if isinstance(backbone, ResNetSpec):
+        return ORIGINAL_RESNET if backbone.stem == "deep" else IMAGENET
+    is_part = any("backbone." in key for key in tensors)
+    return ORIGINAL_HRNET if is_part else IMAGENET
+
+
+def _require_sound(tensors: Tensors, source: Path) -> None:
+    """Raise an error for numbers that no training leaves behind."""
+    problems = []
+    for key in flax_paths({key: array.shape for key, array in tensors.items()}):
+        array = tensors[key]
+        if array.dtype != np.float32:
+            problems.append(f"{key}: holds {array.dtype}, must hold floating-point numbers")
+        elif not np.isfinite(array).all():
+            problems.append(f"{key}: holds numbers that are not finite")
+        elif key.endswith("running_var") and (array < 0).any():
+            problems.append(f"{key}: holds a negative variance")
+    if problems:
+        raise listed(str(source), problems)
+
+
+def _summary(weights: Weights, variables: Variables) -> list[str]:
+    """What the weights are."""
+    if weights.num_classes:
+        head = f" and a projection head of {weights.proj_dim}" if weights.proj_dim else ""
+        what = f"{weights.networks[0]} with {weights.num_classes} classes{head}"
+    else:
+        what = f"the backbone of {', '.join(weights.networks)}"
+    has_aux = "aux_head" in variables["params"]
+    lacks_aux = bool(weights.num_classes and NETWORKS[weights.networks[0]].aux_head and not has_aux)
+    return [
+        f"{weights.source}: {what}",
+        f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(variables['params'])):,}",
+        *(["not there: the auxiliary head, which training starts anew"] if lacks_aux else []),
+        f"images: {pretrained.described(weights.image_format)}",
+    ]
+
+
+def _compared(weights: Weights, tensors: Tensors, variables: Variables) -> str:
+    """How near the output is to that of the same network in torchvision or timm."""
+    pixels = np.random.default_rng(0).standard_normal((1, 64, 96, 3)).astype(np.float32)
+    try:
+        expected = parity.peer_output(weights.networks, tensors, pixels)
+    except RuntimeError as error:  # of another version, with tensors of other names
+        return f"compared: no, {str(error).splitlines()[0]}"
+    if expected is None:
+        return "compared: no, no torchvision or timm is at hand that has this network"
+    result = parity.own_output(weights.networks[0], weights.num_classes, variables, pixels)
+    difference, largest = np.abs(result - expected).max(), np.abs(expected).max()
+    verdict = "" if difference <= ROUNDING * largest else ", which is more than rounding"
+    return (
+        "compared with torchvision's or timm's output: differs by at most"
+        f" {difference:.0e} where values reach {largest:.0e}{verdict}"
+    )

@@ -1,0 +1,144 @@
+"""The same networks in torchvision and timm, where these are installed.
+
+What a conversion is held against: one state dict and one image, computed there and here.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from contrastseg_jax.models import zoo
+from contrastseg_jax.models.backbones.hrnet import HRNetSpec
+from contrastseg_jax.models.segmenter import Variables
+from contrastseg_jax.weights import torch_names
+
+# Ours, and timm's where it is another one.
+HRNETS_OF_TIMM = {"hrnet_w18_small": "hrnet_w18_small_v2"}
+
+
+def peer_output(
+    networks: Sequence[str], tensors: Mapping[str, np.ndarray], image: Float[np.ndarray, "b h w 3"]
+) -> Float[np.ndarray, "b hs ws c"] | None:
+    """What PyTorch computes with a state dict, in evaluation; None where there is no peer.
+
+    Of a backbone its last features: for HRNet all branches at stride 4, for ResNet those of layer4
+    at the stride of the first of `networks`. Of torchvision's FCN and DeepLabV3 the logits before
+    they are resized to the image.
+
+    `networks`: those that the state dict fits. `tensors`: in PyTorch's names and layouts, with or
+    without what `weights.UNUSED` describes. `image`: normalised, float32, of any size.
+
+    Raises:
+        RuntimeError: the peer has other tensors, or of other shapes (PyTorch lists them).
+    """
+    paths = torch_names.flax_paths({key: array.shape for key, array in tensors.items()})
+    state = {torch_names.WRAPPERS.sub("", key, count=1): tensors[key] for key in paths}
+    is_backbone = all(path[1] == "backbone" for path in paths.values())
+    if is_backbone:
+        state = {name.removeprefix("backbone."): array for name, array in state.items()}
+        model = _timm_backbone(networks[0])
+    else:
+        model = _torchvision_network(networks[0], state)
+    if model is None:
+        return None
+
+    torch: Any = importlib.import_module("torch")
+    model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    model.eval()
+    with torch.inference_mode():
+        x = torch.tensor(image.transpose(0, 3, 1, 2))
+        if is_backbone:
+            maps = model(x)
+            resize = partial(torch.nn.functional.interpolate, mode="bilinear", align_corners=True)
+            result = torch.cat([resize(x, size=maps[0].shape[2:]) for x in maps], dim=1)
+        else:
+            result = model.classifier(model.backbone(x)["out"])
+    return result.numpy().transpose(0, 2, 3, 1)
+
+
+def own_output(
+    network: str, num_classes: int, variables: Variables, image: Float[np.ndarray, "b h w 3"]
+) -> Float[np.ndarray, "b hs ws c"]:
+    """The same of our network: logits, or with 0 classes the features of the backbone alone.
+
+    On the CPU, which keeps float32: accelerators round the factors of a product.
+    """
+    model: Any = zoo.build(network, num_classes=max(num_classes, 1), proj_dim=0, dropout_rate=0.0)
+
+    def evaluate(variables: Variables, image: jax.Array) -> jax.Array:
+        if num_classes:
+            return model.apply(variables, image, train=False).logits
+        backbone = {collection: parts["backbone"] for collection, parts in variables.items()}
+        return model.backbone.apply(backbone, image, train=False)["last"]
+
+    # Compiling costs more than running here.
+    quick = jax.jit(evaluate, compiler_options={"xla_backend_optimization_level": 0})
+    with jax.default_device(jax.devices("cpu")[0]):
+        return np.asarray(quick(jax.device_get(variables), image))
+
+
+def _timm_backbone(network: str) -> Any:
+    """The backbone in timm, as a list of maps; torchvision's ResNet-18 cannot be dilated."""
+    timm = _imported("timm")
+    if timm is None:
+        return None
+    spec = zoo.NETWORKS[network].backbone
+    if isinstance(spec, HRNetSpec):
+        name = network.removesuffix("_ocr")
+        name = HRNETS_OF_TIMM.get(name, name)
+        if not timm.is_model(name):
+            return None
+        settings = {"feature_location": "", "out_indices": (1, 2, 3, 4)}  # as they leave stage4
+        model = timm.create_model(name, features_only=True, **settings)
+        for module in model.modules():
+            if hasattr(module, "fuse_layers"):
+                module.register_forward_pre_hook(_fuse_bilinearly)
+        return model
+    if spec.stem == "deep" or spec.ceil_mode:
+        return None
+    name = f"resnet{network.removesuffix('_torchvision').rpartition('_r')[2]}"
+    settings = {"output_stride": spec.output_stride, "out_indices": (4,)}
+    return timm.create_model(name, features_only=True, **settings)
+
+
+def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:
+    """Let a module of timm's HRNet upsample as the one for segmentation does.
+
+    timm's, for classification, repeats pixels by a factor, which fits only where the image's sides
+    are multiples of 32. The one for segmentation interpolates to the size of the target branch.
+    """
+    for target, layers in zip(inputs[0], module.fuse_layers, strict=True):
+        for layer in layers.modules():
+            if hasattr(layer, "scale_factor"):
+                layer.scale_factor, layer.size = None, target.shape[2:]
+                layer.mode, layer.align_corners = "bilinear", True
+
+
+def _torchvision_network(network: str, state: Mapping[str, np.ndarray]) -> Any:
+    """The whole network in torchvision, which has FCN and DeepLabV3 on ResNet-50 and 101."""
+    segmentation = _imported("torchvision.models.segmentation")
+    if segmentation is None or "classifier.4.weight" not in state:
+        return None
+    head, _, depth = network.removesuffix("_torchvision").rpartition("_r")
+    make = getattr(segmentation, f"{head}_resnet{depth}", None)
+    if make is None:
+        return None
+    return make(
+        weights=None,
+        weights_backbone=None,
+        num_classes=len(state["classifier.4.weight"]),
+        aux_loss=any(name.startswith("aux_classifier.") for name in state),
+    )
+
+
+def _imported(library: str) -> Any:
+    """A library that need not be there; None too for one that does not fit its PyTorch."""
+    try:
+        return importlib.import_module(library)
+    except Exception:  # torchvision beside another PyTorch raises a RuntimeError
+        return None

@@ -1,0 +1,215 @@
+"""Weights that training starts from: a folder that says what they are, and holds them.
+
+weights.json   `Weights`, and the SHA-256 of every file of variables/
+variables/     `params` and `batch_stats`, as Orbax stores them
+report.txt     every array with its shape, mean and standard deviation
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from contrastseg_jax.errors import InputError, reason
+from contrastseg_jax.files import OF_CHECKPOINTS, require_literal, require_room
+from contrastseg_jax.models.segmenter import Variables
+from contrastseg_jax.models.zoo import NETWORKS, sharing_backbone
+from contrastseg_jax.run import digests
+from contrastseg_jax.run.checkpoint import LiteralPath
+from contrastseg_jax.run.logging import log
+from contrastseg_jax.structs import CHANNEL_ORDERS, ImageFormat
+from contrastseg_jax.weights import torch_names as weights_lib
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is known of the variables in a folder."""
+
+    networks: tuple[str, ...]  # one, or of a backbone alone all that stand on it
+    num_classes: int  # 0: no head
+    proj_dim: int  # 0: no projection head
+    class_names: tuple[str, ...]  # in the order of the logits; empty: not known
+    image_format: ImageFormat
+    source: str  # name of the file, or of the run, that they come from
+    sha256: str  # of that file; empty: they come from a run
+
+
+def save(folder: Path, weights: Weights, variables: Variables, report: str) -> None:
+    """Write the folder, which must be empty or missing: it appears whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    target = folder.resolve()
+    # One that is there may be a mount point, or have nothing writable around it: it is filled.
+    is_there = target.exists()
+    partial = (target if is_there else target.parent) / f".{target.name}.{os.getpid()}.partial"
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+        require_room(partial, sum(leaf.nbytes for leaf in jax.tree.leaves(variables)))
+        (partial / "report.txt").write_text(report)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(LiteralPath(partial / "variables"), variables)
+            found: Any = checkpointer.restore(LiteralPath(partial / "variables"))
+        _require_same(variables, found)
+        record = dataclasses.asdict(weights) | {"files": _digests(partial / "variables")}
+        (partial / "weights.json").write_text(json.dumps(record, indent=2))
+        if is_there:
+            for name in ("variables", "report.txt", "weights.json"):  # the last makes it count
+                os.replace(partial / name, target / name)
+        else:
+            os.replace(partial, target)
+    except (OSError, ValueError) as error:  # Orbax raises ValueError for a device that fails
+        raise InputError(f"--output={folder}: cannot be written ({reason(error)})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # it holds the folder
+                parent.rmdir()
+
+
+def read(folder: Path, network: str) -> Weights:
+    """What weights.json says.
+
+    Raises:
+        InputError: there is none, it is damaged, or the weights are not of this network's backbone.
+    """
+    path = folder / "weights.json"
+    if not path.is_file():
+        why = f"{path} does not exist"
+        if folder.is_file() or (folder / "checkpoints").is_dir():
+            why = f"python main.py --mode=convert --input={folder} --output=FOLDER makes one"
+        raise InputError(
+            f"model.init_from = '{folder}': must be a folder that --mode=convert has written; {why}"
+        )
+    require_literal(folder, "model.init_from", OF_CHECKPOINTS)
+    try:
+        values = json.loads(path.read_text())
+        image, files = values.pop("image_format"), values.pop("files")
+        weights = Weights(
+            networks=tuple(values.pop("networks")),
+            class_names=tuple(values.pop("class_names")),
+            image_format=ImageFormat(
+                tuple(image["mean"]), tuple(image["std"]), image["channel_order"]
+            ),
+            **values,
+        )
+        if not isinstance(files, dict):
+            raise TypeError(f"files = {files!r}")
+        fitting = sharing_backbone(weights.networks[0])
+        _require_format(weights.image_format)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(f"{path}: is damaged ({error!r}); convert the weights again") from error
+    if network not in fitting:
+        raise InputError(
+            f"model.init_from = '{folder}': {weights.source} is of {weights.networks[0]}, whose"
+            f" backbone model.name = {network!r} does not have; these have it: {', '.join(fitting)}"
+        )
+    return weights
+
+
+def described(image_format: ImageFormat) -> str:
+    """How images are given to a network, for people."""
+    return (
+        f"{image_format.channel_order}; red, green, blue have mean {image_format.mean},"
+        f" std {image_format.std}"
+    )
+
+
+def require_intact(folder: Path) -> None:
+    """Raise an InputError where the arrays are not, byte for byte, what the conversion wrote.
+
+    Orbax finds some damage alone, only while it reads, and goes on talking of it afterwards.
+    """
+    written = json.loads((folder / "weights.json").read_text())["files"]
+    found = _digests(folder / "variables")
+    damaged = [name for name, digest in written.items() if found.get(name) != digest]
+    if damaged:
+        raise InputError(
+            f"{folder / 'variables'}: {', '.join(damaged[:3])}"
+            f" {'is' if len(damaged) == 1 else 'are'} missing or not as converted; convert the"
+            " weights again"
+        )
+
+
+def start_from(
+    folder: Path, network: str, class_names: tuple[str, ...], fresh: Variables, *, whole: bool
+) -> Variables:
+    """`fresh` with all that the weights of a folder have for it; the log says what they have not.
+
+    Of another network on the same backbone only the backbone is taken.
+
+    Raises:
+        InputError: the folder cannot be read, or its weights are of another backbone; with `whole`,
+            something that the logits depend on would stay fresh, or the classes have other names.
+    """
+    weights = read(folder, network)
+    require_intact(folder)
+    with ocp.StandardCheckpointer() as checkpointer:
+        given: Any = checkpointer.restore(LiteralPath(folder.absolute() / "variables"))
+    parts = None if network in weights.networks else ("backbone",)
+    variables, kept = weights_lib.merge(given, fresh, parts=parts, source=str(folder))
+    fresh_parts = {name: f"{name} ({why})" for name, why in kept.items()}
+    for_training = ("proj_head",) if NETWORKS[network].aux_guides else ("proj_head", "aux_head")
+    needed = [text for name, text in fresh_parts.items() if name.split("/")[0] not in for_training]
+    if whole and needed:
+        raise InputError(
+            f"--checkpoint=init: model.init_from = '{folder}' lacks what the logits of {network},"
+            f" as it is configured, depend on: {', '.join(needed)}"
+        )
+    were = ", ".join(weights.class_names)
+    renamed = bool(were) and not needed and weights.class_names != class_names
+    if whole and renamed:
+        raise InputError(
+            f"--checkpoint=init: model.init_from = '{folder}' was trained on the classes {were},"
+            f" the data set has {', '.join(class_names)}"
+        )
+    log.info(f"starting from {weights.source} ({folder})")
+    if renamed:
+        log.warning(f"its classes were {were}: the last layer is kept")
+    if fresh_parts:
+        log.info(f"starting anew: {', '.join(fresh_parts.values())}")
+    unread = sorted(given["params"].keys() - variables["params"].keys())
+    if unread:
+        log.info(f"left out: {', '.join(unread)}")
+    return variables
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def _require_same(written: Variables, found: Any) -> None:
+    """Raise an error where what was written did not come back."""
+    sent, came = (
+        {name: digests.of_array(np.asarray(array)) for name, array in digests.named(tree).items()}
+        for tree in (written, found)
+    )
+    if wrong := [name for name in sent | came if sent.get(name) != came.get(name)]:
+        raise ValueError(f"read back, it is another: {', '.join(wrong[:3])}")
+
+
+def _require_format(image_format: ImageFormat) -> None:
+    numbers = (*image_format.mean, *image_format.std)
+    is_sound = len(image_format.mean) == len(image_format.std) == 3 and min(image_format.std) > 0
+    if not is_sound or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"no format of images: {image_format}")
+    if image_format.channel_order not in CHANNEL_ORDERS:
+        raise ValueError(f"channel_order = {image_format.channel_order!r}")

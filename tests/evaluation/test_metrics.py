@@ -1,0 +1,53 @@
+"""The confusion matrix against scikit-learn, and IoU by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+from sklearn.metrics import jaccard_score
+
+from contrastseg_jax.evaluation.metrics import (
+    confusion_matrix,
+    iou,
+    mean_iou,
+    never_predicted,
+    pixel_accuracy,
+)
+from contrastseg_jax.structs import IGNORE_LABEL
+
+
+@pytest.fixture
+def scene():
+    rng = np.random.default_rng(0)
+    label = rng.choice([0, 1, 2, 3, IGNORE_LABEL], size=(2, 9, 7)).astype(np.uint8)
+    return label, rng.integers(4, size=label.shape).astype(np.int32)
+
+
+def test_confusion_matrix_and_iou_match_scikit_learn(scene):
+    label, prediction = scene
+    got = np.asarray(confusion_matrix(jnp.asarray(label), jnp.asarray(prediction), num_classes=4))
+    seen = label != IGNORE_LABEL
+    truth, guess = label[seen], prediction[seen]
+    np.testing.assert_array_equal(got, sklearn_confusion_matrix(truth, guess, labels=range(4)))
+    np.testing.assert_allclose(iou(got), jaccard_score(truth, guess, average=None))
+    assert mean_iou(got) == pytest.approx(jaccard_score(truth, guess, average="macro"))
+    assert pixel_accuracy(got) == pytest.approx((truth == guess).mean())
+
+
+def test_classes_that_do_not_occur_are_left_out_of_the_mean():
+    confusion = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    np.testing.assert_allclose(iou(confusion), [3 / 4, 4 / 5, np.nan])
+    assert mean_iou(confusion) == pytest.approx((3 / 4 + 4 / 5) / 2)
+
+
+def test_classes_that_are_labelled_and_never_predicted():
+    confusion = np.array([[3, 0, 1, 0], [2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert never_predicted(confusion) == [1]  # 2 is predicted alone, 3 does not occur
+
+
+def test_nothing_labelled_has_no_score():
+    label = jnp.full((1, 2, 2), IGNORE_LABEL, jnp.uint8)
+    counts = confusion_matrix(label, jnp.zeros((1, 2, 2), jnp.int32), num_classes=2)
+    confusion = np.asarray(counts)
+    assert confusion.sum() == 0
+    assert np.isnan(mean_iou(confusion)) and np.isnan(pixel_accuracy(confusion))

@@ -1,0 +1,144 @@
+"""The train step: what it computes, and how often; on other devices: test_multi_device.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import make_batch, make_config, run_steps, start
+
+from contrastseg_jax.contrast.anchors import sample_anchors
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.training import train_step
+
+
+@pytest.fixture(scope="module")
+def warming_up():
+    """Three steps of the small run: state, metrics of each step, the compiled step."""
+    return run_steps(make_config())
+
+
+# Contrast from the first step, and a first step that moves parameters by the gradient alone.
+PLAIN = (
+    *("contrast.warmup_steps=0", "optim.momentum=0.0", "optim.weight_decay=0.0"),
+    *("optim.learning_rate=0.1", "train.num_steps=100"),
+)
+
+
+def test_the_loss_falls_on_one_batch():
+    step_fn, state, mesh = start(make_config(*PLAIN))
+    losses = []
+    for _ in range(20):
+        state, metrics = step_fn(state, sharding.to_devices(make_batch(), mesh))
+        losses.append(float(metrics["cross_entropy"]))
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
+
+
+def test_many_batches_are_one_trace(warming_up):
+    assert warming_up[2]._cache_size() == 1
+
+
+def test_contrast_counts_after_its_warmup_and_the_bank_fills_before(warming_up):
+    state, history, _ = warming_up
+    assert history[0]["contrast"] == 0
+    assert history[0]["loss"] == history[0]["cross_entropy"]
+    assert history[0]["memory_fill"] > 0
+    assert history[1]["contrast"] > 0
+    np.testing.assert_allclose(
+        history[1]["loss"], history[1]["cross_entropy"] + 0.1 * history[1]["contrast"], rtol=1e-6
+    )
+    assert int(state.step) == 3
+    lengths = np.linalg.norm(state.memory.pixel, axis=-1)
+    written = np.arange(16)[None] < state.memory.pixel_count[:, None]
+    np.testing.assert_allclose(lengths[written], 1, rtol=1e-5)
+    assert not lengths[~written].any()
+
+
+def test_as_many_anchors_are_sampled_as_the_map_has_sixteenths(monkeypatch):
+    sampled = []
+
+    def sample(*arguments, **settings):
+        sampled.append(sample_anchors(*arguments, **settings))
+        return sampled[-1]
+
+    monkeypatch.setattr(train_step, "sample_anchors", sample)
+    config = make_config("contrast.anchors_per_image=0", "augment.crop_size=(64, 128)")
+    step_fn, state, mesh = start(config)
+    jax.eval_shape(step_fn, state, train_step.batch_shape(config, mesh))
+    assert {anchors.embedding.shape for anchors in sampled} == {(4, 16 * 32 // 16, 16)}
+
+
+def test_warmup_computes_no_contrast():
+    """D18: a bank that would make the loss NaN does not matter until the contrast counts."""
+    step_fn, state, mesh = start(make_config("contrast.warmup_steps=1"))
+    with jax.debug_nans(False):
+        bank = state.memory.replace(
+            pixel=jnp.full_like(state.memory.pixel, np.nan),
+            pixel_count=jnp.full_like(state.memory.pixel_count, 16),
+        )
+        state, first = step_fn(state.replace(memory=bank), sharding.to_devices(make_batch(0), mesh))
+        assert np.isfinite(first["loss"])
+        _, second = step_fn(state, sharding.to_devices(make_batch(1), mesh))
+        assert np.isnan(second["loss"])
+
+
+def test_cross_entropy_alone_has_neither_projection_nor_bank():
+    config = make_config("optim.ema_decay=0.9", variant="ce")
+    _, state, _ = start(config)
+    assert "proj_head" not in state.params
+    assert state.memory is None
+    jax.tree.map(np.testing.assert_array_equal, state.ema["params"], state.params)
+
+
+def test_bank_alone_trains_on_what_it_holds():
+    config = make_config("contrast.candidates=memory", "memory.dtype=bfloat16")
+    state, history, _ = run_steps(config, num_steps=2)
+    assert history[1]["contrast"] > 0
+    assert state.memory.pixel.dtype == jnp.bfloat16
+
+
+def test_diagnostics_are_logged_with_the_loss(warming_up):
+    metrics = warming_up[1][2]
+    assert 0 < metrics["hard_anchors"] < 1
+    assert metrics["ignored_pixels"] == 1 / 32
+    assert metrics["positives_per_anchor"] > 1
+    assert -1 <= metrics["negative_similarity"] < metrics["positive_similarity"] <= 1
+    first = warming_up[1][0]
+    assert 0 < first["memory_fill_min"] <= first["memory_fill"] < 1
+
+
+def test_a_step_depends_on_seed_and_step_alone():
+    config = make_config()
+    step_fn, state, mesh = start(config)
+    again = jax.tree.map(jnp.copy, state)
+    first, _ = step_fn(state, sharding.to_devices(make_batch(), mesh))
+    second, _ = step_fn(again, sharding.to_devices(make_batch(), mesh))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize(
+    "name", ["hrnet_tiny_ocr", "deeplabv3_r18", "deeplabv3plus_r18", "ocr_r18"]
+)
+def test_every_kind_of_network_can_be_trained_with_memory(name):
+    """Traced, not compiled: sizes and types of logits, embeddings and labels fit each other."""
+    config = make_config(f"model.name={name}", "model.dtype=bfloat16", "model.remat=('layer1',)")
+    step_fn, state, _ = start(config)
+    after, metrics = jax.eval_shape(step_fn, state, make_batch())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert {"loss", "contrast", "cross_entropy", "memory_fill"} <= metrics.keys()
+
+
+def test_an_auxiliary_head_is_trained():
+    """Its loss counts, so that its parameters move, and with weight 0 they do not."""
+    for aux_weight, moves in ((0.4, True), (0.0, False)):
+        plain = ("optim.weight_decay=0.0", "contrast.candidates=none")
+        config = make_config(
+            "model.name=fcn_r18", f"loss.aux_weight={aux_weight}", *plain, variant="ce"
+        )
+        step_fn, state, mesh = start(config, num_devices=1)
+        before = sharding.fetch(state.params["aux_head"])
+        state, metrics = step_fn(state, sharding.to_devices(make_batch(size=2), mesh))
+        assert np.isfinite(metrics["loss"])
+        after = sharding.fetch(state.params["aux_head"])
+        assert np.any(before["conv2"]["kernel"] != after["conv2"]["kernel"]) == moves
