@@ -27,12 +27,11 @@ from contrastseg_jax.contrast import memory_bank
 from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.setup.setup import build_model
+from contrastseg_jax.setup.resolve import initial_variables, resolve
 from contrastseg_jax.structs import Anchors, Batch, Candidates, MemoryBank
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import init_state, state_sharding
 from contrastseg_jax.training.train_step import compile_step
-from contrastseg_jax.weights.load import initial_variables
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
@@ -298,12 +297,10 @@ def train_step(variant: str, crop: int, num_classes: int) -> Callable[[], Any]:
     settings = ["data.root=.", f"data.class_names={tuple(map(str, range(num_classes)))}"]
     settings += [f"augment.crop_size=({crop}, {crop})", "contrast.warmup_steps=0"]
     config = load(f"configs/folder.py:hrnet_tiny,{variant}", settings)
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    model = build_model(config, num_classes)
-    tx, _ = build_optimizer(config)
-    state = init_state(config, model, tx, initial_variables(config, model))
-    state = jax.device_put(state, state_sharding(config, state, mesh))
-    step_fn = compile_step(config, model, tx, mesh)
+    setup, (tx, _) = resolve(config, jax.devices()[:1]), build_optimizer(config)
+    state = init_state(setup, tx, initial_variables(setup))
+    state = jax.device_put(state, state_sharding(setup, state, setup.mesh))
+    step_fn = compile_step(setup, tx)
     rng = np.random.default_rng(0)
     label = rng.integers(num_classes, size=(8, crop // 16, crop // 16)).repeat(16, 1).repeat(16, 2)
     image = label[..., None] * 20 + rng.integers(60, size=(*label.shape, 3))
@@ -313,7 +310,7 @@ def train_step(variant: str, crop: int, num_classes: int) -> Callable[[], Any]:
         example_id=np.arange(8, dtype=np.int32),
         valid=np.ones(8, bool),
     )
-    batch = sharding.to_devices(batch, mesh)
+    batch = sharding.to_devices(batch, setup.mesh)
 
     def run() -> Any:
         nonlocal state

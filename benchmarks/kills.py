@@ -22,11 +22,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run import checkpoint
 from contrastseg_jax.run.workdir import read_config, saved_steps
-from contrastseg_jax.setup.setup import build_model
+from contrastseg_jax.setup.resolve import resolve
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state
 
@@ -155,9 +154,9 @@ def checkpoints(workdir: Path) -> list[int]:
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the last checkpoint, by its path."""
     config = read_config(workdir)
-    model = build_model(config, len(label_map(dataset_spec(config)).names))
-    state = abstract_state(config, model, build_optimizer(config)[0])
-    everywhere = sharding.replicated(sharding.make_mesh())
+    setup = resolve(config)
+    state = abstract_state(setup, build_optimizer(config)[0])
+    everywhere = sharding.replicated(setup.mesh)
     step = checkpoint.find_whole(workdir, "latest")
     state = checkpoint.restore(workdir, step, state, everywhere)
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}

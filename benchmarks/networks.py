@@ -41,12 +41,11 @@ from contrastseg_jax.models.heads import fcn
 from contrastseg_jax.models.segmenter import Segmenter
 from contrastseg_jax.ops.resize import resize_bilinear
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.setup.setup import build_model
+from contrastseg_jax.setup.resolve import build_model, initial_variables, resolve
 from contrastseg_jax.structs import Batch
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import init_state
 from contrastseg_jax.training.train_step import compile_step
-from contrastseg_jax.weights.load import initial_variables
 
 CLASSES, PROJ_DIM = 19, 256
 TIMED = (
@@ -199,7 +198,7 @@ def forward_programs(config: Config) -> tuple[Program, Program]:
         return resize_bilinear(x, size)
 
     model = build_model(config, CLASSES)
-    variables = jax.device_put(initial_variables(config, model))
+    variables = jax.device_put(segmenter.init_variables(model, config.seed))
     with (
         mock.patch.object(hrnet, "resize_bilinear", recorded),
         mock.patch.object(fcn, "resize_bilinear", recorded),
@@ -216,11 +215,9 @@ def forward_programs(config: Config) -> tuple[Program, Program]:
 
 def step_program(config: Config) -> Program:
     """Train steps of one batch, one after the other."""
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    model = build_model(config, CLASSES)
-    tx, _ = build_optimizer(config)
-    state = init_state(config, model, tx, initial_variables(config, model))
-    state = jax.device_put(state, sharding.replicated(mesh))
+    setup, (tx, _) = resolve(config, jax.devices()[:1]), build_optimizer(config)
+    state = init_state(setup, tx, initial_variables(setup))
+    state = jax.device_put(state, sharding.replicated(setup.mesh))
     rng, (height, width) = np.random.default_rng(0), config.augment.crop_size
     label = rng.integers(CLASSES, size=(2, height // 16, width // 16)).repeat(16, 1).repeat(16, 2)
     batch = Batch(
@@ -229,8 +226,8 @@ def step_program(config: Config) -> Program:
         example_id=np.arange(2, dtype=np.int32),
         valid=np.ones(2, bool),
     )
-    batch = jax.device_put(batch, sharding.split(mesh))
-    return compiled(compile_step(config, model, tx, mesh), state, batch, carries_state=True)
+    batch = jax.device_put(batch, sharding.split(setup.mesh))
+    return compiled(compile_step(setup, tx), state, batch, carries_state=True)
 
 
 def kept_megabytes(config: Config) -> float:

@@ -225,33 +225,29 @@ def start_and_run(config: Config, workdir: Path) -> None:
 def run(config: Config, workdir: Path) -> None:
     """Calls the mode's function."""
     # JAX and the networks take seconds to import: not before the config has been read.
-    from contrastseg_jax.setup.preflight import check
-    from contrastseg_jax.setup.setup import follow_weights
+    from contrastseg_jax.setup.preflight import check, set_up
 
-    of_init = FLAGS.checkpoint == "init"
-    begins = FLAGS.mode == "train" and find_run(workdir) is None
-    check(config, mode=FLAGS.mode, reads_weights=of_init or begins)
-    if of_init:
-        if not config.model.init_from:
-            raise InputError("--checkpoint=init: needs --config.model.init_from=FOLDER")
-        config = follow_weights(config, None)
+    if FLAGS.mode == "audit":
+        from contrastseg_jax.data.audit.report import audit_run
+
+        check(config, mode="audit")
+        audit_run(config, workdir, FLAGS.split)
+        return
+    found = find_run(workdir) if FLAGS.mode == "train" else None
+    setup = set_up(config, mode=FLAGS.mode, run=found, checkpoint=FLAGS.checkpoint)
     if FLAGS.mode == "train":
         from contrastseg_jax.training.train import train
 
-        train(config, workdir)
+        train(setup, workdir)
     elif FLAGS.mode == "eval":
         from contrastseg_jax.evaluation.evaluate import evaluate_run
 
         output = path_of("output") if FLAGS.output else None
-        evaluate_run(config, workdir, FLAGS.checkpoint, FLAGS.split or "val", output)
+        evaluate_run(setup, workdir, FLAGS.checkpoint, FLAGS.split or "val", output)
     elif FLAGS.mode == "predict":
         from contrastseg_jax.evaluation.predict import predict_run
 
-        predict_run(config, workdir, FLAGS.checkpoint, FLAGS.input, path_of("output"))
-    elif FLAGS.mode == "audit":
-        from contrastseg_jax.data.audit.report import audit_run
-
-        audit_run(config, workdir, FLAGS.split)
+        predict_run(setup, workdir, FLAGS.checkpoint, FLAGS.input, path_of("output"))
 
 
 def convert_weights(source: Path, output: Path) -> None:
@@ -262,13 +258,23 @@ def convert_weights(source: Path, output: Path) -> None:
     elif FLAGS["checkpoint"].present:
         raise InputError(f"--checkpoint={FLAGS.checkpoint}: --input={source} is no folder of a run")
     from contrastseg_jax.run.logging import start_logging
+    from contrastseg_jax.setup.resolve import resolve
     from contrastseg_jax.weights.convert import convert, convert_run
 
     start_logging()
     if run is None:
         convert(source, output)
     else:
-        convert_run(run, source, FLAGS.checkpoint, output)
+        setup = resolve(run)
+        convert_run(
+            source,
+            FLAGS.checkpoint,
+            output,
+            network=run.model.name,
+            model=setup.model,
+            class_names=setup.classes.names,
+            image_format=setup.image_format,
+        )
 
 
 def plan(config: Config) -> None:

@@ -95,4 +95,4 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     ema: Any | None = None  # running average of {params, batch_stats}: to evaluate with, if kept
-    memory: MemoryBank | None = None
+    memory: Any | None = None  # the state of the objective: for pixel contrast its MemoryBank

@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     """The config and workdir of a small run, trained to its end on two devices."""
     folder = tmp_path_factory.mktemp("run")
     config = small.make_config(f"data.prepared_dir={folder / 'prepared'}")
-    train(config, folder / "run")
+    train(small.setup_of(config), folder / "run")
     return config, folder / "run"
 
 

@@ -12,7 +12,7 @@ from small import SETTINGS, make_config
 
 from contrastseg_jax import cli
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.run.workdir import claim
+from contrastseg_jax.run.workdir import record_config
 
 CONFIG = f"--config={ROOT / 'configs' / 'default.py'}:toy,memory"
 
@@ -123,7 +123,7 @@ def test_init_is_refused_in_the_folder_of_another_run(flags, tmp_path):
     config = cli.load_config([*SETTINGS, "model.init_from=/other"])  # before there is a run
     assert config.model.init_from == "/other"
     run = make_config("model.init_from=/mine", "model.channel_order=BGR")
-    claim(tmp_path, run)
+    record_config(tmp_path, run)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     assert cli.load_config([*SETTINGS, "model.init_from=/mine"]) == run
     with pytest.raises(InputError, match="model.init_from = '/other': the run has '/mine'"):
@@ -132,7 +132,7 @@ def test_init_is_refused_in_the_folder_of_another_run(flags, tmp_path):
 
 def test_photographs_to_predict_may_come_from_another_camera(flags, tmp_path):
     """What a config file leaves at its default is no wish: only the command line's word counts."""
-    claim(tmp_path, make_config("data.exif_orientation=applied"))
+    record_config(tmp_path, make_config("data.exif_orientation=applied"))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     flags(["main.py", "--mode=predict", f"--workdir={tmp_path}", "--input=x", "--output=y"])
     assert cli.load_config([]).data.exif_orientation == "applied"

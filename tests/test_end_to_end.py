@@ -39,7 +39,7 @@ def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path, monkeypatch):
 
     result = run(killed)
     assert result.returncode == 0, result.stderr
-    assert "going on after step" in result.stderr
+    assert "resuming from step" in result.stderr
     assert logged_steps(tmp_path / "killed") == list(range(1, 15))
     lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     logged = [(key, line["step"]) for line in map(json.loads, lines) for key in line]
@@ -52,7 +52,7 @@ def test_a_killed_run_resumes_bit_for_bit(prepared_dir, tmp_path, monkeypatch):
         np.testing.assert_array_equal(got[path], array, err_msg=path)
 
     again = run(killed)  # a finished run stays as it is
-    assert again.returncode == 0 and "is trained to its end, step 14" in again.stderr
+    assert again.returncode == 0 and "training already finished, at step 14" in again.stderr
     assert logged_steps(tmp_path / "killed") == list(range(1, 15))
 
 
@@ -101,7 +101,7 @@ def test_converted_weights_are_evaluated_trained_and_gone_on_without(prepared_di
     assert stored["model"]["channel_order"] == "BGR"
 
     weights.rename(tmp_path / "moved")
-    assert "is trained to its end" in run(training).stderr
+    assert "training already finished" in run(training).stderr
     result = run([*training, "--mode=eval"])  # with the config that it was trained with
     assert result.returncode == 0, result.stderr
     settings += ("contrast.temperature=0",)

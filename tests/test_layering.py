@@ -14,7 +14,7 @@ ORDER = (
     {"evaluation"},
     {"setup"},
     {"weights"},
-    {"report", "run"},
+    {"report", "run", "objectives"},
     {"models", "data", "parallel", "losses"},
     {"contrast", "ops", "config"},
     {"structs", "errors", "files", "text", "out_of_memory"},
@@ -39,7 +39,7 @@ def imports_of(path):
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-UNSORTED = {"weights/load.py", "weights/convert.py", "weights/torch_names.py"}  # rooms still mixed
+UNSORTED = {"weights/torch_names.py"}  # rooms still mixed
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) != FACE)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import make_config
+from small import make_config, setup_of
 
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data import pictures
@@ -73,15 +73,16 @@ def test_other_errors_are_not_of_memory():
 def test_advice_fits_what_was_being_done(monkeypatch):
     """The innermost work counts: what evaluation draws is not what the network needs."""
     config, image = make_config(), np.zeros((8, 8, 3), np.uint8)
+    setup = setup_of(config)
     classes = LabelMap(("a",), default_palette(1), {0: 0})
 
-    text = explained(predict.predict_image, config, of_numpy, {}, image)
+    text = explained(predict.predict_image, setup, of_numpy, {}, image)
     assert text.startswith("not enough memory while predicting: Unable")
     assert "image is too large" in text and "batch_size" not in text
 
-    monkeypatch.setattr(evaluate, "load_run", of_numpy)
+    monkeypatch.setattr(evaluate, "make_evaluator", of_numpy)
     monkeypatch.setattr(evaluate, "open_split", lambda *_: [])
-    text = explained(evaluate.evaluate_run, config, Path(), "init", "val")
+    text = explained(evaluate.evaluate_run, setup, Path(), "init", "val")
     assert "while evaluating" in text and "Lower eval.batch_size" in text
     assert "crop_size" not in text
 

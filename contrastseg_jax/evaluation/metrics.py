@@ -1,4 +1,8 @@
-"""Evaluation metrics, all from one integer confusion matrix; the only definition of mIoU."""
+"""Metrics of a split, exact whatever its batches; the only definition of mIoU."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,3 +43,30 @@ def pixel_accuracy(confusion: Int[np.ndarray, "k k"]) -> float:
     """Share of labelled pixels that are predicted rightly; NaN without any."""
     total = confusion.sum()
     return float(np.diag(confusion).sum() / total) if total else float("nan")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Scores that follow from whole numbers which add up over the batches of a split."""
+
+    # (label u8[b h w], prediction i32[b h w], *, num_classes) -> i32 arrays of a batch, on devices
+    count: Callable[..., Any]
+    # (their sums over the split in int64, names of the classes) -> scores as JSON has them
+    result: Callable[[Any, Sequence[str]], dict[str, Any]]
+
+
+def segmentation_scores(
+    confusion: Int[np.ndarray, "k k"], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Mean IoU, pixel accuracy, IoU by class, and what they follow from."""
+    return {
+        "mean_iou": mean_iou(confusion),
+        "pixel_accuracy": pixel_accuracy(confusion),
+        "iou": dict(zip(class_names, iou(confusion).tolist(), strict=True)),
+        "never_predicted": [class_names[i] for i in never_predicted(confusion)],
+        "confusion": confusion.tolist(),
+    }
+
+
+# All that an evaluation computes; their scores lie side by side in metrics.json.
+METRICS = {"segmentation": Metric(confusion_matrix, segmentation_scores)}

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jax
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data import pictures
 from contrastseg_jax.data.audit.examples import in_parallel
 from contrastseg_jax.data.augment import padded_size, resize_image, resized_size, too_large
-from contrastseg_jax.data.dataset import dataset_spec, decoding, label_map
 from contrastseg_jax.data.images import (
     JPEG_SIDE,
     Decoding,
@@ -36,11 +33,10 @@ from contrastseg_jax.files import write_atomically
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.ops.resize import most_likely
 from contrastseg_jax.out_of_memory import is_out_of_memory
-from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run.compilation_cache import keep_compiled
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.setup.setup import pad_color
-from contrastseg_jax.weights.load import load_run
+from contrastseg_jax.setup.resolve import load_network
+from contrastseg_jax.setup.setup import Setup, pad_color
 
 LogitsFn = Callable[[Variables, Any], Any]
 
@@ -50,7 +46,7 @@ most_likely_programs = programs.by_shape(most_likely)
 
 
 def predict_run(
-    config: Config, workdir: Path, which: str, inputs: Sequence[str], output: Path
+    setup: Setup, workdir: Path, which: str, inputs: Sequence[str], output: Path
 ) -> None:
     """Predict files, folders and what patterns match into `output`.
 
@@ -60,25 +56,22 @@ def predict_run(
     """
     found = find_images(inputs, output)
     _require_own(output)
-    model, variables, _, _ = load_run(config, workdir, which)
-    keep_compiled(config, workdir)
-    mesh = sharding.make_mesh(jax.local_devices()[:1])  # images come one by one
-    variables = jax.device_put(variables, sharding.replicated(mesh))
-    logits_fn = functools.partial(programs.run, compile_network(config, model, mesh))
-    classes = label_map(dataset_spec(config))
-    _begin(output, classes)
+    variables, _ = load_network(setup, workdir, which)
+    keep_compiled(setup.config, workdir)
+    logits_fn = functools.partial(programs.run, compile_network(setup))
+    _begin(output, setup.classes)
     for line in (told(found.others), _told_renamed(found.renamed)):
         if line:
             log.info(line)
     problems, num_predicted, num_turned, num_long = [*found.problems], 0, 0, 0
-    files = _by_size(config, found.files)
+    files = _by_size(setup, found.files)
     with logging_redirect_tqdm([log]):
         for number, (name, path) in enumerate(tqdm(files, unit="image", disable=None), start=1):
             try:
                 content = _content(path)
-                image = decode_image(content, str(path), decoding(config))
-                prediction = predict_image(config, logits_fn, variables, image)
-                _write(output, name, image, prediction, classes)
+                image = decode_image(content, str(path), setup.data.decoding)
+                prediction = predict_image(setup, logits_fn, variables, image)
+                _write(output, name, image, prediction, setup.classes)
             except (OSError, InputError, MemoryError, RuntimeError, cv2.error) as error:
                 problems.append(_problem(path, error))
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
@@ -86,7 +79,7 @@ def predict_run(
                     break
                 continue
             num_predicted += 1
-            if config.data.exif_orientation == "stored":
+            if setup.data.exif_orientation == "stored":
                 num_turned += is_turned(content, str(path))
             num_long += _is_long(image)
     log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
@@ -102,7 +95,7 @@ def predict_run(
 
 
 def predict_image(
-    config: Config,
+    setup: Setup,
     logits_fn: LogitsFn,
     variables: Variables,
     image: UInt8[np.ndarray, "h w 3"],
@@ -112,11 +105,12 @@ def predict_image(
     Raises:
         InputError: the image is too large, as it is or resized.
     """
-    own_size, multiple = (image.shape[0], image.shape[1]), config.eval.pad_multiple
-    if problem := too_large(own_size, config.data.short_side, multiple):
+    own_size, short_side = (image.shape[0], image.shape[1]), setup.config.data.short_side
+    multiple, color = setup.config.eval.pad_multiple, pad_color(setup.image_format)
+    if problem := too_large(own_size, short_side, multiple):
         raise InputError(problem)
-    size = resized_size(own_size, config.data.short_side)
-    padded = np.full((1, *padded_size(size, multiple), 3), pad_color(config), np.uint8)
+    size = resized_size(own_size, short_side)
+    padded = np.full((1, *padded_size(size, multiple), 3), color, np.uint8)
     padded[0, : size[0], : size[1]] = resize_image(image, size)
     classes = programs.run(
         most_likely_programs,
@@ -153,9 +147,9 @@ def _begin(output: Path, classes: LabelMap) -> None:
         pictures.save_legend(output / legend, classes)
 
 
-def _by_size(config: Config, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
+def _by_size(setup: Setup, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
     """The files in the order of their padded sizes: for each the network is compiled once."""
-    read_size = functools.partial(_size, decoding=decoding(config))
+    config, read_size = setup.config, functools.partial(_size, decoding=setup.data.decoding)
     own_sizes = in_parallel(read_size, files.values(), "Reading sizes")
     sizes = {}
     for name, size in zip(files, own_sizes, strict=True):

@@ -36,11 +36,13 @@ class Segmenter(nn.Module):
     dtype: str  # in which it computes; results are float32
 
     @nn.compact
-    def __call__(self, image: Float[Array, "b h w 3"], *, train: bool) -> SegmentationOutput:
+    def __call__(
+        self, image: Float[Array, "b h w 3"], *, train: bool, embed: bool = False
+    ) -> SegmentationOutput:
         """Logits, and in training embeddings, at the network's stride; `image` is normalised.
 
         What only training needs is left out otherwise: the projection head, and the auxiliary head
-        unless the logits depend on it.
+        unless the logits depend on it. `embed`: embeddings are needed outside training too.
         """
         training = train or self.is_initializing()
         features = self.backbone(image.astype(self.dtype), train=train)
@@ -52,7 +54,7 @@ class Segmenter(nn.Module):
             aux_logits = self.aux_head(features[self.aux_input], train=train).astype(jnp.float32)
         guide = (aux_logits,) if self.aux_guides else ()
         logits = self.cls_head(x, *guide, train=train).astype(jnp.float32)
-        if self.proj_dim and training:
+        if self.proj_dim and (training or embed):
             embedding = ProjectionHead(self.proj_dim, name="proj_head")(x, train=train)
         return SegmentationOutput(logits=logits, embedding=embedding, aux_logits=aux_logits)
 

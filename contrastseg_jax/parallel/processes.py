@@ -20,13 +20,15 @@ import jax
 # The key-value store behind `jax.distributed` has no public name. Unlike collectives it waits for
 # as long as it must, and needs no devices.
 from jax._src.distributed import global_state
+from jax.sharding import Mesh
 
 from contrastseg_jax import out_of_memory
-from contrastseg_jax.errors import InputError, listed
+from contrastseg_jax.errors import InputError, listed, reason
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.parallel import sharding
 
 Result = TypeVar("Result")
+StopRequests = Callable[..., jax.Array]  # (failed=False) -> whether all are to stop
 
 # After which the processes that are left end as well, where no collective has told them before.
 # The service looks every few seconds; README.md promises 60 s in all.
@@ -189,6 +191,24 @@ def noted_sigterm() -> Iterator[Callable[[], bool]]:
         yield come.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def stop_requests(mesh: Mesh) -> Iterator[StopRequests]:
+    """Within, SIGTERM does not end the process; the function asks whether all are to stop.
+
+    All processes must ask, and hear the same once it is known: whether SIGTERM has come to any of
+    them, or one asks with `failed`.
+    """
+    with noted_sigterm() as has_come:
+        yield lambda failed=False: sharding.any_process(has_come() or failed, mesh)
+
+
+def stop_together(requests: StopRequests, error: Exception | None) -> None:
+    """Raise the same in all processes where one has an error, or was told to stop; all must ask."""
+    if requests(error is not None):
+        raise_shared(reason(error) if error else "")
+        raise Stopped
 
 
 def gather(text: str) -> list[str]:

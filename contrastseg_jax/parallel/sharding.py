@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from contrastseg_jax.structs import Batch, MemoryBank, TrainState
+from contrastseg_jax.structs import Batch, MemoryBank
 
 Tree = TypeVar("Tree")
 AnyMesh = Mesh | AbstractMesh  # abstract: devices that are only counted, to plan for
@@ -39,33 +39,20 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_sharding(
-    mesh: AnyMesh, state: TrainState, *, split_memory: bool, fsdp: bool
-) -> TrainState:
-    """Where each array of a `TrainState` lies: on every device whole, unless it is split.
+def everywhere(mesh: AnyMesh, tree: Any) -> Any:
+    """Every array of a tree whole on every device."""
+    return jax.tree.map(lambda _: replicated(mesh), tree)
 
-    Args:
-        mesh: the devices.
-        state: the state, or its shapes.
-        split_memory: each device holds a part of each queue's slots.
-        fsdp: and a part of every large array of parameters, optimiser state and EMA.
-    """
-    whole = jax.tree.map(lambda _: replicated(mesh), state)
-    if fsdp:
-        parts = functools.partial(jax.tree.map, lambda x: _longest_axis(mesh, x.shape))
-        whole = whole.replace(
-            params=parts(state.params), opt_state=parts(state.opt_state), ema=parts(state.ema)
-        )
-    if split_memory and state.memory is not None:
-        whole = whole.replace(memory=slots_sharding(mesh, state.memory))
-    return whole
+
+def in_parts(mesh: AnyMesh, tree: Any) -> Any:
+    """A part of every large array of a tree on each device, small ones whole."""
+    return jax.tree.map(lambda x: _longest_axis(mesh, x.shape), tree)
 
 
 def slots_sharding(mesh: AnyMesh, bank: MemoryBank) -> MemoryBank:
     """Each device holds a part of each queue's slots; counters are everywhere."""
     slots: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
-    counters = jax.tree.map(lambda _: replicated(mesh), bank)
-    return counters.replace(pixel=slots, segment=slots)
+    return everywhere(mesh, bank).replace(pixel=slots, segment=slots)
 
 
 def _longest_axis(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:

@@ -16,15 +16,15 @@ from jax.sharding import AbstractMesh
 
 from contrastseg_jax.config.rules import splits_memory, uses_contrast, uses_memory
 from contrastseg_jax.config.tree import Config
-from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.files import to_json, write_atomically
-from contrastseg_jax.parallel import sharding
+from contrastseg_jax.parallel.sharding import AnyMesh
 from contrastseg_jax.planning import hlo
 from contrastseg_jax.planning.report import TOO_LARGE, Compiled, Plan, Traffic, report
 from contrastseg_jax.planning.topology import Topology, find_topology
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.preflight import check
-from contrastseg_jax.setup.setup import build_model, num_anchors, num_cells
+from contrastseg_jax.setup.resolve import num_anchors, num_cells, resolve
+from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state, state_sharding
@@ -63,10 +63,10 @@ def plan_run(
 
 def quick_plan(config: Config, where: Topology) -> Plan:
     """What can be known without compiling, in seconds."""
-    lowered, state, batch = _lower(config, jax.devices()[:1])
-    num_classes = _num_classes(config)
-    mesh: Any = AbstractMesh((where.num_devices,), ("data",))
-    of_contrast = contrast_flops(config, num_classes)
+    setup = resolve(config, jax.devices()[:1])
+    lowered, state, batch = _lower(setup)
+    mesh = AbstractMesh((where.num_devices,), ("data",))
+    of_contrast = contrast_flops(setup)
     return Plan(
         model=config.model.name,
         batch_size=config.train.batch_size,
@@ -75,18 +75,18 @@ def quick_plan(config: Config, where: Topology) -> Plan:
         num_devices=where.num_devices,
         device_bytes=where.device_bytes,
         parameters=sum(x.size for x in jax.tree.leaves(state.params)),
-        anchors_per_image=_num_anchors(config, num_classes) if uses_contrast(config) else 0,
-        cells_per_image=num_cells(config, build_model(config, num_classes)),
+        anchors_per_image=num_anchors(config, setup.model) if setup.objective else 0,
+        cells_per_image=num_cells(config, setup.model),
         flops=(lowered.cost_analysis() or {}).get("flops", 0.0) + of_contrast,
         contrast_flops=of_contrast,
-        bytes_held=held_bytes(config, state, mesh) | {"batch": _bytes(batch) // mesh.size},
-        bytes_sent=sent_bytes(config, state, num_classes, mesh),
+        bytes_held=held_bytes(setup, state, mesh) | {"batch": _bytes(batch) // where.num_devices},
+        bytes_sent=sent_bytes(setup, state, mesh),
     )
 
 
-def held_bytes(config: Config, state: TrainState, mesh: Any) -> dict[str, int]:
+def held_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]:
     """Bytes of each part of the state on each device, padding of the device's layouts left out."""
-    of_state = state_sharding(config, state, mesh)
+    of_state = state_sharding(setup, state, mesh)
     parts = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype),
         state,
@@ -101,7 +101,7 @@ def held_bytes(config: Config, state: TrainState, mesh: Any) -> dict[str, int]:
     }
 
 
-def contrast_flops(config: Config, num_classes: int) -> float:
+def contrast_flops(setup: Setup) -> float:
     """Operations of the walks over candidates in a step, on all devices together.
 
         4 A d (N + P) + 4 A d B
@@ -111,10 +111,11 @@ def contrast_flops(config: Config, num_classes: int) -> float:
     of the classes, or the pools that a selection draws. B candidates of the batch have a gradient
     of their own.
     """
+    config, num_classes = setup.config, setup.model.num_classes
     if not uses_contrast(config):
         return 0.0
     settings, bank = config.contrast, config.memory
-    anchors = config.train.batch_size * _num_anchors(config, num_classes)
+    anchors = config.train.batch_size * num_anchors(config, setup.model)
     in_batch = anchors if settings.candidates in ("batch", "both") else 0
     slots = bank.pixel_size + bank.segment_size if uses_memory(config) else 0
     candidates = num_classes * slots + in_batch
@@ -125,7 +126,7 @@ def contrast_flops(config: Config, num_classes: int) -> float:
     return 4.0 * anchors * config.model.proj_dim * (sum(met.values()) + in_batch)
 
 
-def sent_bytes(config: Config, state: TrainState, num_classes: int, mesh: Any) -> dict[str, int]:
+def sent_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]:
     """Bytes that must travel in a step, on each device, whatever the number of devices above one.
 
     gradients: those of all parameters, summed. parameters: those of which each device keeps a part,
@@ -136,11 +137,12 @@ def sent_bytes(config: Config, state: TrainState, num_classes: int, mesh: Any) -
     five sums per anchor more. keys: b k (v + 1) (4 d + 1), rows and masks of v pixels and one mean
     per class and image.
     """
+    config = setup.config
     if mesh.size == 1:
         return {}
     sent = {"gradients": _bytes(state.params)}
     if config.parallel.fsdp:
-        places = jax.tree.leaves(state_sharding(config, state, mesh).params)
+        places = jax.tree.leaves(state_sharding(setup, state, mesh).params)
         params = jax.tree.leaves(state.params)
         sent["parameters"] = _bytes(
             [x for x, place in zip(params, places, strict=True) if not place.is_fully_replicated]
@@ -150,29 +152,20 @@ def sent_bytes(config: Config, state: TrainState, num_classes: int, mesh: Any) -
     batch_size, split_bank = config.train.batch_size, splits_memory(config)
     in_batch = settings.candidates in ("batch", "both")
     if in_batch or split_bank:
-        anchors = batch_size * _num_anchors(config, num_classes)
+        anchors = batch_size * num_anchors(config, setup.model)
         sent["anchors"] = anchors * (4 * dim + 5 + 4 * dim * (in_batch and split_bank))
         sent["anchors' gradient"] = anchors * 4 * (dim + 5 * split_bank)
     if uses_memory(config):
-        rows = batch_size * num_classes * (config.memory.pixels_per_class + 1)
+        rows = batch_size * setup.model.num_classes * (config.memory.pixels_per_class + 1)
         sent["keys"] = rows * (4 * dim + 1)
     return sent
 
 
-def _lower(config: Config, devices: Any) -> tuple[jax.stages.Lowered, TrainState, Any]:
+def _lower(setup: Setup) -> tuple[jax.stages.Lowered, TrainState, Any]:
     """The train step as written, with the shapes of its arguments."""
-    mesh = sharding.make_mesh(devices)
-    model, (tx, _) = build_model(config, _num_classes(config)), build_optimizer(config)
-    state, batch = abstract_state(config, model, tx), batch_shape(config, mesh)
-    return compile_step(config, model, tx, mesh).lower(state, batch), state, batch
-
-
-def _num_classes(config: Config) -> int:
-    return len(label_map(dataset_spec(config)).names)
-
-
-def _num_anchors(config: Config, num_classes: int) -> int:
-    return num_anchors(config, build_model(config, num_classes))
+    tx, _ = build_optimizer(setup.config)
+    state, batch = abstract_state(setup, tx), batch_shape(setup)
+    return compile_step(setup, tx).lower(state, batch), state, batch
 
 
 def _bytes(tree: Any) -> int:
@@ -185,7 +178,7 @@ def _bytes(tree: Any) -> int:
 def compiled_plan(plan: Plan, config: Config, where: Topology, time_limit: float) -> Plan:
     """The plan with the figures of the compiled step, or with a note why there are none."""
     log.info(f"compiling the train step for {where.num_devices} x {where.kind}")
-    lowered, _, _ = _lower(config, where.devices)
+    lowered, _, _ = _lower(resolve(config, where.devices))
     started = time.monotonic()
     try:
         program = compile_within(lowered, time_limit)

@@ -1,10 +1,11 @@
 """Where a run's numbers go: `metrics.jsonl`, and TensorBoard's files beside it."""
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,16 @@ class Board:
     """Where numbers go, besides `metrics.jsonl`."""
 
     events: EventsWriter | None  # None: TensorBoard's file cannot be written
+
+
+@contextlib.contextmanager
+def opened(workdir: Path, start_step: int) -> Iterator[Board]:
+    """`open_board`, closed at the end."""
+    board = open_board(workdir, start_step)
+    try:
+        yield board
+    finally:
+        close_board(board)
 
 
 def open_board(workdir: Path, start_step: int) -> Board:

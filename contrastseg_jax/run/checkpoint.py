@@ -8,7 +8,7 @@ import contextlib
 import glob
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from contrastseg_jax.structs import TrainState
 ITEM = "default"  # the folder of the state, in that of a checkpoint
 METADATA = "_CHECKPOINT_METADATA"  # the file, there, of what Orbax notes, and of the digests
 CACHE_BYTES = 2**27  # of what TensorStore reads again and again: which array lies where
+NETWORK = ("params", "batch_stats")  # the fields of a state that running averages stand in for
 LEFTOVERS = (".orbax-checkpoint-tmp", ".deleted")  # what a kill leaves behind ends so
 
 
@@ -141,18 +142,21 @@ def find_step(workdir: Path, which: str) -> int:
     return int(which)
 
 
-def find_whole(workdir: Path, which: str, *, goes_on: bool = False) -> int:
+def find_whole(
+    workdir: Path, which: str, *, goes_on: bool = False, fields: Sequence[str] = ()
+) -> int:
     """As `find_step`, of a checkpoint whose arrays are what was saved; all processes must ask.
 
     In place of the latest, the newest whole one is taken, with a warning. `goes_on`: as by the run
-    itself, which will save those steps again: the damaged ones are moved aside.
+    itself, which will save those steps again: the damaged ones are moved aside. `fields`: those
+    that will be restored by `restore_variables`, where not the whole state will be.
 
     Raises:
         InputError: there is no such checkpoint, or it is damaged.
     """
     # As process 0 sees it: a run beside this one may save another at any moment.
     found = processes.together(
-        lambda: _find_whole(workdir, which, goes_on) if processes.is_first() else None
+        lambda: _find_whole(workdir, which, goes_on, fields) if processes.is_first() else None
     )
     return int(processes.gather(str(found))[0])
 
@@ -162,34 +166,60 @@ def restore(workdir: Path, step: int, state: TrainState, sharding: Any) -> Train
 
     `state` has its structure, shapes and dtypes; it may have been saved with another layout.
     """
-    abstract = jax.tree.map(
+    abstract = _laid_out(state, sharding)
+    stored = _without_empty(abstract)
+    restored = _read(_folder(workdir) / str(step), ocp.args.StandardRestore(stored))
+    return jax.tree.map(_or_empty, abstract, cast(TrainState, restored))
+
+
+def restore_variables(workdir: Path, step: int, variables: Any, sharding: Any) -> Any:
+    """`params` and `batch_stats` of a checkpoint: the running averages where the run keeps them.
+
+    Nothing else is read, but what else `variables` has: shapes and dtypes by the state's fields.
+    """
+    path, abstract = _folder(workdir) / str(step), _laid_out(variables, sharding)
+    tree = {name: abstract[name] for name in abstract if name not in NETWORK}
+    network = {name: abstract[name] for name in NETWORK}
+    has_ema = "ema" in _stored_fields(_array_names(path / ITEM), NETWORK)
+    stored = _without_empty(tree | ({"ema": network} if has_ema else network))
+    arrays = ocp.checkpoint_utils.construct_restore_args(stored)
+    restored = _read(path, ocp.args.PyTreeRestore(stored, arrays, partial_restore=True))
+    restored |= restored.pop("ema", {})
+    return jax.tree.map(_or_empty, abstract, restored)
+
+
+def _laid_out(tree: Any, sharding: Any) -> Any:
+    """Shapes and dtypes of a tree, where `sharding`, a prefix of it, says."""
+    return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        state,
-        jax.tree.broadcast(sharding, state),
+        tree,
+        jax.tree.broadcast(sharding, tree),
     )
-    path = _folder(workdir) / str(step)
-    args = ocp.args.Composite(**{ITEM: ocp.args.StandardRestore(_without_empty(abstract))})
+
+
+def _read(path: Path, args: Any) -> Any:
+    """What Orbax restores of a state; an InputError where it cannot be read."""
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-            restored = orbax.restore(LiteralPath(path), args=args)[ITEM]
+            return orbax.restore(LiteralPath(path), args=ocp.args.Composite(**{ITEM: args}))[ITEM]
     except Exception as error:
         if processes.is_of_another(error):
             raise
         raise InputError(
             f"{path}: cannot be read as a checkpoint of this config ({reason(error)})"
         ) from error
-    return jax.tree.map(_or_empty, abstract, cast(TrainState, restored))
 
 
-def damage(path: Path) -> str:
+def damage(path: Path, fields: Sequence[str] = ()) -> str:
     """What of a checkpoint is not as it was saved; empty if all is. One process is enough to ask.
 
-    Reads every array, one after the other, and those of a checkpoint without digests, as former
-    versions have written it, for nothing but whether they can be read.
+    Reads every array, or those of some `fields` as `find_whole` has them, one after the other, and
+    those of a checkpoint without digests, as former versions have written it, for nothing but
+    whether they can be read.
     """
     try:
         notes = json.loads((path / METADATA).read_text())["custom_metadata"] or {}
-        arrays = _open_arrays(path / ITEM)
+        arrays = _open_arrays(path / ITEM, fields)
         found = {name: digests.of_array(array.read().result()) for name, array in arrays.items()}
         step = int(arrays["step"].read().result()) if "step" in arrays else None
     except Exception as error:
@@ -197,7 +227,8 @@ def damage(path: Path) -> str:
     if "digests" not in notes:
         warn_once(str(path), f"{path}: has no digests, so damage in its arrays would not show")
     saved = notes.get("digests", found)
-    wrong = [name for name in saved | found if saved.get(name) != found.get(name)]
+    names = found if fields else saved | found
+    wrong = [name for name in names if saved.get(name) != found.get(name)]
     if wrong:
         others = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         return f"{', '.join(wrong[:3])}{others} not as saved"
@@ -210,7 +241,7 @@ def _folder(workdir: Path) -> Path:
     return (workdir / "checkpoints").absolute()
 
 
-def _find_whole(workdir: Path, which: str, goes_on: bool) -> int:
+def _find_whole(workdir: Path, which: str, goes_on: bool, fields: Sequence[str]) -> int:
     folder, damaged = _folder(workdir), {}
     while True:
         left = [step for step in saved_steps(workdir) if step not in damaged]
@@ -219,7 +250,7 @@ def _find_whole(workdir: Path, which: str, goes_on: bool) -> int:
             remedy = "put one back from a copy, or train in another --workdir"
             raise listed(f"{folder}, which holds no whole checkpoint ({remedy})", problems)
         step = left[-1] if damaged else find_step(workdir, which)
-        problem = damage(folder / str(step))
+        problem = damage(folder / str(step), fields)
         if not problem:
             break
         if not (folder / str(step)).exists():
@@ -356,14 +387,28 @@ def _alone() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _open_arrays(item: Path) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of a state as they are stored, by their names."""
+def _array_names(item: Path) -> list[str]:
+    """The names of the arrays of a state, as they are stored."""
     nodes = json.loads((item / "_METADATA").read_text())["tree_metadata"].values()
-    names = [
+    return [
         ".".join(part["key"] for part in node["key_metadata"])
         for node in nodes
         if not node["value_metadata"]["skip_deserialize"]  # else it is None
     ]
+
+
+def _stored_fields(names: Sequence[str], fields: Sequence[str]) -> set[str]:
+    """The fields of a stored state in which the wanted ones are, running averages where kept."""
+    has_ema = any(name.startswith("ema.") for name in names)
+    return {"ema" if has_ema and field in NETWORK else field for field in fields}
+
+
+def _open_arrays(item: Path, fields: Sequence[str]) -> dict[str, tensorstore.TensorStore]:
+    """The arrays of a state, or of some of its fields, as they are stored, by their names."""
+    names = _array_names(item)
+    if fields:
+        stored = {"step", *_stored_fields(names, fields)}
+        names = [name for name in names if name.partition(".")[0] in stored]
     cache = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
     files = {"driver": "file", "path": f"{item}/"}
     stores = [{"driver": "ocdbt", "base": files, "path": name} for name in names]

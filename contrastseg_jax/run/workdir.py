@@ -48,7 +48,7 @@ def read_config(
     return config
 
 
-def claim(workdir: Path, config: Config, *, write: bool = True) -> None:
+def record_config(workdir: Path, config: Config, *, write: bool = True) -> None:
     """Make the workdir that of this config, unless it holds the run of another one.
 
     `write`: as one process of a run does; the others look alone.

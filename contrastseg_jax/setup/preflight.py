@@ -8,13 +8,21 @@ import jax.numpy as jnp
 from contrastseg_jax.config.rules import broken_rules, uses_contrast, uses_memory
 from contrastseg_jax.config.tree import Config, replaced
 from contrastseg_jax.contrast.selection import POOLED, RANK_BITS
-from contrastseg_jax.data.dataset import dataset_names, dataset_spec, label_map
+from contrastseg_jax.data.dataset import dataset_names
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import OF_PREPARED_DATA, require_literal
 from contrastseg_jax.models.zoo import model_names, stage_names
 from contrastseg_jax.parallel import device_memory
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.setup.setup import build_model, num_anchors, training_shapes
+from contrastseg_jax.setup.resolve import (
+    adopt_image_format,
+    build_model,
+    class_names,
+    num_anchors,
+    resolve,
+    training_shapes,
+)
+from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.weights import pretrained
 
 BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
@@ -22,6 +30,26 @@ BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
 # one on average, so that with its running mean an evaluation sees larger features than training
 # did: by 41% with 2, 15% with 4, 7% with 8, the fewest of the original's recipes.
 ENOUGH_VALUES = 8
+
+
+def set_up(config: Config, *, mode: str, run: Config | None = None, checkpoint: str = "") -> Setup:
+    """What a config means, after all that is wrong with it has been said.
+
+    `run`: the config of the run that is resumed, evaluated or used, if there is one. `checkpoint`:
+    with "init" the weights of `model.init_from` are taken as they are.
+
+    Raises:
+        InputError: settings do not fit each other, network, data set or machine.
+    """
+    from_init = checkpoint == "init"
+    starts = mode == "train" and run is None
+    check(config, mode=mode, reads_weights=from_init or starts)
+    if from_init and not config.model.init_from:
+        raise InputError("--checkpoint=init: needs --config.model.init_from=FOLDER")
+    if from_init or mode == "train":
+        config = adopt_image_format(config, None if from_init else run)
+    # Images to predict come one by one.
+    return resolve(config, jax.local_devices()[:1] if mode == "predict" else None)
 
 
 def check(
@@ -53,33 +81,43 @@ def check(
         problems += place_problems(config)
     if config.model.name in model_names():
         problems += weights_problems(config) if reads_weights else []
-        stages = stage_names(config.model.name)
-        problems += [
-            f"model.remat names {stage!r}: must be stages of {config.model.name}: "
-            + ", ".join(stages)
-            for stage in config.model.remat
-            if stage not in stages
-        ]
+        problems += stage_problems(config)
     if not any(problem.startswith("data.") for problem in problems):
-        classes = label_map(dataset_spec(config)).names
-        weights = config.loss.class_weights
-        if weights and len(weights) != len(classes):
-            problems.append(
-                f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
-                f" {len(classes)} classes {', '.join(classes)}, or none"
-            )
+        problems += class_problems(config)
         # Else there is no network, or no batch, of which to say more.
         of_shapes = ("model.", "augment.crop_size", "train.batch_size")
         if trains and not any(problem.startswith(of_shapes) for problem in problems):
+            num_classes = len(class_names(config))
             problems += contrast_problems(
                 config,
-                num_classes=len(classes),
+                num_classes=num_classes,
                 num_devices=num_devices,
                 device_bytes=device_memory.device_bytes() if mode == "train" else None,
             )
-            problems += statistics_problems(config, num_classes=len(classes))
+            problems += statistics_problems(config, num_classes=num_classes)
     if problems:
         raise listed("the config", problems)
+
+
+def stage_problems(config: Config) -> list[str]:
+    """Stages to compute again that the network does not have."""
+    stages = stage_names(config.model.name)
+    return [
+        f"model.remat names {stage!r}: must be stages of {config.model.name}: " + ", ".join(stages)
+        for stage in config.model.remat
+        if stage not in stages
+    ]
+
+
+def class_problems(config: Config) -> list[str]:
+    """Class weights that are not one for each class."""
+    names, weights = class_names(config), config.loss.class_weights
+    if len(weights) in (0, len(names)):
+        return []
+    return [
+        f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
+        f" {len(names)} classes {', '.join(names)}, or none"
+    ]
 
 
 def place_problems(config: Config) -> list[str]:

@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from contrastseg_jax.config.tree import Config
+from contrastseg_jax.objectives.objective import Metrics
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run.board import Board, write_metrics
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.training.optim import Schedule
-from contrastseg_jax.training.train_step import Metrics
 
 DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
 # What is 0 in a step whose contrast compares nothing: in its warm-up, or without a pair.
@@ -27,35 +27,41 @@ OF_CONTRAST = (
 
 
 @dataclass
-class Interval:
-    """The steps since the last line of the log."""
+class Progress:
+    """The steps since the last line of the log, and where the lines go."""
 
+    config: Config
+    schedule: Schedule
+    workdir: Path
+    board: Board | None  # None: another process writes the numbers
     began: float  # by the monotonic clock; later by the pauses that do not count
     metrics: list[Metrics] = field(default_factory=list)
     waited: float = 0.0  # seconds in which the devices had no work
+    is_start: bool = True  # of the program, when the first batches are made
+    is_advised: bool = False  # on waiting for data, which is said once
 
 
-def log_interval(
-    config: Config,
-    workdir: Path,
-    board: Board | None,
-    step: int,
-    interval: Interval,
-    schedule: Schedule,
-) -> float:
-    """A line of means over the interval, which ends after `step`; the share of it without work."""
-    seconds, size = time.monotonic() - interval.began, len(interval.metrics)
-    history = sharding.fetch(interval.metrics)
-    values = interval_means(history) | {
+def log_progress(progress: Progress, step: int) -> None:
+    """A line of means over the steps up to `step`; the next line begins after them."""
+    require_finite(progress.metrics, step)
+    config, size = progress.config, len(progress.metrics)
+    seconds = time.monotonic() - progress.began
+    values = interval_means(sharding.fetch(progress.metrics)) | {
         "interval_steps": size,
-        "learning_rate": float(schedule(step - 1)),
+        "learning_rate": float(progress.schedule(step - 1)),
         "images_per_second": size * config.train.batch_size / seconds,
-        "data_wait": interval.waited / seconds,
+        "data_wait": progress.waited / seconds,
     }
-    if board:
-        write_metrics(workdir, board, step, {f"train/{key}": v for key, v in values.items()})
+    if progress.board:
+        numbers = {f"train/{key}": value for key, value in values.items()}
+        write_metrics(progress.workdir, progress.board, step, numbers)
     log.info(_line(step, config.train.num_steps, values, size / seconds))
-    return values["data_wait"]
+    advice = "" if progress.is_start else data_advice(values["data_wait"], config)
+    if advice and not progress.is_advised:
+        log.warning(advice)
+        progress.is_advised = True
+    progress.began, progress.metrics, progress.waited = time.monotonic(), [], 0.0
+    progress.is_start = False
 
 
 def interval_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -8,17 +8,16 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from contrastseg_jax.config.tree import Config
-from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
+from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.backbones.resnet import ResNetSpec
-from contrastseg_jax.models.segmenter import Variables
+from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.models.zoo import NETWORKS
-from contrastseg_jax.setup.setup import image_format
+from contrastseg_jax.parallel import sharding
 from contrastseg_jax.structs import IMAGENET, ImageFormat
 from contrastseg_jax.weights import parity, pretrained
-from contrastseg_jax.weights.load import load_run
+from contrastseg_jax.weights.load import load
 from contrastseg_jax.weights.pretrained import Weights
 from contrastseg_jax.weights.recognize import Recognized, recognize
 from contrastseg_jax.weights.torch_files import Tensors, read_tensors
@@ -63,21 +62,32 @@ def convert(source: Path, output: Path) -> None:
     _write(output, weights, variables, remarks)
 
 
-def convert_run(config: Config, workdir: Path, which: str, output: Path) -> None:
+def convert_run(
+    workdir: Path,
+    checkpoint: str,
+    output: Path,
+    *,
+    network: str,
+    model: Segmenter,
+    class_names: tuple[str, ...],
+    image_format: ImageFormat,
+) -> None:
     """Write the weights of a checkpoint of a run: "latest", "best" or a step. As `convert` else.
 
-    Running averages where the run keeps them, and no optimiser and no bank.
+    Running averages where the run keeps them, and no optimiser and no bank. `network` is the name
+    of `model`.
     """
     _require_usable(output)
-    if which == "init":
+    if checkpoint == "init":
         raise InputError("--checkpoint=init: what is converted of a run is latest, best or a step")
-    model, variables, step, _ = load_run(config, workdir, which)
+    shapes, mesh = segmenter.variable_shapes(model), sharding.make_mesh(jax.local_devices()[:1])
+    variables, step = load(workdir, checkpoint, shapes, mesh)
     weights = Weights(
-        networks=(config.model.name,),
+        networks=(network,),
         num_classes=model.num_classes,
         proj_dim=model.proj_dim,
-        class_names=label_map(dataset_spec(config)).names,
-        image_format=image_format(config),
+        class_names=class_names,
+        image_format=image_format,
         source=f"{workdir.absolute().name}, step {step}",
         sha256="",
     )

@@ -11,28 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from small import setup_of
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.data.audit.report import audit_run
 from contrastseg_jax.data.augment import resize_image
-from contrastseg_jax.data.dataset import dataset_spec, label_map, open_split
+from contrastseg_jax.data.dataset import open_split
 from contrastseg_jax.data.images import decode_image, decode_mask, encode_png
 from contrastseg_jax.data.labels import to_train_ids
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation import evaluate as evaluate_module
 from contrastseg_jax.evaluation.evaluate import (
-    compile_eval_step,
     evaluate,
     evaluate_run,
-    group_examples,
+    make_evaluator,
     network_logits,
     score,
 )
+from contrastseg_jax.evaluation.protocols import whole_image
 from contrastseg_jax.ops.resize import resize_bilinear
 from contrastseg_jax.parallel import device_memory, sharding
-from contrastseg_jax.setup.setup import image_format
-from contrastseg_jax.structs import Batch, ImageFormat, TrainState
-from contrastseg_jax.weights.load import inference_variables, load_run
+from contrastseg_jax.setup.resolve import load_network
+from contrastseg_jax.structs import Batch, TrainState
+from contrastseg_jax.weights.load import inference_variables
 
 SIZES = [(48, 64), (40, 75), (45, 61), (71, 33)]  # the first and the third share a batch
 
@@ -41,11 +42,9 @@ SIZES = [(48, 64), (40, 75), (45, 61), (71, 33)]  # the first and the third shar
 def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
     """Images of several sizes in batches of two, against one image at a time in NumPy."""
     config, workdir = trained
-    model, variables, step, mesh = load_run(config, workdir, "latest")
-    config = override(config, [f"data.short_side={short_side}"])
-    eval_step = compile_eval_step(config, model, mesh)
-    spec = dataset_spec(config)
-    (record, *_) = open_split(spec, "val")
+    setup = setup_of(override(config, [f"data.short_side={short_side}"]))
+    variables, step = load_network(setup, workdir, "latest")
+    (record, *_) = open_split(setup.data, "val")
     source = [
         record
         | {
@@ -56,16 +55,11 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
         }
         for size in SIZES
     ]
-    groups = group_examples(config, source, "val", mesh)
-    assert [group.example_ids for group in groups] == [[0, 2], [1], [3]]
-    results = evaluate(
-        *(config, eval_step, variables, source, groups, "val", step),
-        **{"mesh": mesh, "folder": tmp_path, "workdir": tmp_path},
-    )
+    evaluator = make_evaluator(setup, source, "val")
+    assert [group.example_ids for group in evaluator.groups] == [[0, 2], [1], [3]]
+    results = evaluate(evaluator, variables, step, folder=tmp_path, workdir=tmp_path)
     expected = np.zeros((3, 3), int)
-    logits_of = jax.jit(
-        lambda x: network_logits(variables, x, model=model, image_format=image_format(config))
-    )
+    logits_of = jax.jit(lambda x: network_logits(variables, x, setup=setup, protocol=whole_image))
     for record in source:
         image = decode_image(record["image"], "")
         scale = short_side / min(image.shape[:2]) if short_side else 1
@@ -75,7 +69,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
         padded[0, :height, :width] = cv2.resize(image, (width, height), interpolation=2)
         logits = resize_bilinear(logits_of(padded), padded_size)[:, :height, :width]
         prediction = np.argmax(resize_bilinear(logits, image.shape[:2]), -1)[0]
-        label = to_train_ids(decode_mask(record["label"], ""), label_map(spec), "")
+        label = to_train_ids(decode_mask(record["label"], ""), setup.classes, "")
         seen = label < 3
         np.add.at(expected, (label[seen], prediction[seen]), 1)
     difference = np.abs(expected - results["confusion"]).sum()
@@ -88,8 +82,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
 
 def test_resized_evaluations_send_nothing_but_their_counts(trained):
     """Rows of a batch are brought to the size of their labels where they are."""
-    config, workdir = trained
-    _, _, _, mesh = load_run(config, workdir, "latest")
+    mesh = setup_of(trained[0]).mesh
     split, sizes = sharding.split(mesh), np.full((2, 2), 20, np.int32)
     label = np.zeros((2, 40, 40), np.uint8)
     image, row = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int32)
@@ -102,13 +95,12 @@ def test_resized_evaluations_send_nothing_but_their_counts(trained):
 
 def test_the_projection_head_is_not_computed(trained):
     config, workdir = trained
-    model, variables, _, mesh = load_run(config, workdir, "latest")
+    setup = setup_of(config)
+    variables, _ = load_network(setup, workdir, "latest")
     assert "proj_head" in variables["params"]
     image = np.zeros((2, 64, 64, 3), np.uint8)
     text = jax.jit(
-        lambda variables, image: network_logits(
-            variables, image, model=model, image_format=ImageFormat((0.0,) * 3, (1.0,) * 3)
-        )
+        lambda variables, image: network_logits(variables, image, setup=setup, protocol=whole_image)
     ).lower(variables, image)
     assert "proj_head" not in text.as_text(debug_info=True)
 
@@ -116,29 +108,27 @@ def test_the_projection_head_is_not_computed(trained):
 def test_a_network_that_is_lost_is_not_scored(trained, tmp_path):
     """Its logits are NaN, of which argmax makes class 0."""
     config, workdir = trained
-    model, variables, step, mesh = load_run(config, workdir, "latest")
-    eval_step = compile_eval_step(config, model, mesh)
+    setup = setup_of(config)
+    variables, step = load_network(setup, workdir, "latest")
+    evaluator = make_evaluator(setup, open_split(setup.data, "val"), "val")
     for value in (np.nan, np.inf):
         variables["params"]["cls_head"]["conv2"]["kernel"] = np.full((1, 1, 4, 3), value)
         with pytest.raises(FloatingPointError, match="after 6 steps.* 1 of its .*cls_head/conv2"):
-            evaluate(
-                *(config, eval_step, variables, [], [], "val", step),
-                **{"mesh": mesh, "folder": tmp_path, "workdir": workdir},
-            )
+            evaluate(evaluator, variables, step, folder=tmp_path, workdir=workdir)
     assert not list(tmp_path.iterdir())
 
 
 def test_averaged_parameters_are_used_where_kept():
     state = TrainState(0, {"x": 1}, {"y": 2}, None)
-    assert inference_variables(state) == {"params": {"x": 1}, "batch_stats": {"y": 2}}
+    assert inference_variables(state, None) == {"params": {"x": 1}, "batch_stats": {"y": 2}}
     averages = {"params": {"x": 3}, "batch_stats": {"y": 4}}
-    assert inference_variables(state.replace(ema=averages)) == averages
+    assert inference_variables(state.replace(ema=averages), None) == averages
 
 
 def test_evaluate_run_writes_scores_and_pictures(trained, caplog):
     caplog.set_level("INFO", "contrastseg_jax")
     config, workdir = trained
-    evaluate_run(config, workdir, "best", "train")
+    evaluate_run(setup_of(config), workdir, "best", "train")
     assert "ignored: 255\n  0->0->0 class_0  1->1->1 class_1" in caplog.text
     assert "train: 6 images are evaluated in 3 batches" in caplog.text
     assert "the network is compiled for 1 size of them" in caplog.text
@@ -160,7 +150,7 @@ def test_an_evaluation_with_an_output_leaves_the_workdir_as_it_is(trained, tmp_p
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     config, workdir = trained
     before, output = contents(workdir), tmp_path / "scores"
-    evaluate_run(config, workdir, "latest", "val", output)
+    evaluate_run(setup_of(config), workdir, "latest", "val", output)
     assert contents(workdir) == before
     assert {path.name for path in output.iterdir()} == {"metrics.json", "index.html", "000000.png"}
     scores = json.loads((output / "metrics.json").read_text())
@@ -171,7 +161,7 @@ def test_a_misspelt_checkpoint_is_named_before_data_are_read(trained, monkeypatc
     config, workdir = trained
     monkeypatch.setattr(evaluate_module, "open_split", lambda *_: pytest.fail("read"))
     with pytest.raises(InputError, match="--checkpoint=lastest: must be latest, best or one of"):
-        evaluate_run(config, workdir, "lastest", "val")
+        evaluate_run(setup_of(config), workdir, "lastest", "val")
 
 
 @pytest.mark.parametrize("audited", [False, True])
@@ -192,7 +182,7 @@ def test_classes_that_are_never_predicted_are_named_with_weights(
         return jnp.zeros((*image.shape[:3], 3)).at[..., 0].set(1.0)
 
     monkeypatch.setattr(evaluate_module, "network_logits", logits)
-    evaluate_run(config, workdir, "latest", "train")
+    evaluate_run(setup_of(config), workdir, "latest", "train")
     (line,) = [line for line in caplog.messages if "never predicted" in line]
     assert line.startswith("labelled but never predicted: class_1, class_2; class weights may help")
     advice = f'--config.loss.class_weights="({weights})"' if audited else "--mode=audit"
@@ -206,7 +196,7 @@ def test_classes_that_are_never_predicted_are_named_with_weights(
 def test_a_split_that_is_absent_is_named(trained):
     config, workdir = trained
     with pytest.raises(InputError, match="no split 'test', only train, val"):
-        evaluate_run(config, workdir, "latest", "test")
+        evaluate_run(setup_of(config), workdir, "latest", "test")
     assert not list(workdir.glob("eval/*_test"))
 
 
@@ -214,7 +204,7 @@ def test_an_image_for_which_memory_is_missing_is_named_before_all_work(trained, 
     config, workdir = trained
     monkeypatch.setattr(device_memory, "free_bytes", lambda: 1000)
     with pytest.raises(InputError) as error:
-        evaluate_run(config, workdir, "latest", "train")
+        evaluate_run(setup_of(config), workdir, "latest", "train")
     assert re.fullmatch(
         r"train, image 000000: to evaluate 2 at a time, padded to 64x64 pixels, takes 0\.\d GiB"
         r" of memory, 0\.0 GiB are free; lower eval\.batch_size or data\.short_side, or cut it"
@@ -223,10 +213,12 @@ def test_an_image_for_which_memory_is_missing_is_named_before_all_work(trained, 
     )
 
 
-def test_load_run_restores_on_other_devices(trained):
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_network_is_loaded_on_any_devices(trained, num_devices):
     config, workdir = trained
-    settings = ["eval.batch_size=1"]
-    _, variables, step, mesh = load_run(override(config, settings), workdir, "4")
-    assert step == 4 and mesh.size == 2
+    setup = setup_of(config, num_devices)
+    variables, step = load_network(setup, workdir, "4")
+    assert step == 4 and setup.mesh.size == num_devices
+    assert set(variables) == {"params", "batch_stats"}
     leaf = jax.tree.leaves(variables)[0]
-    assert leaf.sharding == sharding.replicated(mesh)
+    assert leaf.sharding == sharding.replicated(setup.mesh)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 from PIL import ExifTags, Image
-from small import make_config
+from small import make_config, setup_of
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.config.tree import replaced
@@ -20,6 +20,10 @@ from contrastseg_jax.evaluation import predict
 from contrastseg_jax.evaluation.inputs import find_images
 from contrastseg_jax.evaluation.predict import predict_image, predict_run
 from contrastseg_jax.parallel import device_memory
+
+
+def on_one_device(config, workdir):
+    return setup_of(config, num_devices=1), workdir
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def photos(trained, tmp_path):
 def test_a_folder_with_one_corrupt_file(trained, photos, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(InputError, match="1 problem in .*photos") as error:
-        predict_run(*trained, "latest", [str(photos)], output)
+        predict_run(*on_one_device(*trained), "latest", [str(photos)], output)
     assert "bad.png: unreadable image file" in str(error.value)
     written = sorted(path.relative_to(output).as_posix() for path in output.rglob("*.*"))
     assert written == [
@@ -55,7 +59,7 @@ def test_a_folder_with_one_corrupt_file(trained, photos, tmp_path):
 
 
 def test_one_file(trained, photos, tmp_path):
-    predict_run(*trained, "best", [str(photos / "a.png")], tmp_path / "out")
+    predict_run(*on_one_device(*trained), "best", [str(photos / "a.png")], tmp_path / "out")
     assert (tmp_path / "out" / "masks" / "a.png").exists()
 
 
@@ -66,7 +70,7 @@ def test_a_photograph_that_viewers_turn_is_taken_as_stored_and_said_to_be(
     note = Image.Exif()
     note[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (50, 41)).save(tmp_path / "x.jpg", exif=note)
-    predict_run(*trained, "latest", [str(tmp_path / "x.jpg")], tmp_path / "out")
+    predict_run(*on_one_device(*trained), "latest", [str(tmp_path / "x.jpg")], tmp_path / "out")
     assert "1 of them taken as stored, which EXIF data ask viewers to turn" in caplog.text
     with Image.open(tmp_path / "out" / "masks" / "x.png") as mask:
         assert mask.size == (50, 41)
@@ -80,7 +84,9 @@ def test_a_photograph_is_turned_where_that_is_asked_for(trained, tmp_path, caplo
     note[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (50, 41)).save(tmp_path / f"x.{suffix}", exif=note)
     config = replaced(config, {"data.exif_orientation": "applied"})
-    predict_run(config, workdir, "latest", [str(tmp_path / f"x.{suffix}")], tmp_path / "out")
+    predict_run(
+        *on_one_device(config, workdir), "latest", [str(tmp_path / f"x.{suffix}")], tmp_path / "out"
+    )
     assert "EXIF" not in caplog.text
     for result in ("masks/x.png", "overlays/x.jpg"):
         with Image.open(tmp_path / "out" / result) as picture:
@@ -97,14 +103,14 @@ def test_sizes_are_those_that_the_network_will_see(tmp_path, caplog, suffix, rul
     files = {name: tmp_path / f"{name}.{suffix}" for name in ("turned", "upright")}
     Image.new("RGB", (90, 40)).save(files["turned"], exif=note)
     Image.new("RGB", (40, 90)).save(files["upright"])
-    predict._by_size(make_config(f"data.exif_orientation={rule}"), files)
+    predict._by_size(setup_of(make_config(f"data.exif_orientation={rule}")), files)
     assert f"2 images to predict; the network is compiled for {number} padded size" in caplog.text
 
 
 def test_the_input_folder_may_hold_the_output(trained, photos):
     output = photos / "out"
     (photos / "bad.png").unlink()
-    predict_run(*trained, "latest", [str(photos)], output)
+    predict_run(*on_one_device(*trained), "latest", [str(photos)], output)
     assert sorted(find_images([str(photos)], output).files) == ["a", "trip/b"]
 
 
@@ -121,11 +127,11 @@ def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
         return jax.numpy.asarray(logits)
 
     image = np.zeros((40, 64, 3), np.uint8)
-    prediction = predict_image(config, logits_fn, {}, image)
+    prediction = predict_image(setup_of(config), logits_fn, {}, image)
     assert seen == [(1, 64, 64, 3)]
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
     half = override(config, ["data.short_side=20"])
-    prediction = predict_image(half, logits_fn, {}, image)
+    prediction = predict_image(setup_of(half), logits_fn, {}, image)
     assert seen[1] == (1, 32, 32, 3) and prediction.shape == (40, 64)
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
 
@@ -149,7 +155,7 @@ def test_what_one_file_costs_does_not_end_a_folder(trained, photos, tmp_path, mo
 
     monkeypatch.setattr(predict, "resize_image", fail)
     with pytest.raises(InputError) as error:
-        predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
+        predict_run(*on_one_device(*trained), "latest", [str(photos)], tmp_path / "out")
     title, *lines = str(error.value).splitlines()
     assert title == f"4 problems in {photos}:"
     told = {re.search(r"/(\w)\w*\.(\w+): ", line).groups(): line for line in lines}
@@ -171,7 +177,7 @@ def test_an_image_for_which_memory_is_missing_is_told_before_it_is_used(
     (photos / "bad.png").unlink()
     monkeypatch.setattr(device_memory, "free_bytes", lambda: 1000)
     with pytest.raises(InputError) as error:
-        predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
+        predict_run(*on_one_device(*trained), "latest", [str(photos)], tmp_path / "out")
     title, *lines = str(error.value).splitlines()
     assert title == f"2 problems in {photos}:"
     for name, line in zip(("a.png", "trip/b.jpg"), sorted(lines), strict=True):
@@ -187,7 +193,7 @@ def test_a_full_disk_ends_it_and_what_was_left_is_named(trained, photos, tmp_pat
     (photos / "bad.png").unlink()
     monkeypatch.setattr(predict, "write_atomically", fail)
     with pytest.raises(InputError, match="(?s)2 problems in .*No space left on.*: not pred"):
-        predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
+        predict_run(*on_one_device(*trained), "latest", [str(photos)], tmp_path / "out")
 
 
 def test_an_overlay_too_long_for_a_jpeg_is_a_png(trained, tmp_path, monkeypatch, caplog):
@@ -195,7 +201,7 @@ def test_an_overlay_too_long_for_a_jpeg_is_a_png(trained, tmp_path, monkeypatch,
     monkeypatch.setattr(predict, "JPEG_SIDE", 50)
     for name, width in (("long", 51), ("short", 50)):
         Image.new("RGB", (width, 20)).save(tmp_path / f"{name}.png")
-    predict_run(*trained, "latest", [str(tmp_path / "*.png")], tmp_path / "out")
+    predict_run(*on_one_device(*trained), "latest", [str(tmp_path / "*.png")], tmp_path / "out")
     overlays = sorted(path.name for path in (tmp_path / "out" / "overlays").iterdir())
     assert overlays == ["long.png", "short.jpg"]
     assert "1 of the overlays are PNG: a side is too long for a JPEG" in caplog.text
@@ -205,7 +211,7 @@ def test_masks_of_something_else_are_not_replaced(trained, photos, tmp_path):
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "a.png").write_bytes(b"drawn by hand")
     with pytest.raises(InputError, match="masks holds files that are no prediction's"):
-        predict_run(*trained, "latest", [str(photos)], tmp_path)
+        predict_run(*on_one_device(*trained), "latest", [str(photos)], tmp_path)
     assert (tmp_path / "masks" / "a.png").read_bytes() == b"drawn by hand"
 
 
@@ -213,7 +219,7 @@ def test_an_output_that_cannot_be_written_is_found_at_the_start(trained, photos,
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "overlays").touch()
     with pytest.raises(InputError, match="--output=.*out: cannot be written .*File exists"):
-        predict_run(*trained, "latest", [str(photos)], tmp_path / "out")
+        predict_run(*on_one_device(*trained), "latest", [str(photos)], tmp_path / "out")
     assert not (tmp_path / "out" / "masks" / "a.png").exists()
 
 

@@ -7,12 +7,11 @@ from paths import ROOT
 
 from contrastseg_jax.config.load import load
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.setup.setup import build_model
+from contrastseg_jax.setup.resolve import initial_variables, resolve
 from contrastseg_jax.structs import IGNORE_LABEL, Batch
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import init_state, state_sharding
 from contrastseg_jax.training.train_step import compile_step
-from contrastseg_jax.weights.load import initial_variables
 
 SETTINGS = (
     "data.name=synthetic",
@@ -58,15 +57,18 @@ def make_batch(seed=0, size=4, num_classes=3):
     return Batch(image, label, np.arange(size, dtype=np.int32), np.ones(size, bool))
 
 
-def start(config, num_devices=2, num_classes=3):
+def setup_of(config, num_devices=2):
+    """What a config means on some of the test's devices."""
+    return resolve(config, jax.devices()[:num_devices])
+
+
+def start(config, num_devices=2):
     """The compiled step, the state at step 0 and the mesh of a config."""
-    mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    model = build_model(config, num_classes)
+    setup = setup_of(config, num_devices)
     tx, _ = build_optimizer(config)
-    variables = initial_variables(config, model)
-    state = init_state(config, model, tx, variables)
-    state = jax.device_put(state, state_sharding(config, state, mesh))
-    return compile_step(config, model, tx, mesh), state, mesh
+    state = init_state(setup, tx, initial_variables(setup))
+    state = jax.device_put(state, state_sharding(setup, state, setup.mesh))
+    return compile_step(setup, tx), state, setup.mesh
 
 
 def run_steps(config, num_devices=2, num_steps=3):

@@ -17,14 +17,13 @@ import toy  # noqa: F401
 from contrastseg_jax.training import progress
 
 
-def log_and_signal(log_interval, at, number):
-    """`log_interval`, and after step `at` the signal."""
+def log_and_signal(log_progress, at, number):
+    """`log_progress`, and after step `at` the signal."""
 
-    def log(config, workdir, board, step, *rest):
-        result = log_interval(config, workdir, board, step, *rest)
+    def log(run_progress, step):
+        log_progress(run_progress, step)
         if step == at:
             os.kill(os.getpid(), number)
-        return result
 
     return log
 
@@ -32,5 +31,5 @@ def log_and_signal(log_interval, at, number):
 step, _, rest = os.environ.get("SIGNAL_AT", "").partition(":")
 name, _, process = rest.partition(":")
 if step and (not process or f"--process_id={process}" in sys.argv):
-    progress.log_interval = log_and_signal(progress.log_interval, int(step), signal.Signals[name])
+    progress.log_progress = log_and_signal(progress.log_progress, int(step), signal.Signals[name])
 runpy.run_path(str(Path(__file__).parents[2] / "main.py"), run_name="__main__")

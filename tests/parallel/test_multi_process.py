@@ -116,6 +116,6 @@ def test_an_evaluation_that_fails_in_one_process_ends_none(prepared_dir, tmp_pat
     statuses, messages = ended(start([arguments, failing], num_processes=2))
     assert statuses == [0, 0], messages
     for text in messages:
-        assert "step 6: the evaluation failed, and the run goes on: in process 1: x.png" in text
+        assert "step 6: the evaluation failed, and training continues: in process 1: x.png" in text
     saved = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert "6" in saved and not (workdir / "eval" / "6" / "metrics.json").exists()

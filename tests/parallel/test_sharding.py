@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from small import make_batch, make_config, start
+from small import make_batch, make_config, setup_of, start
 
 from contrastseg_jax.parallel import sharding
+from contrastseg_jax.training.state import state_sharding
 
 
 def test_each_device_holds_its_rows_of_a_batch():
@@ -52,11 +53,11 @@ def test_the_mesh_has_the_order_of_processes():
 
 def test_large_parameters_are_split_along_their_longest_axis():
     mesh = sharding.make_mesh()
-    config = make_config()
-    _, state, _ = start(config)
-    whole = sharding.state_sharding(mesh, state, split_memory=False, fsdp=False)
+    _, state, _ = start(make_config())
+    whole = state_sharding(setup_of(make_config()), state, mesh)
     assert all(place.is_fully_replicated for place in jax.tree.leaves(whole))
-    parts = sharding.state_sharding(mesh, state, split_memory=True, fsdp=True)
+    in_parts = make_config("memory.sharding=slots", "parallel.fsdp=True")
+    parts = state_sharding(setup_of(in_parts), state, mesh)
     for x, place in _pairs(state.params, parts.params):
         shard = place.shard_shape(x.shape)
         if x.size < sharding.SMALL:

@@ -74,7 +74,7 @@ def test_a_run_goes_on_through_stops_and_kills_on_other_numbers_of_processes(
     for index in (0, 1, 3):
         ends = (f"error: process {index} of 4: ", "Terminating process because the JAX")
         assert any(text in messages[index] for text in ends), messages
-    assert f"going on after step {stopped} of 12" in messages[0]
+    assert f"resuming from step {stopped} of 12" in messages[0]
 
     monkeypatch.delenv("SIGNAL_AT")
     result = run(arguments, num_devices=2)
@@ -111,7 +111,7 @@ def test_a_run_of_which_a_process_was_killed_ends_bit_for_bit_as_if_it_was_not(
     monkeypatch.delenv("SIGNAL_AT")
     statuses, messages = ended(start(arguments, num_processes=2))
     assert statuses == [0, 0], messages
-    assert "going on after step" in messages[0]
+    assert "resuming from step" in messages[0]
     assert losses(killed) == losses(whole)
     expected, got = final_state(whole), final_state(killed)
     assert got.keys() == expected.keys()

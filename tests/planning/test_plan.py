@@ -14,7 +14,7 @@ import needs
 import pytest
 from jax.sharding import PartitionSpec
 from paths import ROOT
-from small import make_config, start
+from small import make_config, setup_of, start
 
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.parallel import sharding
@@ -23,7 +23,6 @@ from contrastseg_jax.planning.plan import plan_run
 from contrastseg_jax.planning.report import Compiled, Plan, report
 from contrastseg_jax.planning.topology import find_topology
 from contrastseg_jax.setup.preflight import check
-from contrastseg_jax.setup.setup import build_model
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state
 
@@ -71,8 +70,8 @@ def two_devices(tmp_path_factory):
 def test_parts_of_the_state_are_as_large_as_they_will_be(sharding):
     config = make_config(*BANK, f"memory.sharding={sharding}", "optim.ema_decay=0.9")
     _, state, mesh = start(config)
-    model, (tx, _) = build_model(config, 3), build_optimizer(config)
-    found = plan.held_bytes(config, abstract_state(config, model, tx), mesh)
+    setup, (tx, _) = setup_of(config), build_optimizer(config)
+    found = plan.held_bytes(setup, abstract_state(setup, tx), mesh)
     on_device = jax.tree.map(lambda x: x.addressable_shards[0].data, state)
     held = {
         "parameters": on_device.params,
@@ -257,8 +256,8 @@ def test_what_the_compiler_finds_no_room_for_does_not_fit(two_devices, monkeypat
 
 def test_the_walk_over_candidates_is_counted():
     """8 images of 24 anchors, 3 classes of 80 slots: 192 anchors meet 432 candidates."""
-    flops = plan.contrast_flops(make_config(*BANK), 3)
+    flops = plan.contrast_flops(setup_of(make_config(*BANK)))
     assert flops == 4 * 192 * 16 * (432 + 432 / 3 + 192)
-    assert plan.contrast_flops(make_config(variant="ce"), 3) == 0
+    assert plan.contrast_flops(setup_of(make_config(variant="ce"))) == 0
     some = make_config(*BANK, "contrast.negatives=semi_hard", "contrast.num_negatives=8")
-    assert plan.contrast_flops(some, 3) == 4 * 192 * 16 * (80 + 432 / 3 + 192)
+    assert plan.contrast_flops(setup_of(some)) == 4 * 192 * 16 * (80 + 432 / 3 + 192)

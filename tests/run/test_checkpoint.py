@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small import make_config, start
+from small import make_config, setup_of, start
 
 from contrastseg_jax import files
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run import checkpoint
 from contrastseg_jax.run.workdir import evaluation_folder
-from contrastseg_jax.setup.setup import build_model
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state
@@ -37,9 +36,8 @@ def run():
     return config, state, mesh
 
 
-def abstract(config, num_classes=3):
-    model, (tx, _) = build_model(config, num_classes), build_optimizer(config)
-    return abstract_state(config, model, tx)
+def abstract(config):
+    return abstract_state(setup_of(config), build_optimizer(config)[0])
 
 
 def tiny_state(step, mesh=None):
@@ -142,10 +140,8 @@ def test_a_bank_may_be_restored_to_another_layout(tmp_path):
     config = make_config("memory.sharding=slots")
     _, state, mesh = start(config)
     assert not state.memory.pixel.is_fully_replicated
-    everywhere, split = (
-        sharding.state_sharding(mesh, state, split_memory=split, fsdp=False)
-        for split in (False, True)
-    )
+    everywhere = sharding.everywhere(mesh, state)
+    split = everywhere.replace(memory=sharding.slots_sharding(mesh, state.memory))
     save_all(tmp_path, [0], state_of=lambda _: state)
     assert checkpoint.find_whole(tmp_path, "latest") == 0
     whole = checkpoint.restore(tmp_path, 0, abstract(config), everywhere)

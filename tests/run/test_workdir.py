@@ -4,27 +4,27 @@ import pytest
 
 from contrastseg_jax.config.load import override, schema
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.run.workdir import claim, read_config
+from contrastseg_jax.run.workdir import read_config, record_config
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
     config = override(schema(), ["seed=1", "data.class_names=('a', 'b')"])
-    claim(tmp_path, config)
-    claim(tmp_path, config)
+    record_config(tmp_path, config)
+    record_config(tmp_path, config)
     assert read_config(tmp_path) == config
     moved = read_config(tmp_path, ["data.root=/elsewhere"])
     assert moved.data.root == "/elsewhere"
     other = override(config, ["seed=2", "contrast.temperature=0.2"])
-    claim(tmp_path, other)  # nothing was trained yet, so nothing is lost
-    claim(tmp_path, config)
+    record_config(tmp_path, other)  # nothing was trained yet, so nothing is lost
+    record_config(tmp_path, config)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     with pytest.raises(InputError) as error:
-        claim(tmp_path, other)
+        record_config(tmp_path, other)
     assert "seed = 2: the run has 1" in str(error.value)
     assert "contrast.temperature = 0.2: the run has 0.1" in str(error.value)
     other = override(config, ["model.init_from=/w", "model.channel_order=BGR"])
     with pytest.raises(InputError, match="(?s)1 problem .*model.init_from = '/w': the run has ''"):
-        claim(tmp_path, other)
+        record_config(tmp_path, other)
     with pytest.raises(InputError, match="seed = 3: the run has 1"):
         read_config(tmp_path, ["seed=3"])
 
@@ -34,7 +34,7 @@ def test_foreign_and_damaged_workdirs(tmp_path):
         read_config(tmp_path)
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     with pytest.raises(InputError, match="has checkpoints but no config.json"):
-        claim(tmp_path, schema())
+        record_config(tmp_path, schema())
     (tmp_path / "config.json").write_text('{"seed": 0')
     with pytest.raises(InputError, match="config.json: not a config"):
         read_config(tmp_path)
@@ -45,6 +45,6 @@ def test_foreign_and_damaged_workdirs(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 7}')  # written before the other settings came
     assert read_config(tmp_path) == override(schema(), ["seed=7"])
     with pytest.raises(InputError, match=r"contrast.temperature = 0.2: the run has 0\.1"):
-        claim(tmp_path, override(schema(), ["seed=7", "contrast.temperature=0.2"]))
+        record_config(tmp_path, override(schema(), ["seed=7", "contrast.temperature=0.2"]))
     with pytest.raises(InputError, match="config.json: is a file"):
-        claim(tmp_path / "config.json", schema())
+        record_config(tmp_path / "config.json", schema())

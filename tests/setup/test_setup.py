@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from paths import ROOT
-from small import make_config
+from small import make_config, setup_of
 
 from contrastseg_jax.config.load import load, override
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.run.compilation_cache import keep_compiled
-from contrastseg_jax.setup.setup import build_model, num_anchors, num_cells, pad_color
+from contrastseg_jax.setup.resolve import build_model, image_format, num_anchors, num_cells
+from contrastseg_jax.setup.setup import pad_color
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state
 
@@ -25,8 +26,7 @@ def test_state_holds_what_the_variant_needs():
         ("memory", True, True),
     ):
         config = make_config(variant=variant)
-        model, (tx, _) = build_model(config, 3), build_optimizer(config)
-        state = abstract_state(config, model, tx)
+        state = abstract_state(setup_of(config), build_optimizer(config)[0])
         assert ("proj_head" in state.params) == has_head
         assert (state.memory is not None) == has_bank
         assert state.ema is None
@@ -74,8 +74,7 @@ def test_all_but_the_backbone_takes_longer_steps(name):
 
 def test_bank_has_the_sizes_of_the_config():
     config = make_config("memory.dtype=bfloat16", "memory.segment_size=0")
-    model, (tx, _) = build_model(config, 3), build_optimizer(config)
-    bank = abstract_state(config, model, tx).memory
+    bank = abstract_state(setup_of(config), build_optimizer(config)[0]).memory
     assert bank.pixel.shape == (3, 16, 16) and bank.pixel.dtype == "bfloat16"
     assert bank.segment.shape == (3, 0, 16)
 
@@ -169,4 +168,4 @@ def test_where_compiled_programs_are_kept(
 
 
 def test_padding_is_the_mean_colour():
-    assert pad_color(make_config()) == (124, 116, 104)
+    assert pad_color(image_format(make_config())) == (124, 116, 104)

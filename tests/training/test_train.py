@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from paths import ROOT
-from small import make_batch, make_config
+from small import make_batch, make_config, setup_of
 
 from contrastseg_jax.data import pictures, pipeline
 from contrastseg_jax.errors import InputError
@@ -18,8 +18,10 @@ from contrastseg_jax.evaluation import evaluate as evaluate_module
 from contrastseg_jax.parallel import processes, sharding
 from contrastseg_jax.report import curves
 from contrastseg_jax.structs import TrainState
+from contrastseg_jax.training import feed, score
 from contrastseg_jax.training import train as train_module
-from contrastseg_jax.training.train import is_due, take_steps
+from contrastseg_jax.training.feed import take_steps
+from contrastseg_jax.training.start import is_due
 
 
 def test_is_due_every_period_and_at_the_end():
@@ -60,8 +62,8 @@ def test_waiting_for_data_is_what_no_step_hides(monkeypatch, of_batch, of_step, 
             return SimpleNamespace(result=result)
 
     thread = contextlib.nullcontext(Thread())
-    monkeypatch.setattr(train_module, "ThreadPoolExecutor", lambda _: thread)
-    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(feed, "ThreadPoolExecutor", lambda _: thread)
+    monkeypatch.setattr(feed, "time", SimpleNamespace(monotonic=lambda: now[0]))
     mesh = sharding.make_mesh(jax.devices()[:1])
     state = TrainState(jnp.zeros((), jnp.int32), *[None] * 5)
     taken = list(take_steps(step_fn, state, batches(), mesh))
@@ -93,15 +95,15 @@ def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for
 
     with monkeypatch.context() as patch:
         patch.setattr(processes, "noted_sigterm", noted_sigterm)
-        patch.setattr(train_module, "evaluate", evaluate)
+        patch.setattr(score, "evaluate", evaluate)
         with pytest.raises(SystemExit) as stopped:
-            train_module.train(config, tmp_path / "run")
+            train_module.train(setup_of(config), tmp_path / "run")
     assert stopped.value.code == 143
     workdir = tmp_path / "run"
     assert not (workdir / "eval" / "3" / "metrics.json").exists()
     assert (workdir / "checkpoints" / "3").is_dir()
 
-    train_module.train(config, workdir)
+    train_module.train(setup_of(config), workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val/mean_iou" in line] == [3, 6]
 
@@ -124,14 +126,14 @@ def test_an_evaluation_that_fails_is_a_warning_and_comes_after_the_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "eval_batches", bad_batches)
-        train_module.train(config, workdir)
-        train_module.train(config, workdir)  # tries again, and does not end either
-    assert "step 3: the evaluation failed, and the run goes on: x.png: is damaged" in caplog.text
+        train_module.train(setup_of(config), workdir)
+        train_module.train(setup_of(config), workdir)  # tries again, and does not end either
+    assert "step 3: the evaluation failed, and training continues: x.png: is damaged" in caplog.text
     assert caplog.text.count("step 6: the evaluation failed") == 2
     assert "3" in saved[0] and "6" in saved[1]  # at least begun
     assert val_steps(workdir) == []
 
-    train_module.train(config, workdir)
+    train_module.train(setup_of(config), workdir)
     assert val_steps(workdir) == [6]
     assert not list((workdir / "checkpoints").glob("*damaged*"))
 
@@ -148,7 +150,7 @@ def test_a_state_that_a_step_has_lost_is_not_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_module, "take_steps", spoilt_steps)
     with pytest.raises(FloatingPointError, match="the state after step 6 is not finite"):
-        train_module.train(config, workdir)
+        train_module.train(setup_of(config), workdir)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4"}
 
 
@@ -161,7 +163,7 @@ def test_pictures_and_curves_that_fail_are_warnings(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(pictures, "save_panel", fail)
     monkeypatch.setattr(curves, "save_curves", fail)
     workdir = tmp_path / "run"
-    train_module.train(config, workdir)
+    train_module.train(setup_of(config), workdir)
     assert val_steps(workdir) == [3]
     for name in ("eval/3/000000.png", "curves.png"):
         assert f"{workdir / name}: ValueError: no picture; going on without it" in caplog.text
@@ -179,7 +181,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_the_same(traine
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    train_module.train(config, workdir)
+    train_module.train(setup_of(config), workdir)
     kept = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert kept == {"4", "6", "6.damaged"}
     digests = [

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import make_batch, make_config, run_steps, start
+from small import make_batch, make_config, run_steps, setup_of, start
 
 from contrastseg_jax.contrast.anchors import sample_anchors
+from contrastseg_jax.objectives import pixel_contrast
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.training import train_step
 
@@ -60,10 +61,10 @@ def test_as_many_anchors_are_sampled_as_the_map_has_sixteenths(monkeypatch):
         sampled.append(sample_anchors(*arguments, **settings))
         return sampled[-1]
 
-    monkeypatch.setattr(train_step, "sample_anchors", sample)
+    monkeypatch.setattr(pixel_contrast, "sample_anchors", sample)
     config = make_config("contrast.anchors_per_image=0", "augment.crop_size=(64, 128)")
     step_fn, state, mesh = start(config)
-    jax.eval_shape(step_fn, state, train_step.batch_shape(config, mesh))
+    jax.eval_shape(step_fn, state, train_step.batch_shape(setup_of(config)))
     assert {anchors.embedding.shape for anchors in sampled} == {(4, 16 * 32 // 16, 16)}
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
+from small import setup_of
 from state_dicts import backbone_of, tiny
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.setup.setup import build_model
+from contrastseg_jax.setup.resolve import initial_variables, load_network
 from contrastseg_jax.structs import IMAGENET
 from contrastseg_jax.weights import parity, pretrained
 from contrastseg_jax.weights.convert import convert, convert_run
-from contrastseg_jax.weights.load import initial_variables, load_run
 from contrastseg_jax.weights.torch_names import flax_variables
 
 
@@ -204,28 +204,34 @@ def test_an_empty_folder_is_filled_not_replaced(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, capsys, caplog):
     config, workdir = trained
-    convert_run(config, workdir, "4", tmp_path / "out")
+    setup = setup_of(config)
+    settings = {
+        "network": "toy",
+        "model": setup.model,
+        "class_names": setup.classes.names,
+        "image_format": setup.image_format,
+    }
+    convert_run(workdir, "4", tmp_path / "out", **settings)
     assert "run, step 4: toy with 3 classes and a projection head of 16" in (
         capsys.readouterr().out
     )
     config = override(config, [f"model.init_from={tmp_path / 'out'}"])
-    model = build_model(config, 3)
-    _, expected, *_ = load_run(config, workdir, "4")
-    started = initial_variables(config, model, whole=True)
+    expected, _ = load_network(setup, workdir, "4")
+    started = initial_variables(setup_of(config), whole=True)
     jax.tree.map(np.testing.assert_array_equal, started, jax.device_get(expected))
     assert pretrained.read(tmp_path / "out", "toy").image_format == IMAGENET
     names = ["data.name=folder", "data.class_names=('a', 'b', 'c')"]
     renamed = override(config, names)
-    initial_variables(renamed, model)
+    initial_variables(setup_of(renamed))
     assert "its classes were class_0, class_1, class_2: the last layer is kept" in caplog.text
     caplog.clear()
     other = override(renamed, ["model.name=toy_ocr"])
-    initial_variables(other, build_model(other, 3))  # takes the backbone alone
+    initial_variables(setup_of(other))  # takes the backbone alone
     assert "the last layer is kept" not in caplog.text
     with pytest.raises(InputError, match="classes class_0, class_1, class_2, the data set has a, "):
-        initial_variables(renamed, model, whole=True)
+        initial_variables(setup_of(renamed), whole=True)
     with pytest.raises(InputError, match="init: what is converted of a run is latest, best or a"):
-        convert_run(config, workdir, "init", tmp_path / "other")
+        convert_run(workdir, "init", tmp_path / "other", **settings)
     with pytest.raises(InputError, match="--checkpoint=5: must be latest, best"):
-        convert_run(config, workdir, "5", tmp_path / "other")
+        convert_run(workdir, "5", tmp_path / "other", **settings)
     assert not (tmp_path / "other").exists()

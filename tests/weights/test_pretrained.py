@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from small import make_config
+from small import make_config, setup_of
 from state_dicts import backbone_of, tiny
 
 from contrastseg_jax.config.load import override
@@ -16,12 +16,17 @@ from contrastseg_jax.errors import InputError
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.run.workdir import refuse_differences
 from contrastseg_jax.setup.preflight import check, weights_problems
-from contrastseg_jax.setup.setup import build_model, follow_weights, image_format, log, pad_color
+from contrastseg_jax.setup.resolve import (
+    adopt_image_format,
+    image_format,
+    initial_variables,
+    log,
+)
+from contrastseg_jax.setup.setup import pad_color
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import init_state
 from contrastseg_jax.weights import pretrained
 from contrastseg_jax.weights.convert import convert
-from contrastseg_jax.weights.load import initial_variables
 from contrastseg_jax.weights.torch_names import flax_variables, merge
 
 
@@ -37,13 +42,12 @@ def whole(tmp_path_factory):
     return converted(tmp_path_factory.mktemp("whole"), tiny(num_classes=3, proj_dim=16))
 
 
-def start(folder, *overrides, num_classes=3, variant="memory"):
+def start(folder, *overrides, variant="memory"):
     config = make_config(
         "model.name=hrnet_tiny", f"model.init_from={folder}", *overrides, variant=variant
     )
-    model = build_model(config, num_classes)
-    fresh = segmenter.init_variables(model, config.seed)
-    return initial_variables(config, model), fresh
+    setup = setup_of(config)
+    return initial_variables(setup), segmenter.init_variables(setup.model, config.seed)
 
 
 def assert_same(one, other):
@@ -58,7 +62,7 @@ def test_a_whole_network_is_taken_as_it_is(whole):
 
 def test_other_classes_and_embeddings_leave_the_last_layers_fresh(whole, caplog):
     caplog.set_level("INFO", pretrained.log.name)
-    variables, fresh = start(whole, "model.proj_dim=8", num_classes=5)
+    variables, fresh = start(whole, "model.proj_dim=8", "data.synthetic.num_classes=5")
     given = flax_variables(tiny(num_classes=3, proj_dim=16))
     for collection, parts in given.items():
         assert_same(variables[collection]["backbone"], parts["backbone"])
@@ -84,9 +88,9 @@ def test_on_another_head_only_the_backbone_is_taken(kind, whole, tmp_path, caplo
     folder = whole if kind == "whole" else converted(tmp_path, backbone_of("hrnet_tiny"))
     config = make_config("model.name=hrnet_tiny", f"model.init_from={folder}")
     config = override(config, ["model.name=hrnet_tiny_ocr"])
-    model = build_model(config, 3)
-    fresh = segmenter.init_variables(model, config.seed)
-    variables = initial_variables(config, model)
+    setup = setup_of(config)
+    fresh = segmenter.init_variables(setup.model, config.seed)
+    variables = initial_variables(setup)
     given = flax_variables(tiny(num_classes=3))["params"]["backbone"]
     assert_same(variables["params"]["backbone"], given)
     for part in ("aux_head", "cls_head", "proj_head"):
@@ -100,8 +104,8 @@ def test_on_another_head_only_the_backbone_is_taken(kind, whole, tmp_path, caplo
 
 def test_the_state_and_its_averages_start_from_the_weights(whole):
     config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}", "optim.ema_decay=0.9")
-    model, (tx, _) = build_model(config, 3), build_optimizer(config)
-    state = init_state(config, model, tx, initial_variables(config, model))
+    setup, (tx, _) = setup_of(config), build_optimizer(config)
+    state = init_state(setup, tx, initial_variables(setup))
     given = flax_variables(tiny(num_classes=3, proj_dim=16))
     assert_same(state.params, given["params"])
     assert_same(jax.device_get(state.ema), given)
@@ -109,23 +113,25 @@ def test_the_state_and_its_averages_start_from_the_weights(whole):
 
 def test_images_are_as_the_weights_need_them(whole, tmp_path, caplog):
     """The original's HRNet reads BGR, with statistics in the order of RGB."""
-    config = follow_weights(make_config("model.name=hrnet_tiny", f"model.init_from={whole}"), None)
+    config = adopt_image_format(
+        make_config("model.name=hrnet_tiny", f"model.init_from={whole}"), None
+    )
     found = image_format(config)
     assert found.channel_order == "BGR"
     assert found.mean == (103.53, 116.28, 123.675)
     assert found.std == (57.375, 57.12, 58.395)
-    assert pad_color(config) == (104, 116, 124)
+    assert pad_color(image_format(config)) == (104, 116, 124)
 
     caplog.set_level("INFO", log.name)
     settings = ["model.image_std=(1.0, 2.0, 3.0)", "model.image_mean=(103.53, 116.28, 123.675)"]
     said = make_config("model.name=hrnet_tiny", f"model.init_from={whole}", *settings)
-    of_config = image_format(follow_weights(said, None))
+    of_config = image_format(adopt_image_format(said, None))
     assert of_config.std == (1.0, 2.0, 3.0) and of_config.channel_order == "BGR"
     assert "BGR; red, green, blue have mean (103.53, 116.28, 123.675), std (57.375" in caplog.text
-    assert "but model.image_std = (1.0, 2.0, 3.0), as the config says" in caplog.text
+    assert "but model.image_std = (1.0, 2.0, 3.0), as set in the config" in caplog.text
 
     of_imagenet = converted(tmp_path, backbone_of("hrnet_tiny"))
-    config = follow_weights(
+    config = adopt_image_format(
         make_config("model.name=hrnet_tiny", f"model.init_from={of_imagenet}"), None
     )
     assert image_format(config) == image_format(
@@ -138,18 +144,18 @@ def test_images_are_as_the_weights_need_them(whole, tmp_path, caplog):
 def test_a_run_that_goes_on_needs_the_weights_no_longer(tmp_path):
     config = make_config("model.name=hrnet_tiny", "model.init_from=/gone")
     run = override(config, ["model.channel_order=BGR", "model.image_std=(1.0, 1.0, 1.0)"])
-    followed = follow_weights(config, run)
+    followed = adopt_image_format(config, run)
     assert image_format(followed) == image_format(run)
     with pytest.raises(InputError, match="model.init_from = '/gone': must be a folder"):
-        follow_weights(config, None)
+        adopt_image_format(config, None)
 
 
 def test_a_setting_that_overruled_the_weights_must_not_be_dropped(whole, tmp_path):
     config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}")
     said = override(config, ["model.image_std=(1.0, 2.0, 3.0)"])
-    run = follow_weights(said, None)
-    refuse_differences(follow_weights(said, run), run, tmp_path)
-    followed = follow_weights(config, run)
+    run = adopt_image_format(said, None)
+    refuse_differences(adopt_image_format(said, run), run, tmp_path)
+    followed = adopt_image_format(config, run)
     with pytest.raises(InputError, match=r"model.image_std = \(57.*: the run has \(1.0, 2.0"):
         refuse_differences(followed, run, tmp_path)
 
@@ -164,7 +170,7 @@ def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
     config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}")
     config = override(config, ["model.name=hrnet_w18_small"])
     with pytest.raises(InputError, match="x.safetensors is of hrnet_tiny") as error:
-        follow_weights(config, None)
+        adopt_image_format(config, None)
     assert "model.name = 'hrnet_w18_small' does not have" in str(error.value)
     assert str(error.value).endswith("these have it: hrnet_tiny, hrnet_tiny_ocr")
 
@@ -245,4 +251,4 @@ def test_arrays_that_do_not_fit_their_record_are_refused(tmp_path):
         ["model.name=hrnet_w18_small"],
     )
     with pytest.raises(InputError, match=r"problems in .*weights:\n  .*: is .*, must be "):
-        initial_variables(config, build_model(config, 3))
+        initial_variables(setup_of(config))

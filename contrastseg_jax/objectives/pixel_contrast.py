@@ -1,0 +1,134 @@
+"""The paper's objective: Eq. 3 on sampled anchors, with or without the memory bank as its state."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+
+from contrastseg_jax.contrast import memory_bank
+from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
+from contrastseg_jax.contrast.loss import pixel_contrast_loss
+from contrastseg_jax.objectives.objective import ImageKeys, Label, Metrics, Objective
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.structs import MemoryBank, SegmentationOutput
+
+
+def pixel_contrast(
+    contrast: Any, memory: Any, *, num_classes: int, proj_dim: int, mesh: Mesh
+) -> Objective:
+    """Pixel contrast as the groups `contrast` and `memory` of a config say."""
+    has_bank = contrast.candidates in ("memory", "both")
+    split = has_bank and memory.sharding == "slots"
+    init = partial(
+        memory_bank.init_memory,
+        num_classes=num_classes,
+        pixel_size=memory.pixel_size,
+        segment_size=memory.segment_size,
+        proj_dim=proj_dim,
+        dtype=memory.dtype,
+    )
+    measure = partial(
+        pixel_contrast_loss,
+        temperature=contrast.temperature,
+        base_temperature=contrast.base_temperature,
+        positives=contrast.positives,
+        negatives=contrast.negatives,
+        num_positives=contrast.num_positives,
+        num_negatives=contrast.num_negatives,
+        approximate=contrast.approximate,
+        mesh=mesh,
+        split_candidates=split,
+    )
+
+    def loss(
+        bank: MemoryBank | None,
+        output: SegmentationOutput,
+        label: Label,
+        image_rng: ImageKeys,
+        rng: Key[Array, ""],
+    ) -> tuple[Float[Array, ""], Metrics]:
+        anchors = sample_anchors(
+            embedding_of(output),
+            label,
+            lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32),
+            image_rng,
+            num_classes=num_classes,
+            anchors_per_image=num_anchors(contrast.anchors_per_image, label.shape[1:]),
+            max_views=contrast.max_views,
+            strategy=contrast.anchors,
+        )
+        candidates = ()
+        if contrast.candidates in ("batch", "both"):
+            candidates += (batch_candidates(anchors),)
+        if bank is not None:
+            candidates += memory_bank.memory_candidates(bank)
+        return measure(anchors, candidates, rng)
+
+    def update(
+        bank: MemoryBank | None, output: SegmentationOutput, label: Label, image_rng: ImageKeys
+    ) -> tuple[MemoryBank | None, Metrics]:
+        if bank is None:
+            return None, {}
+        bank = enqueue_batch(
+            bank,
+            embedding_of(output),
+            label,
+            image_rng,
+            pixels_per_class=memory.pixels_per_class,
+            mesh=mesh,
+            split=split,
+        )
+        fill = memory_bank.fill_ratio(bank)
+        return bank, {"memory_fill": fill.mean(), "memory_fill_min": fill.min()}
+
+    return Objective(
+        loss_weight=contrast.loss_weight,
+        warmup_steps=contrast.warmup_steps,
+        init=init if has_bank else lambda: None,
+        loss=loss,
+        update=update,
+        sharding=sharding.slots_sharding if split else sharding.everywhere,
+    )
+
+
+def num_anchors(given: int, map_size: tuple[int, ...]) -> int:
+    """Anchors of each image: as many as `given`, or where that is 0 by the size of the map.
+
+    A sixteenth of its cells, at least 16 and at most 512. The cost of the contrast loss grows with
+    their square, that of the network with the cells.
+    """
+    return given or min(max(math.prod(map_size) // 16, 16), 512)
+
+
+def embedding_of(output: SegmentationOutput) -> Float[Array, "b hs ws d"]:
+    """The embeddings, which a network without a projection head does not have."""
+    if output.embedding is None:
+        raise ValueError("pixel contrast needs a network with a projection head")
+    return output.embedding
+
+
+def enqueue_batch(
+    bank: MemoryBank,
+    embedding: Float[Array, "b hs ws d"],
+    label: Label,
+    image_rng: ImageKeys,
+    *,
+    pixels_per_class: int,
+    mesh: Mesh,
+    split: bool,
+) -> MemoryBank:
+    """The bank after this step: pixels and class means of every image of the global batch.
+
+    `split`: each device holds a part of the slots.
+    """
+    num_classes = bank.pixel.shape[0]
+    pixel = memory_bank.pixel_keys(
+        *(embedding, label, image_rng), num_classes=num_classes, pixels_per_class=pixels_per_class
+    )
+    segment = memory_bank.segment_keys(embedding, label, num_classes=num_classes)
+    rows = sharding.replicate((pixel, segment), mesh)
+    return memory_bank.enqueue(bank, *rows, mesh=mesh if split else None)

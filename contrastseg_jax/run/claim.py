@@ -1,0 +1,37 @@
+"""The folder of a run belongs to one run, and to one program at a time."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.files import lock
+from contrastseg_jax.parallel import processes
+from contrastseg_jax.run.workdir import find_run, record_config
+
+
+def resumes(workdir: Path) -> bool:
+    """Whether the workdir holds a run to go on with: the same answer in all processes."""
+    return processes.together(lambda: find_run(workdir)) is not None
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: Config) -> Iterator[None]:
+    """Within, no other program trains in the workdir, whose config is this one.
+
+    Makes the folder, so it comes after all that may fail.
+
+    Raises:
+        InputError: in all processes, if the workdir holds a run of another config, another program
+            trains there, or the processes do not see the same folder.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            if processes.is_first():
+                stack.enter_context(lock(workdir / ".lock"))
+            record_config(workdir, config, write=processes.is_first())
+
+        processes.together(claim)
+        processes.require_shared(workdir)
+        yield

@@ -1,0 +1,148 @@
+"""From a config to its Setup: what it names is built here, and nowhere else."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from contrastseg_jax.config.load import LEFT_OPEN, filled_in
+from contrastseg_jax.config.rules import uses_contrast
+from contrastseg_jax.config.tree import Config, leaves, replaced
+from contrastseg_jax.data.dataset import dataset_spec, label_map
+from contrastseg_jax.models import segmenter, zoo
+from contrastseg_jax.models.segmenter import Segmenter, Variables
+from contrastseg_jax.objectives import pixel_contrast
+from contrastseg_jax.objectives.objective import Objective
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.run.logging import log
+from contrastseg_jax.setup.setup import Setup
+from contrastseg_jax.structs import IMAGENET, ImageFormat
+from contrastseg_jax.weights import load, pretrained
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """The classes of the data set, in the order of their ids."""
+    return label_map(dataset_spec(config)).names
+
+
+def resolve(config: Config, devices: Sequence[Any] | None = None) -> Setup:
+    """What a checked config means on `devices`, by default all of all processes."""
+    data, mesh = dataset_spec(config), sharding.make_mesh(devices)
+    classes = label_map(data)
+    model = build_model(config, len(classes.names))
+    return Setup(
+        config=config,
+        data=data,
+        classes=classes,
+        image_format=image_format(config),
+        model=model,
+        objective=build_objective(config, model, mesh),
+        mesh=mesh,
+    )
+
+
+def build_objective(config: Config, model: Segmenter, mesh: Mesh) -> Objective | None:
+    """What is trained beside the segmentation loss."""
+    if not uses_contrast(config):
+        return None
+    return pixel_contrast.pixel_contrast(
+        config.contrast,
+        config.memory,
+        num_classes=model.num_classes,
+        proj_dim=model.proj_dim,
+        mesh=mesh,
+    )
+
+
+def image_format(config: Config) -> ImageFormat:
+    """How the network takes images; ImageNet's way where the config leaves it open."""
+    net = config.model
+    return ImageFormat(
+        mean=net.image_mean or IMAGENET.mean,
+        std=net.image_std or IMAGENET.std,
+        channel_order=net.channel_order or IMAGENET.channel_order,
+    )
+
+
+def build_model(config: Config, num_classes: int) -> Segmenter:
+    """The network; without pixel contrast it has no projection head."""
+    rate = config.model.dropout_rate
+    if rate < 0:
+        rate = zoo.NETWORKS[config.model.name].dropout_rate
+    return zoo.build(
+        config.model.name,
+        num_classes=num_classes,
+        proj_dim=config.model.proj_dim if uses_contrast(config) else 0,
+        dropout_rate=rate,
+        dtype=config.model.dtype,
+        remat=tuple(config.model.remat),
+    )
+
+
+def training_shapes(config: Config, model: Segmenter) -> segmenter.TrainingShapes:
+    """What the network makes of the config's training batch."""
+    images = config.train.batch_size, *config.augment.crop_size
+    return segmenter.training_shapes(model, images)  # pyright: ignore[reportArgumentType]
+
+
+def num_cells(config: Config, model: Segmenter) -> int:
+    """Cells of the map of embeddings of one training image, of which anchors are sampled."""
+    return math.prod(training_shapes(config, model).output_size)
+
+
+def num_anchors(config: Config, model: Segmenter) -> int:
+    """Anchors sampled from each training image."""
+    map_size = training_shapes(config, model).output_size
+    return pixel_contrast.num_anchors(config.contrast.anchors_per_image, map_size)
+
+
+def adopt_image_format(config: Config, run: Config | None) -> Config:
+    """The config with the image format of the weights in `model.init_from`, where it has none.
+
+    `run`: the config of a run that is resumed. It holds the format, for when the weights are gone.
+    """
+    net = config.model
+    if not net.init_from:
+        return config
+    folder = Path(net.init_from)
+    if run is not None and run.model.init_from == net.init_from and not folder.exists():
+        return filled_in(config, run)
+    expected = pretrained.read(folder, net.name).image_format
+    log.info(f"images as {folder} expects them: {pretrained.described(expected)}")
+    values = expected.mean, expected.std, expected.channel_order
+    of_weights: dict[str, Any] = dict(zip(LEFT_OPEN, values, strict=True))
+    given = {path: value for path, value in leaves(config) if path in LEFT_OPEN and value}
+    overridden = [f"{path} = {v!r}" for path, v in given.items() if v != of_weights[path]]
+    if overridden:
+        log.info(f"but {', '.join(overridden)}, as set in the config")
+    return replaced(config, of_weights | given)
+
+
+def initial_variables(setup: Setup, *, whole: bool = False) -> Variables:
+    """What the network starts from: freshly initialised, or the weights in `model.init_from`.
+
+    `whole`: raise an InputError where these lack what the logits depend on.
+    """
+    net = setup.config.model
+    fresh = segmenter.init_variables(setup.model, setup.config.seed)
+    if not net.init_from:
+        return fresh
+    names = setup.classes.names
+    return pretrained.start_from(Path(net.init_from), net.name, names, fresh, whole=whole)
+
+
+def load_network(setup: Setup, workdir: Path, checkpoint: str) -> tuple[Variables, int]:
+    """The variables of a checkpoint, "latest", "best" or a step, on the mesh; and its step.
+
+    "init": those that training starts from; there need not be a run.
+    """
+    if checkpoint == "init":
+        variables = initial_variables(setup, whole=True)
+        return load.on_mesh(variables, setup.mesh, step=0), 0
+    shapes = segmenter.variable_shapes(setup.model)
+    if setup.objective and setup.objective.logits:
+        shapes = shapes | {"memory": jax.eval_shape(setup.objective.init)}
+    return load.load(workdir, checkpoint, shapes, setup.mesh)

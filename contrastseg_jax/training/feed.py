@@ -1,0 +1,68 @@
+"""Batches to steps: one step is computed while the batch of the next is made."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+from jax.sharding import Mesh
+
+from contrastseg_jax.data import pipeline
+from contrastseg_jax.data.pipeline import Source
+from contrastseg_jax.objectives.objective import Metrics
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.setup.setup import Setup, pad_color
+from contrastseg_jax.structs import Batch, TrainState
+
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_batches(setup: Setup, source: Source, start_step: int) -> pipeline.Batches:
+    """This process's rows of the training batches after `start_step`."""
+    config = setup.config
+    return pipeline.train_batches(
+        source,
+        label_map=setup.classes,
+        batch_size=config.train.batch_size,
+        start_step=start_step,
+        num_steps=config.train.num_steps,
+        seed=config.seed,
+        short_side=config.data.short_side,
+        pad_color=pad_color(setup.image_format),
+        cache_size=config.data.cache_size,
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        prefetch=config.data.prefetch,
+        decoding=setup.data.decoding,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **config.augment,
+    )
+
+
+def take_steps(
+    step_fn: StepFn, state: TrainState, batches: Iterator[Batch], mesh: Mesh
+) -> Iterator[tuple[TrainState, Metrics, float]]:
+    """A step for each batch: the new state, its metrics, seconds in which the devices had no work.
+
+    One step is in flight while the next batch is made ready, not a long queue of them. Only when
+    that step has ended, waiting for the batch costs time.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(time.monotonic)
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            came = time.monotonic()
+            if batch is None:
+                return
+            # Returns at once: the batch is copied while the step before is computed.
+            state, metrics = step_fn(state, sharding.to_devices(batch, mesh))
+            waited = max(0.0, came - max(asked, ended.result()))
+            ended = pool.submit(_time_of_end, metrics)
+            yield state, metrics, waited
+
+
+def _time_of_end(metrics: Metrics) -> float:
+    jax.block_until_ready(metrics)
+    return time.monotonic()

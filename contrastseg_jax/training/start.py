@@ -1,0 +1,117 @@
+"""How a run begins: its data, what the network starts from or is resumed at, the compiled step."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+from clu import parameter_overview
+
+from contrastseg_jax.config.tree import leaves
+from contrastseg_jax.data.dataset import open_splits
+from contrastseg_jax.data.labels import label_table
+from contrastseg_jax.data.pipeline import Source
+from contrastseg_jax.evaluation.evaluate import Evaluator, make_evaluator, require_memory
+from contrastseg_jax.models.segmenter import Variables
+from contrastseg_jax.objectives.objective import Metrics
+from contrastseg_jax.parallel import processes
+from contrastseg_jax.run import checkpoint
+from contrastseg_jax.run.claim import resumes
+from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.logging import log
+from contrastseg_jax.setup.resolve import initial_variables, num_anchors, num_cells
+from contrastseg_jax.setup.setup import Setup
+from contrastseg_jax.structs import Batch, TrainState
+from contrastseg_jax.training.optim import Schedule, build_optimizer
+from contrastseg_jax.training.score import has_scores
+from contrastseg_jax.training.state import abstract_state, init_state, state_sharding
+from contrastseg_jax.training.train_step import batch_shape, compile_step
+from contrastseg_jax.weights.load import inference_variables
+
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the steps of a run begin with."""
+
+    step: int  # of the checkpoint that the run resumes from, or 0
+    state: TrainState
+    step_fn: StepFn
+    schedule: Schedule
+    is_scored: bool  # whether that checkpoint has the scores that are due; a stop may have come
+
+
+def is_due(step: int, period: int, num_steps: int) -> bool:
+    """Whether what happens every `period` steps, and at the end, happens after `step` steps."""
+    return step % period == 0 or step == num_steps
+
+
+def open_data(setup: Setup) -> tuple[Source, Evaluator]:
+    """The records to train on, and what evaluates those to validate on."""
+    source, val_source = processes.first_then_others(
+        lambda: open_splits(setup.data, ("train", "val"))
+    )
+    sizes = {"images": (len(source), len(val_source))}
+    processes.require_same(dict(leaves(setup.config)) | sizes)
+    log.info(f"{setup.data.name}: {len(source)} images to train on, {len(val_source)} to validate")
+    log.info(label_table(setup.classes))
+    return source, make_evaluator(setup, val_source, "val")
+
+
+def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:
+    """What the network starts from; None where the workdir holds a run to go on with."""
+    is_fresh = not resumes(workdir)
+    processes.require_same({"resumes": not is_fresh})
+    return processes.together(lambda: initial_variables(setup)) if is_fresh else None
+
+
+def start(
+    setup: Setup, workdir: Path, variables: Variables | None, evaluator: Evaluator
+) -> Start | None:
+    """From `variables`, or without from the newest whole checkpoint; None: training has finished.
+
+    Raises:
+        InputError: checkpoints cannot be kept there, none is whole, or memory is missing.
+    """
+    config = setup.config
+    keep_compiled(config, workdir)
+    step = 0 if variables else checkpoint.find_whole(workdir, "latest", goes_on=True)
+    needs_scores = step > 0 and is_due(step, config.train.eval_steps, config.train.num_steps)
+    is_scored = not needs_scores or has_scores(workdir, step)
+    if step >= config.train.num_steps and is_scored:
+        return None
+    tx, schedule = build_optimizer(config)
+    abstract = abstract_state(setup, tx)
+    checkpoint.prepare(workdir, abstract)
+    where = state_sharding(setup, abstract, setup.mesh)
+    if variables is None:
+        log.info(f"resuming from step {step} of {config.train.num_steps}")
+        state = checkpoint.restore(workdir, step, abstract, where)
+    else:
+        state = jax.device_put(init_state(setup, tx, variables), where)
+    _log_network(setup, state)
+    require_memory(evaluator, inference_variables(state, setup.objective))
+    return Start(step, state, _compiled(setup, tx, state), schedule, is_scored)
+
+
+def _compiled(setup: Setup, tx: optax.GradientTransformation, state: TrainState) -> StepFn:
+    log.info("compiling")
+    started = time.monotonic()
+    step_fn = compile_step(setup, tx).lower(state, batch_shape(setup)).compile()
+    log.info(f"compiled in {time.monotonic() - started:.0f} s")
+    return step_fn
+
+
+def _log_network(setup: Setup, state: TrainState) -> None:
+    config, num_devices = setup.config, setup.mesh.size
+    num_params = parameter_overview.count_parameters(state.params)
+    log.info(
+        f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {num_devices}"
+        f" {jax.default_backend()} device{'s' if num_devices > 1 else ''}"
+    )
+    if setup.objective:
+        anchors, cells = num_anchors(config, setup.model), num_cells(config, setup.model)
+        log.info(f"contrast.anchors_per_image: {anchors} of {cells} cells; fewer are faster")
