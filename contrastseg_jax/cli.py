@@ -21,12 +21,13 @@ from typing import cast
 from absl import app, flags
 
 from contrastseg_jax import out_of_memory
+from contrastseg_jax.config.checks import is_text
 from contrastseg_jax.config.load import filled_in, load
-from contrastseg_jax.config.rules import is_text
+from contrastseg_jax.config.rules import PHOTOGRAPHIC
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
-from contrastseg_jax.run.workdir import PHOTOGRAPHIC, find_run, read_config, refuse_differences
+from contrastseg_jax.run.workdir import find_run, read_config, refuse_differences
 
 SETTING = "--config."
 

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from contrastseg_jax.config.load import LEFT_OPEN, filled_in
-from contrastseg_jax.config.rules import uses_contrast
+from contrastseg_jax.config.load import filled_in
+from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import Segmenter
