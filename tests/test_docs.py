@@ -44,12 +44,12 @@ def test_every_command_is_understood(command, monkeypatch):
     with flagsaver.flagsaver():
         flags = [text for text in arguments if cli.SETTING not in text]
         assert cli.FLAGS([program, *flags]) == [program]
-        cli.require_flags(settings)
-        if cli.FLAGS.config:
-            config = load(cli.FLAGS.config, settings)
+        understood = cli.read_arguments(settings)
+        if understood.config:
+            config = load(understood.config, settings)
             choices = {"model.name": model_names(), "data.name": dataset_names()}
             problems = broken_rules(config, choices=choices, num_devices=1)
-            assert problems == [] or cli.FLAGS.mode == "plan"  # which needs no data
+            assert problems == [] or understood.mode == "plan"  # which needs no data
 
 
 def test_there_are_such_commands():
