@@ -14,7 +14,11 @@ from contrastseg_jax.config.rules import broken_rules
 from contrastseg_jax.data.dataset import dataset_names
 from contrastseg_jax.models.zoo import model_names
 
-COMMAND = re.compile(r"python ((?:main|benchmarks/\w+)\.py[^\n`;#]*(?:(?<=\\)\n[^\n`;#]*)*)")
+COMMAND = re.compile(
+    r"(?:python (?=main|benchmarks)|^(?=contrastseg ))"
+    r"((?:main\.py|benchmarks/\w+\.py|contrastseg)[^\n`;#]*(?:(?<=\\)\n[^\n`;#]*)*)",
+    re.MULTILINE,
+)
 
 
 def commands():
@@ -35,7 +39,7 @@ def commands():
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *arguments = command
-    if program != "main.py":
+    if program.startswith("benchmarks"):
         defined = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", Path(program).read_text())
         assert {text[2:].partition("=")[0] for text in arguments} <= {*defined}
         return
@@ -54,7 +58,8 @@ def test_every_command_is_understood(command, monkeypatch):
 
 def test_there_are_such_commands():
     found = set(commands())
-    assert len(found) > 30 and len({program for program, *_ in found}) > 5
+    programs = {program for program, *_ in found}
+    assert len(found) > 30 and len(programs) > 5 and "contrastseg" in programs
 
 
 def test_every_fault_of_the_original_has_its_test():
