@@ -182,6 +182,7 @@ def rematted(names: Sequence[str], size: tuple[int, int]) -> None:
 def make_config(name: str, size: tuple[int, int], *overrides: str) -> Config:
     """A user's config with contrast in the batch, past its warm-up."""
     own = ("train.batch_size=2", f"augment.crop_size={size}", "contrast.warmup_steps=0")
+    own += ("data.name=synthetic", f"data.synthetic.num_classes={CLASSES}")
     return override(default.get_config(f"{name},contrast"), (*own, *overrides))
 
 

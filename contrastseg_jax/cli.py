@@ -10,49 +10,232 @@
 Any setting of contrastseg_jax/config/default.py can be changed: --config.train.batch_size=4.
 """
 
+import contextlib
 import errno
 import functools
 import io
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from absl import app, flags
 
 from contrastseg_jax import out_of_memory
+from contrastseg_jax.config.checks import is_text
 from contrastseg_jax.config.load import filled_in, load
-from contrastseg_jax.config.rules import is_text
+from contrastseg_jax.config.rules import PHOTOGRAPHIC
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
-from contrastseg_jax.run.workdir import PHOTOGRAPHIC, find_run, read_config, refuse_differences
+from contrastseg_jax.run.logging import start_logging
+from contrastseg_jax.run.workdir import find_run, read_config, refuse_differences
 
 SETTING = "--config."
 
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line: a field for each flag, and what it says of the config's settings."""
+
+    mode: str
+    config: str | None
+    workdir: Path  # this and `output`: the current folder where left out
+    checkpoint: str
+    split: str | None
+    input: tuple[str, ...]
+    output: Path
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+    start_timeout: int
+    topology: str | None
+    quick: bool
+    time_limit: float
+    settings: tuple[str, ...]  # "train.batch_size=4"
+    given: frozenset[str]  # names of the flags that are not left out, or empty
+
+
+# --- Commands: one function for each mode ---------------------------------------------------------
+# JAX and the networks take seconds to import: not before the config has been read.
+
+
+def run_train(arguments: Arguments) -> None:
+    """Trains, from the newest checkpoint on where there is one."""
+    config, workdir = load_config(arguments), arguments.workdir
+    with joined_processes(arguments):
+        setup = set_up(config, arguments, run=find_run(workdir))
+        from contrastseg_jax.training.train import train
+
+        train(setup, workdir)
+
+
+def run_eval(arguments: Arguments) -> None:
+    """Scores a checkpoint on a split."""
+    config = load_config(arguments)
+    with joined_processes(arguments):
+        setup = set_up(config, arguments)
+        from contrastseg_jax.evaluation.evaluate import evaluate_run
+
+        split, output = arguments.split or "val", output_of(arguments)
+        evaluate_run(setup, arguments.workdir, arguments.checkpoint, split, output)
+
+
+def run_predict(arguments: Arguments) -> None:
+    """Writes masks and overlays of photographs."""
+    config = load_config(arguments)
+    start_logging()
+    setup = set_up(config, arguments)
+    from contrastseg_jax.evaluation.predict import predict_run
+
+    inputs, output = list(arguments.input), arguments.output
+    predict_run(setup, arguments.workdir, arguments.checkpoint, inputs, output)
+
+
+def run_audit(arguments: Arguments) -> None:
+    """Looks for faults in a data set."""
+    config = load_config(arguments)
+    start_logging()
+    from contrastseg_jax.data.audit.report import audit_run
+    from contrastseg_jax.setup.preflight import check
+
+    check(config, mode="audit")
+    audit_run(config, arguments.workdir, arguments.split)
+
+
+def run_plan(arguments: Arguments) -> None:
+    """Prints what a run will take, and ends the process."""
+    config = load_config(arguments)
+    start_logging()
+    from contrastseg_jax.planning.plan import plan_run
+
+    status = plan_run(
+        config,
+        topology=arguments.topology,
+        quick=arguments.quick,
+        time_limit=arguments.time_limit,
+        output=output_of(arguments),
+    )
+    leave(status)
+
+
+def run_convert(arguments: Arguments) -> None:
+    """Converts a file, or a checkpoint of the run in a folder."""
+    source, output = local_path("input", arguments.input[0]), arguments.output
+    is_run = (source / "config.json").is_file() and (source / "checkpoints").is_dir()
+    if not is_run and "checkpoint" in arguments.given:
+        raise InputError(
+            f"--checkpoint={arguments.checkpoint}: --input={source} is no folder of a run"
+        )
+    run = read_config(source) if is_run else None
+    start_logging()
+    from contrastseg_jax.setup.resolve import resolve
+    from contrastseg_jax.weights.convert import convert, convert_run
+
+    if run is None:
+        convert(source, output)
+        return
+    setup = resolve(run)
+    convert_run(
+        source,
+        arguments.checkpoint,
+        output,
+        network=run.model.name,
+        model=setup.model,
+        class_names=setup.classes.names,
+        image_format=setup.image_format,
+    )
+
+
+# --- What several of them do ----------------------------------------------------------------------
+
+
+def load_config(arguments: Arguments) -> Config:
+    """The config of the command line, or that of the run in the workdir."""
+    mode, workdir, settings = arguments.mode, arguments.workdir, arguments.settings
+    named = [text.partition("=")[0] for text in settings]
+    free = [path for path in PHOTOGRAPHIC if mode == "predict" and path in named]
+    if not arguments.config:
+        if mode == "audit" and not (workdir / "config.json").exists():
+            raise InputError(f"--config: required, as --workdir={workdir} holds no run")
+        return read_config(workdir, settings, free=free)
+    config = load(arguments.config, settings)
+    if mode in ("eval", "predict"):
+        of_init = arguments.checkpoint == "init"  # for which there need not be a run
+        run = find_run(workdir) if of_init else read_config(workdir)
+        if run is not None:
+            config = filled_in(config, run)
+            refuse_differences(config, run, workdir, free=free)
+    return config
+
+
+@contextlib.contextmanager
+def joined_processes(arguments: Arguments) -> Iterator[None]:
+    """Within, this process has met the others of its run, if there are any, and fails with them."""
+    from contrastseg_jax.parallel import processes
+
+    start_logging()
+    which = arguments.coordinator, arguments.num_processes, arguments.process_id
+    with processes.ending_at_once():
+        processes.start(*which, timeout=arguments.start_timeout)
+        start_logging(processes.index())
+        yield
+
+
+def set_up(config: Config, arguments: Arguments, *, run: Config | None = None) -> Any:
+    """The `Setup` of a config that fits mode and machine; `run`: the config of the one resumed."""
+    from contrastseg_jax.setup import preflight
+
+    return preflight.set_up(
+        config, mode=arguments.mode, run=run, from_init=arguments.checkpoint == "init"
+    )
+
+
+def output_of(arguments: Arguments) -> Path | None:
+    """--output of a mode that can do without."""
+    return arguments.output if "output" in arguments.given else None
+
+
+def leave(status: int) -> None:
+    """End the process at once: tearing down a compilation that goes on ends in a crash."""
+    sys.stdout.flush()
+    os._exit(status)
+
+
+# --- The table, and the flags ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """What one --mode does, the flags that it needs, and others that it reads."""
+
+    run: Callable[[Arguments], None]
+    needs: tuple[str, ...]
+    reads: tuple[str, ...]
+
+
 START = ("coordinator", "num_processes", "process_id", "start_timeout")
-# The flags of each mode: those it needs, and others that it reads.
-NEEDED = {
-    "train": ("config", "workdir"),
-    "eval": ("workdir",),
-    "predict": ("workdir", "input", "output"),
-    "audit": ("workdir",),
-    "plan": ("config",),
-    "convert": ("input", "output"),
-}
-OPTIONAL = {
-    "train": ("checkpoint", *START),
-    "eval": ("config", "checkpoint", "split", "output", *START),
-    "predict": ("config", "checkpoint"),
-    "audit": ("config", "split"),
-    "plan": ("output", "topology", "quick", "time_limit"),
-    "convert": ("checkpoint",),
+COMMANDS = {
+    "train": Command(run_train, ("config", "workdir"), ("checkpoint", *START)),
+    "eval": Command(run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *START)),
+    "predict": Command(run_predict, ("workdir", "input", "output"), ("config", "checkpoint")),
+    "audit": Command(run_audit, ("workdir",), ("config", "split")),
+    "plan": Command(run_plan, ("config",), ("output", "topology", "quick", "time_limit")),
+    "convert": Command(run_convert, ("input", "output"), ("checkpoint",)),
 }
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("config", None, "FILE.py[:MODEL[,VARIANT]]; may be left out after training.")
-flags.DEFINE_string("workdir", None, "Folder of the run; not of plan and convert.")
-flags.DEFINE_enum("mode", "train", list(NEEDED), "What to do.")
+flags.DEFINE_string(
+    "config",
+    None,
+    "A recipe, e.g. camvid, or FILE.py, each with [:MODEL[,VARIANT]]; may be left out after"
+    " training.",
+)
+flags.DEFINE_string("workdir", None, "Folder of the run; not used by plan and convert.")
+flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
@@ -60,12 +243,12 @@ flags.DEFINE_string(
     " model.init_from as they are.",
 )
 flags.DEFINE_string(
-    "split", None, "eval: the split of the data set, val by default; audit: it alone, not all."
+    "split", None, "eval: split to score, val by default; audit: the only split to read, else all."
 )
 flags.DEFINE_multi_string(
     "input",
     None,
-    "predict: image, folder of images or pattern ('photos/*.jpg'), and again for more of them;"
+    "predict: image, folder of images or pattern ('photos/*.jpg'); may be repeated."
     " convert: .pth, .safetensors, folder of a run.",
 )
 flags.DEFINE_string(
@@ -77,28 +260,114 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "coordinator", None, "train, eval in several processes: HOST:PORT of process 0."
 )
-flags.DEFINE_integer("num_processes", None, "How many there are.")
-flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
+flags.DEFINE_integer("num_processes", None, "Number of processes.")
+flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 flags.DEFINE_integer(
-    "start_timeout", 300, "Seconds in which all of them must have started.", lower_bound=1
+    "start_timeout", 300, "Seconds within which all processes must have started.", lower_bound=1
 )
-flags.DEFINE_string("topology", None, "plan: cpu:8, v5e:2x4 and the like; else the own devices.")
+flags.DEFINE_string("topology", None, "plan: cpu:8, v5e:2x4 and the like; else this machine's.")
 flags.DEFINE_boolean("quick", False, "plan: what is known without compiling.")
 flags.DEFINE_float("time_limit", 1800, "plan: seconds of compiling.", lower_bound=0)
 
 
-def main(argv: list[str], settings: list[str]) -> None:
-    """Reads the flags and calls one function per mode; what goes wrong ends in one message."""
+def usage(program: str) -> str:
+    """Modes with their flags, those that may be left out in brackets, and examples.
+
+    `program`: main.py, or the name that an installation gives it.
+    """
+    call = f"python {program}" if program.endswith(".py") else program
+    lines = [f"usage: {call} --mode=MODE --FLAG=VALUE ...", ""]
+    for mode, command in COMMANDS.items():
+        needs = " ".join(f"--{name}" for name in command.needs)
+        reads = " ".join(f"--{name}" for name in command.reads if name not in START)
+        lines.append(f"  --mode={mode:9}{needs} [{reads}]")
+    start = " ".join(f"--{name}" for name in START)
+    lines += [f"  train, eval in several processes: {start}", "", "--help explains each flag.", ""]
+    examples = (__doc__ or "").partition("\n\n")[2].rstrip()
+    if call == program:  # from anywhere: recipes by name
+        examples = re.sub(r"configs/(\w+)\.py", r"\1", re.sub(r"python main\.py", call, examples))
+    return "\n".join([*lines, examples])
+
+
+# --- From the command line to a command -----------------------------------------------------------
+
+
+def read_arguments(settings: Sequence[str]) -> Arguments:
+    """What absl's flags say, and settings "PATH=VALUE"; an error for those that do not fit."""
+    names = [field.name for field in fields(Arguments) if field.name in FLAGS]
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    values["input"] = inputs = tuple(values["input"] or ())
+    empty = {name for name in names if values[name] == "" or (name == "input" and "" in inputs)}
+    given = frozenset(name for name in names if FLAGS[name].present and name not in empty)
+    for text in inputs:
+        local_path("input", text)
+    for name in ("workdir", "output"):
+        values[name] = local_path(name, values[name] or "")
+    arguments = Arguments(**values, settings=tuple(settings), given=given)
+    require_flags(arguments)
+    require_places(arguments)
+    return arguments
+
+
+def local_path(name: str, text: str) -> Path:
+    """The file or folder that a flag names; the current folder for an empty text."""
+    if "://" in text:
+        raise InputError(f"--{name}={text}: must be on a local or mounted disk")
+    if not is_text(text):
+        raise InputError(f"--{name}={text!r}: must be UTF-8, without NUL")
+    return Path(os.path.expanduser(text))
+
+
+def require_flags(arguments: Arguments) -> None:
+    """Raise an error for flags that the mode needs, or does not use."""
+    mode, command = arguments.mode, COMMANDS[arguments.mode]
+    for name in command.needs:
+        if name not in arguments.given:
+            raise InputError(f"--{name}: required by --mode={mode}")
+    used = {"mode", *command.needs, *command.reads}
+    for name in sorted(arguments.given - used):
+        raise InputError(f"--{name}: not used by --mode={mode}")
+    if arguments.settings and "config" not in used:
+        raise InputError(f"{SETTING}{arguments.settings[0]}: not used by --mode={mode}")
+    if mode == "convert" and len(arguments.input) > 1:
+        raise InputError(f"--input={' '.join(arguments.input)}: --mode=convert takes one")
+    if mode == "train" and arguments.checkpoint != "latest":
+        raise InputError(f"--checkpoint={arguments.checkpoint}: training goes on from the latest")
+
+
+def require_places(arguments: Arguments) -> None:
+    """Raise an error for a place that is no folder or cannot hold results, before the work."""
+    require_literal(arguments.workdir, "--workdir", OF_CHECKPOINTS)
+    results = "output" if "output" in arguments.given else "workdir"
+    for name, path in (("workdir", arguments.workdir), ("output", arguments.output)):
+        if name not in arguments.given:
+            continue
+        is_file = name == "output" and arguments.mode == "plan"
+        if is_file and path.is_dir():
+            raise InputError(f"--{name}={path}: is a folder, not a file")
+        folder = path.parent if is_file else path
+        found = next(place for place in (folder, *folder.parents) if place.exists())
+        if not found.is_dir():
+            raise InputError(f"--{name}={path}: {found} is a file, not a folder")
+        if name == results and not os.access(found, os.W_OK | os.X_OK):
+            is_read_only = os.statvfs(found).f_flag & os.ST_RDONLY
+            reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
+            advice = (
+                "; results go elsewhere with --output=FOLDER" if arguments.mode == "eval" else ""
+            )
+            raise InputError(f"--{name}={path}: cannot be written ({found}: {reason}){advice}")
+
+
+# --- The program ----------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str], settings: Sequence[str]) -> None:
+    """Runs the command of the flags; what goes wrong ends in one message."""
     try:
         if argv[1:]:
             raise InputError(f"{' '.join(argv[1:])}: not understood; write --NAME=VALUE")
-        require_flags(settings)
-        if FLAGS.mode == "convert":
-            convert_weights(path_of("input"), path_of("output"))
-        elif FLAGS.mode == "plan":
-            plan(load_config(settings))
-        else:
-            start_and_run(load_config(settings), path_of("workdir"))
+        arguments = read_arguments(settings)
+        COMMANDS[arguments.mode].run(arguments)
     except Exception as error:
         is_of_user = isinstance(error, (InputError, OSError, FloatingPointError))
         message = out_of_memory.explanation(error) or (str(error) if is_of_user else "")
@@ -111,195 +380,13 @@ def main(argv: list[str], settings: list[str]) -> None:
         leave(130)
 
 
-def usage() -> str:
-    """Modes with their flags, those that may be left out in brackets, and examples."""
-    lines = ["usage: python main.py --mode=MODE --FLAG=VALUE ...", ""]
-    for mode, needed in NEEDED.items():
-        optional = " ".join(f"--{name}" for name in OPTIONAL[mode] if name not in START)
-        lines.append(f"  --mode={mode:9}{' '.join(f'--{n}' for n in needed)} [{optional}]")
-    start = " ".join(f"--{name}" for name in START)
-    lines += [f"  train, eval in several processes: {start}", "", "--help explains each flag.", ""]
-    return "\n".join([*lines, (__doc__ or "").partition("\n\n")[2].rstrip()])
-
-
-def leave(status: int) -> None:
-    """End the process at once: tearing down a compilation that goes on ends in a crash."""
-    sys.stdout.flush()
-    os._exit(status)
-
-
-def require_flags(settings: list[str]) -> None:
-    """Raise an error for flags that the mode needs, or has no use for."""
-    mode = FLAGS.mode
-    for name in NEEDED[mode]:
-        if "" in texts_of(name):
-            raise InputError(f"--{name}: is needed, --mode={mode} has no default for it")
-    known = {name for names in (*NEEDED.values(), *OPTIONAL.values()) for name in names}
-    for name in sorted(known.difference(NEEDED[mode], OPTIONAL[mode])):
-        if FLAGS[name].present:
-            raise InputError(f"--{name}: --mode={mode} has no use for it")
-    if mode == "convert" and settings:
-        raise InputError(f"{SETTING}{settings[0]}: --mode=convert has no use for settings")
-    if mode == "convert" and len(FLAGS.input) > 1:
-        raise InputError(f"--input={' '.join(FLAGS.input)}: --mode=convert takes one")
-    if mode == "train" and FLAGS.checkpoint != "latest":
-        raise InputError(f"--checkpoint={FLAGS.checkpoint}: training goes on from the latest")
-    require_places(mode)
-
-
-def require_places(mode: str) -> None:
-    """Raise an error for a file or folder that the mode cannot read or write, before it works."""
-    path_of("input")
-    require_literal(path_of("workdir"), "--workdir", OF_CHECKPOINTS)
-    in_workdir = mode in ("train", "audit") or (mode == "eval" and not FLAGS.output)
-    for name in ("workdir", "output"):
-        text, path = FLAGS[name].value, path_of(name)
-        is_file = name == "output" and mode == "plan"
-        if is_file and text and path.is_dir():
-            raise InputError(f"--{name}={text}: is a folder, not a file")
-        folder = path.parent if is_file else path
-        found = next(place for place in (folder, *folder.parents) if place.exists())
-        if not found.is_dir():
-            raise InputError(f"--{name}={text}: {found} is a file, not a folder")
-        if not text or os.access(found, os.W_OK | os.X_OK):
-            continue
-        if name == "output" or in_workdir:
-            is_read_only = os.statvfs(found).f_flag & os.ST_RDONLY
-            reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
-            advice = "; results go elsewhere with --output=FOLDER" if mode == "eval" else ""
-            raise InputError(f"--{name}={text}: cannot be written ({found}: {reason}){advice}")
-
-
-def texts_of(name: str) -> list[str]:
-    """What a flag is given, which may be more than once; an empty text where it is left out."""
-    values = FLAGS[name].value or ""
-    return [values] if isinstance(values, str) else values
-
-
-def path_of(name: str) -> Path:
-    """The file or folder that a flag names, the last of several; if left out the current folder."""
-    texts = texts_of(name)
-    for text in texts:
-        if "://" in text:
-            raise InputError(f"--{name}={text}: must be on a local or mounted disk")
-        if not is_text(text):
-            raise InputError(f"--{name}={text!r}: must be UTF-8, without NUL")
-    return Path(os.path.expanduser(texts[-1]))
-
-
-def load_config(settings: list[str]) -> Config:
-    """The config of the command line, or that of the run in the workdir."""
-    workdir = path_of("workdir")
-    named = [text.partition("=")[0] for text in settings]
-    free = [path for path in PHOTOGRAPHIC if FLAGS.mode == "predict" and path in named]
-    if not FLAGS.config:
-        if FLAGS.mode == "audit" and not (workdir / "config.json").exists():
-            raise InputError(f"--config: is needed, as --workdir={workdir} holds no run")
-        return read_config(workdir, settings, free=free)
-    config = load(FLAGS.config, settings)
-    if FLAGS.mode in ("eval", "predict"):
-        of_init = FLAGS.checkpoint == "init"  # for which there need not be a run
-        run = find_run(workdir) if of_init else read_config(workdir)
-        if run is not None:
-            config = filled_in(config, run)
-            refuse_differences(config, run, workdir, free=free)
-    return config
-
-
-def start_and_run(config: Config, workdir: Path) -> None:
-    """Meets the other processes of the run, if there are any, and calls the mode's function."""
-    from contrastseg_jax.parallel import processes
-    from contrastseg_jax.run.logging import start_logging
-
-    start_logging()
-    if FLAGS.mode not in ("train", "eval"):
-        run(config, workdir)
-        return
-    which = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
-    with processes.ending_at_once():
-        processes.start(*which, timeout=FLAGS.start_timeout)
-        start_logging(processes.index())
-        run(config, workdir)
-
-
-def run(config: Config, workdir: Path) -> None:
-    """Calls the mode's function."""
-    # JAX and the networks take seconds to import: not before the config has been read.
-    from contrastseg_jax.setup.preflight import check, set_up
-
-    if FLAGS.mode == "audit":
-        from contrastseg_jax.data.audit.report import audit_run
-
-        check(config, mode="audit")
-        audit_run(config, workdir, FLAGS.split)
-        return
-    found = find_run(workdir) if FLAGS.mode == "train" else None
-    setup = set_up(config, mode=FLAGS.mode, run=found, checkpoint=FLAGS.checkpoint)
-    if FLAGS.mode == "train":
-        from contrastseg_jax.training.train import train
-
-        train(setup, workdir)
-    elif FLAGS.mode == "eval":
-        from contrastseg_jax.evaluation.evaluate import evaluate_run
-
-        output = path_of("output") if FLAGS.output else None
-        evaluate_run(setup, workdir, FLAGS.checkpoint, FLAGS.split or "val", output)
-    elif FLAGS.mode == "predict":
-        from contrastseg_jax.evaluation.predict import predict_run
-
-        predict_run(setup, workdir, FLAGS.checkpoint, FLAGS.input, path_of("output"))
-
-
-def convert_weights(source: Path, output: Path) -> None:
-    """Converts a file, or a checkpoint of the run in a folder."""
-    run = None
-    if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
-        run = read_config(source)
-    elif FLAGS["checkpoint"].present:
-        raise InputError(f"--checkpoint={FLAGS.checkpoint}: --input={source} is no folder of a run")
-    from contrastseg_jax.run.logging import start_logging
-    from contrastseg_jax.setup.resolve import resolve
-    from contrastseg_jax.weights.convert import convert, convert_run
-
-    start_logging()
-    if run is None:
-        convert(source, output)
-    else:
-        setup = resolve(run)
-        convert_run(
-            source,
-            FLAGS.checkpoint,
-            output,
-            network=run.model.name,
-            model=setup.model,
-            class_names=setup.classes.names,
-            image_format=setup.image_format,
-        )
-
-
-def plan(config: Config) -> None:
-    """Prints what a run will take, and ends the process."""
-    from contrastseg_jax.planning.plan import plan_run
-    from contrastseg_jax.run.logging import start_logging
-
-    start_logging()
-    status = plan_run(
-        config,
-        topology=FLAGS.topology,
-        quick=FLAGS.quick,
-        time_limit=FLAGS.time_limit,
-        output=path_of("output") if FLAGS.output else None,
-    )
-    leave(status)
-
-
 def run_program() -> None:
     """The program: reads the command line, and ends with its exit status."""
     # For --help, which shows the flags of the program that was called.
     for flag in FLAGS.get_key_flags_for_module(__name__):
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     if not sys.argv[1:]:
-        print(usage(), file=sys.stderr)
+        print(usage(Path(sys.argv[0]).name), file=sys.stderr)
         sys.exit(2)
     # Names of files and classes may hold what the terminal's encoding lacks.
     cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")

@@ -14,7 +14,11 @@ from contrastseg_jax.config.rules import broken_rules
 from contrastseg_jax.data.dataset import dataset_names
 from contrastseg_jax.models.zoo import model_names
 
-COMMAND = re.compile(r"python ((?:main|benchmarks/\w+)\.py[^\n`;#]*(?:(?<=\\)\n[^\n`;#]*)*)")
+COMMAND = re.compile(
+    r"(?:python (?=main|benchmarks)|^(?=contrastseg ))"
+    r"((?:main\.py|benchmarks/\w+\.py|contrastseg)[^\n`;#]*(?:(?<=\\)\n[^\n`;#]*)*)",
+    re.MULTILINE,
+)
 
 
 def commands():
@@ -35,7 +39,7 @@ def commands():
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *arguments = command
-    if program != "main.py":
+    if program.startswith("benchmarks"):
         defined = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", Path(program).read_text())
         assert {text[2:].partition("=")[0] for text in arguments} <= {*defined}
         return
@@ -44,17 +48,18 @@ def test_every_command_is_understood(command, monkeypatch):
     with flagsaver.flagsaver():
         flags = [text for text in arguments if cli.SETTING not in text]
         assert cli.FLAGS([program, *flags]) == [program]
-        cli.require_flags(settings)
-        if cli.FLAGS.config:
-            config = load(cli.FLAGS.config, settings)
+        understood = cli.read_arguments(settings)
+        if understood.config:
+            config = load(understood.config, settings)
             choices = {"model.name": model_names(), "data.name": dataset_names()}
             problems = broken_rules(config, choices=choices, num_devices=1)
-            assert problems == [] or cli.FLAGS.mode == "plan"  # which needs no data
+            assert problems == [] or understood.mode == "plan"  # which needs no data
 
 
 def test_there_are_such_commands():
     found = set(commands())
-    assert len(found) > 30 and len({program for program, *_ in found}) > 5
+    programs = {program for program, *_ in found}
+    assert len(found) > 30 and len(programs) > 5 and "contrastseg" in programs
 
 
 def test_every_fault_of_the_original_has_its_test():

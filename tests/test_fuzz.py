@@ -261,8 +261,8 @@ def test_whatever_a_path_on_the_command_line_holds_its_fault_is_an_error(mode, p
     with flagsaver.flagsaver():
         try:
             cli.FLAGS(["main.py", f"--mode={mode}", *arguments])
-            cli.require_flags([])
+            understood = cli.read_arguments([])
             if mode != "convert":
-                cli.load_config([])
+                cli.load_config(understood)
         except (InputError, OSError) as error:
             assert f"{error}"

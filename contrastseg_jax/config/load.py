@@ -14,24 +14,23 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from contrastseg_jax.config import default
-from contrastseg_jax.config.rules import broken_rules, is_text
+from contrastseg_jax.config.checks import is_text
+from contrastseg_jax.config.rules import FOLDERS, LEFT_OPEN, broken_rules
 from contrastseg_jax.config.tree import Config, leaves, nearest, replaced
 from contrastseg_jax.errors import InputError, listed
 
-# Settings that are those of the weights a run starts from, where a config does not say.
-LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
+PACKAGE = Path(__file__).parents[1]
+# An installed package holds the recipes; in a checkout they lie beside it.
+RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "configs"
 
-FOLDERS = ("data.root", "model.init_from")
 
-
-def load(path_and_spec: str, overrides: Sequence[str] = ()) -> Config:
-    """The config of "FILE.py[:SPEC]", changed by overrides of the form "train.batch_size=4"."""
-    path, _, spec = path_and_spec.partition(":")
-    if not Path(path).is_file():
-        raise InputError(f"--config={path}: no such file")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+def load(name_and_spec: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of "RECIPE[:SPEC]" or "FILE.py[:SPEC]", with overrides: "train.batch_size=4"."""
+    name, _, spec = name_and_spec.partition(":")
+    path = config_file(name)
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
-        raise InputError(f"--config={path}: must be a Python file")
+        raise InputError(f"--config={name}: must be a Python file")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -40,10 +39,25 @@ def load(path_and_spec: str, overrides: Sequence[str] = ()) -> Config:
         # ConfigDict wraps its message, which names the nearest key, in quotes and newlines.
         message = str(error).replace("\\n", " ").replace("\\'", "'")
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
+        lines = [frame.lineno for frame in frames if frame.filename == module_spec.origin]
         where = f"{path}, line {lines[-1]}" if lines else path
-        raise InputError(f"--config={path_and_spec}: {message} ({where})") from error
+        raise InputError(f"--config={name_and_spec}: {message} ({where})") from error
     return override(config, overrides)
+
+
+def config_file(name: str) -> Path:
+    """The file that --config names: one of the user's, FILE.py, or that of a recipe."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise InputError(f"--config={name}: no such file")
+        return Path(name)
+    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.py"))}
+    if name not in recipes:
+        raise InputError(
+            f"--config={name}: no such recipe{nearest(name, recipes)}"
+            f" (recipes: {', '.join(recipes)}; or a file of your own, FILE.py)"
+        )
+    return recipes[name]
 
 
 def schema() -> Config:

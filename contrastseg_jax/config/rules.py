@@ -1,45 +1,53 @@
-"""The rules that settings must obey."""
+"""What is known of each setting besides its default: its rules, and who may change it when.
 
-from collections.abc import Callable, Sequence
+A new setting has a line in default.py and one in RULES, at the same place; what more there is to
+say of it stands in the groups below.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
+from contrastseg_jax.config.checks import (
+    Rule,
+    above,
+    are_numbers,
+    are_whole,
+    at_least,
+    between,
+    from_below,
+    increasing,
+    is_text,
+    not_negative,
+    one_of,
+    pair,
+    text,
+)
 from contrastseg_jax.config.tree import Config, leaves, nearest
 
-
-def broken_rules(
-    config: Config, *, choices: dict[str, Sequence[str]], num_devices: int
-) -> list[str]:
-    """Every setting that breaks a rule, as a line with its value and the first rule it breaks.
-
-    `choices`: for a path, the values that exist (data sets and networks know their own names).
-    `num_devices`: what a training batch is split over.
-    """
-    settings = dict(leaves(config))
-    choices = CHOICES | choices
-    broken = {
-        path: f"must be one of {', '.join(allowed)}" + nearest(str(settings[path]), allowed)
-        for path, allowed in choices.items()
-        if settings[path] not in allowed
-    }
-    for paths, holds, rule in RULES:
-        for path in paths.split():
-            if path not in broken and not holds(settings[path], config):
-                broken[path] = rule
-    problems = [f"{path} = {settings[path]!r}: {rule}" for path, rule in broken.items()]
-    size = config.train.batch_size
-    if size > 0 and size % num_devices:
-        below = size - size % num_devices
-        multiples = " or ".join(str(n) for n in (below, below + num_devices) if n)
-        problems.append(
-            f"train.batch_size = {size}: must be a multiple of the {num_devices} devices,"
-            f" e.g. {multiples}"
-        )
-    return problems
-
-
-def is_text(value: str) -> bool:
-    """Whether it can be a path, and be written to any file: it is UTF-8 and has no NUL."""
-    return "\0" not in value and value.encode(errors="ignore").decode() == value
+# Settings of the machine and of the watching, not of the experiment: a run may resume with others.
+OPERATIONAL = (
+    "data.root",
+    "data.prepared_dir",
+    "data.cache_size",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch",
+    "train.log_steps",
+    "train.eval_steps",
+    "train.checkpoint_steps",
+    "train.keep_checkpoints",
+    "eval.batch_size",
+    "eval.num_pictures",
+    "memory.sharding",
+    "parallel.fsdp",
+    "parallel.compilation_cache",
+)
+# Settings of the photographs: those to predict may come from another camera than those of the run.
+PHOTOGRAPHIC = ("data.exif_orientation", "data.bit_depth")
+# Settings that are those of the weights a run starts from, where a config does not say.
+LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
+# Folders, in which ~ is the home of whoever starts the run.
+FOLDERS = ("data.root", "model.init_from")
 
 
 def uses_contrast(config: Config) -> bool:
@@ -57,162 +65,183 @@ def splits_memory(config: Config) -> bool:
     return uses_memory(config) and config.memory.sharding == "slots"
 
 
-CHOICES = {
-    "data.exif_orientation": ("stored", "applied"),
-    "contrast.candidates": ("none", "batch", "memory", "both"),
-    "contrast.anchors": ("hard", "random"),
-    "contrast.positives": ("all", "random", "hardest", "semi_hard"),
-    "contrast.negatives": ("all", "random", "hardest", "semi_hard"),
-    "model.dtype": ("float32", "bfloat16"),
-    "memory.dtype": ("float32", "bfloat16"),
-    "memory.sharding": ("replicated", "slots"),
+# --- Rules of one setting, and those that look at others ------------------------------------------
+
+
+def _are_class_names(value: Sequence[Any], _: Config) -> bool:
+    are_names = all(isinstance(name, str) and is_text(name) for name in value)
+    return are_names and len(set(value)) == len(value)
+
+
+def _are_levels(value: Sequence[Any], smallest: int) -> bool:
+    return len(value) in (0, 3) and are_numbers(value, smallest, 255)
+
+
+def _is_before_end(value: int, config: Config) -> bool:
+    num_steps = config.train.num_steps
+    return value < num_steps or num_steps < 1  # a fault of its own
+
+
+NAMED_ROOT = Rule(
+    lambda value, config: bool(value) or config.data.name in ("landcover", "tfds", "synthetic"),
+    "must name the folder that holds the data set",
+)
+NAMED_DATASET = Rule(
+    lambda value, config: bool(value) or config.data.name != "tfds",
+    "must name the data set, e.g. oxford_iiit_pet",
+)
+CLASS_NAMES = Rule(_are_class_names, "must be names in UTF-8, e.g. ('road', 'tree'), each once")
+ALL_CLASSES = Rule(
+    lambda value, config: config.data.name not in ("folder", "tfds") or 2 <= len(value) <= 254,
+    "must name the 2 to 254 classes of data.name = 'folder' or 'tfds'",
+)
+MASK_VALUES = Rule(lambda value, _: are_whole(value, 0, 255), "must be mask values in 0..255")
+BIT_DEPTH = Rule(
+    lambda value, _: value == 0 or 8 <= value <= 16, "must be 8 to 16, or 0 for that of each file"
+)
+IMAGE_SIZE = pair(32, "must be (height, width), whole numbers of at least 32")
+NUM_EXAMPLES = pair(1, "must be (train, val), at least 1")
+FACTORS = increasing("must be (smallest, largest), both > 0")
+DROPOUT = Rule(
+    lambda value, _: 0 <= value < 1 or value == -1,
+    "must be at least 0 and below 1, or -1 for that of the network's original",
+)
+EMBEDDED = Rule(
+    lambda value, config: value >= 1 or not uses_contrast(config),
+    "must be at least 1 with pixel contrast",
+)
+MEANS = Rule(
+    lambda value, _: _are_levels(value, 0) and (not any(value) or max(value) > 1),
+    "must be three grey levels (red, green, blue) in 0..255, no fractions of 255, or none",
+)
+DEVIATIONS = Rule(
+    lambda value, _: _are_levels(value, 1),
+    "must be three grey levels (red, green, blue) in 1..255, no fractions of 255, or none",
+)
+CHANNEL_ORDER = Rule(
+    lambda value, _: value in ("", "RGB", "BGR"), "must be 'RGB' or 'BGR', or empty"
+)
+CLASS_WEIGHTS = Rule(
+    lambda value, _: are_numbers(value, 0) and (not value or any(value)),
+    "must be numbers, none negative and not all 0",
+)
+CONTRAST_COUNTS = Rule(
+    lambda value, config: _is_before_end(value, config) or not uses_contrast(config),
+    "must be less than train.num_steps, or the contrast loss never counts",
+)
+WARMUP_ENDS = Rule(_is_before_end, "must be less than train.num_steps")
+SOME_SLOTS = Rule(
+    lambda value, config: value + config.memory.segment_size > 0 or not uses_memory(config),
+    "must not be 0 together with memory.segment_size when the bank is used",
+)
+SELECTION = one_of("all", "random", "hardest", "semi_hard")
+DTYPE = one_of("float32", "bfloat16")
+
+# --- The rules of every setting, in the order of default.py ---------------------------------------
+
+# The first that a value breaks is the one that is told.
+RULES: dict[str, list[Rule]] = {
+    "seed": [between(0, 2**31 - 1)],
+    "data.name": [],  # the data sets know their names
+    "data.root": [NAMED_ROOT, text()],
+    "data.prepared_dir": [text()],
+    "data.class_names": [CLASS_NAMES, ALL_CLASSES],
+    "data.ignore_values": [MASK_VALUES],
+    "data.exif_orientation": [one_of("stored", "applied")],
+    "data.bit_depth": [BIT_DEPTH],
+    "data.short_side": [not_negative()],
+    "data.cache_size": [not_negative()],
+    "data.num_threads": [at_least(1)],
+    "data.num_workers": [not_negative()],
+    "data.prefetch": [at_least(1)],
+    "data.tfds.dataset": [text(), NAMED_DATASET],
+    "data.tfds.image_feature": [text()],
+    "data.tfds.label_feature": [text()],
+    "data.tfds.train_split": [text()],
+    "data.tfds.val_split": [text()],
+    "data.synthetic.image_size": [IMAGE_SIZE],
+    "data.synthetic.num_classes": [between(2, 254)],
+    "data.synthetic.num_examples": [NUM_EXAMPLES],
+    "augment.crop_size": [IMAGE_SIZE],
+    "augment.scale_range": [FACTORS],
+    "augment.aspect_range": [FACTORS],
+    "augment.flip_rate": [between(0, 1)],
+    "augment.brightness": [not_negative()],
+    "augment.color_distortion": [between(0, 1)],
+    "augment.class_uniform_rate": [between(0, 1)],
+    "model.name": [],  # the networks know their names
+    "model.proj_dim": [EMBEDDED],
+    "model.dropout_rate": [DROPOUT],
+    "model.init_from": [text()],
+    "model.dtype": [DTYPE],
+    "model.remat": [],  # the networks know their stages
+    "model.image_mean": [MEANS],
+    "model.image_std": [DEVIATIONS],
+    "model.channel_order": [CHANNEL_ORDER],
+    "loss.class_weights": [CLASS_WEIGHTS],
+    "loss.aux_weight": [not_negative()],
+    "contrast.candidates": [one_of("none", "batch", "memory", "both")],
+    "contrast.loss_weight": [above(0)],
+    "contrast.anchors": [one_of("hard", "random")],
+    "contrast.anchors_per_image": [not_negative()],
+    "contrast.max_views": [at_least(1)],
+    "contrast.positives": [SELECTION],
+    "contrast.negatives": [SELECTION],
+    "contrast.num_positives": [at_least(1)],
+    "contrast.num_negatives": [at_least(1)],
+    "contrast.approximate": [],  # a truth value
+    "contrast.temperature": [above(0)],
+    "contrast.base_temperature": [above(0)],
+    "contrast.warmup_steps": [not_negative(), CONTRAST_COUNTS],
+    "memory.pixel_size": [not_negative(), SOME_SLOTS],
+    "memory.segment_size": [not_negative()],
+    "memory.pixels_per_class": [at_least(1)],
+    "memory.dtype": [DTYPE],
+    "memory.sharding": [one_of("replicated", "slots")],
+    "optim.learning_rate": [above(0)],
+    "optim.head_lr_multiplier": [above(0)],
+    "optim.warmup_steps": [not_negative(), WARMUP_ENDS],
+    "optim.poly_power": [not_negative()],
+    "optim.momentum": [from_below(0, 1)],
+    "optim.weight_decay": [not_negative()],
+    "optim.ema_decay": [from_below(0, 1)],
+    "train.batch_size": [at_least(1)],
+    "train.num_steps": [at_least(1)],
+    "train.log_steps": [at_least(1)],
+    "train.eval_steps": [at_least(1)],
+    "train.checkpoint_steps": [at_least(1)],
+    "train.keep_checkpoints": [at_least(1)],
+    "parallel.fsdp": [],  # a truth value
+    "parallel.compilation_cache": [text()],
+    "eval.batch_size": [at_least(1)],
+    "eval.pad_multiple": [at_least(1)],
+    "eval.num_pictures": [not_negative()],
 }
 
-Rule = tuple[str, Callable[[Any, Config], bool], str]
 
+def broken_rules(
+    config: Config, *, choices: dict[str, Sequence[str]], num_devices: int
+) -> list[str]:
+    """Every setting that breaks a rule, as a line with its value and the first rule it breaks.
 
-def _pair(value: Sequence[Any], smallest: float) -> bool:
-    return len(value) == 2 and all(isinstance(v, int) and v >= smallest for v in value)
-
-
-def _are_levels(value: Sequence[Any], smallest: float) -> bool:
-    are_in = (isinstance(v, (int, float)) and smallest <= v <= 255 for v in value)
-    return len(value) in (0, 3) and all(are_in)
-
-
-def _range(value: Sequence[float]) -> bool:
-    return len(value) == 2 and 0 < value[0] <= value[1]
-
-
-# Paths that a rule is for, the rule, and the sentence that says it.
-RULES: tuple[Rule, ...] = (
-    (
-        "data.num_threads data.prefetch contrast.max_views contrast.num_positives"
-        " contrast.num_negatives"
-        " memory.pixels_per_class train.batch_size train.num_steps train.log_steps"
-        " train.eval_steps train.checkpoint_steps train.keep_checkpoints eval.batch_size"
-        " eval.pad_multiple",
-        lambda v, c: v >= 1,
-        "must be at least 1",
-    ),
-    (
-        "data.short_side data.cache_size data.num_workers augment.brightness contrast.warmup_steps"
-        " contrast.anchors_per_image memory.pixel_size memory.segment_size optim.warmup_steps"
-        " optim.weight_decay optim.poly_power eval.num_pictures loss.aux_weight",
-        lambda v, c: v >= 0,
-        "must not be negative",
-    ),
-    (
-        "contrast.loss_weight contrast.temperature contrast.base_temperature optim.learning_rate"
-        " optim.head_lr_multiplier",
-        lambda v, c: v > 0,
-        "must be > 0",
-    ),
-    (
-        "data.bit_depth",
-        lambda v, c: v == 0 or 8 <= v <= 16,
-        "must be 8 to 16, or 0 for that of each file",
-    ),
-    ("seed", lambda v, c: 0 <= v < 2**31, "must be in 0..2147483647"),
-    (
-        "augment.flip_rate augment.color_distortion augment.class_uniform_rate",
-        lambda v, c: 0 <= v <= 1,
-        "must be in 0..1",
-    ),
-    (
-        "optim.momentum optim.ema_decay",
-        lambda v, c: 0 <= v < 1,
-        "must be at least 0 and below 1",
-    ),
-    (
-        "model.dropout_rate",
-        lambda v, c: 0 <= v < 1 or v == -1,
-        "must be at least 0 and below 1, or -1 for that of the network's original",
-    ),
-    (
-        "augment.crop_size data.synthetic.image_size",
-        lambda v, c: _pair(v, 32),
-        "must be (height, width), whole numbers of at least 32",
-    ),
-    ("data.synthetic.num_examples", lambda v, c: _pair(v, 1), "must be (train, val), at least 1"),
-    (
-        "augment.scale_range augment.aspect_range",
-        lambda v, c: _range(v),
-        "must be (smallest, largest), both > 0",
-    ),
-    ("data.synthetic.num_classes", lambda v, c: 2 <= v <= 254, "must be in 2..254"),
-    (
-        "data.class_names",
-        lambda v, c: (
-            all(isinstance(name, str) and is_text(name) for name in v) and len(set(v)) == len(v)
-        ),
-        "must be names in UTF-8, e.g. ('road', 'tree'), each once",
-    ),
-    (
-        "data.class_names",
-        lambda v, c: c.data.name not in ("folder", "tfds") or 2 <= len(v) <= 254,
-        "must name the 2 to 254 classes of data.name = 'folder' or 'tfds'",
-    ),
-    (
-        "data.ignore_values",
-        lambda v, c: all(isinstance(i, int) and 0 <= i <= 255 for i in v),
-        "must be mask values in 0..255",
-    ),
-    (
-        "data.root",
-        lambda v, c: bool(v) or c.data.name in ("landcover", "tfds", "synthetic"),
-        "must name the folder that holds the data set",
-    ),
-    (
-        "data.root data.prepared_dir model.init_from parallel.compilation_cache"
-        " data.tfds.dataset data.tfds.image_feature data.tfds.label_feature"
-        " data.tfds.train_split data.tfds.val_split",
-        lambda v, c: is_text(v),
-        "must be UTF-8, without NUL",
-    ),
-    (
-        "data.tfds.dataset",
-        lambda v, c: bool(v) or c.data.name != "tfds",
-        "must name the data set, e.g. oxford_iiit_pet",
-    ),
-    (
-        "model.image_mean",
-        lambda v, c: _are_levels(v, 0) and (not any(v) or max(v) > 1),
-        "must be three grey levels (red, green, blue) in 0..255, no fractions of 255, or none",
-    ),
-    (
-        "model.image_std",
-        lambda v, c: _are_levels(v, 1),
-        "must be three grey levels (red, green, blue) in 1..255, no fractions of 255, or none",
-    ),
-    (
-        "model.channel_order",
-        lambda v, c: v in ("", "RGB", "BGR"),
-        "must be 'RGB' or 'BGR', or empty",
-    ),
-    (
-        "loss.class_weights",
-        lambda v, c: all(isinstance(i, (int, float)) and i >= 0 for i in v) and (not v or any(v)),
-        "must be numbers, none negative and not all 0",
-    ),
-    (
-        "model.proj_dim",
-        lambda v, c: v >= 1 or not uses_contrast(c),
-        "must be at least 1 with pixel contrast",
-    ),
-    (
-        "contrast.warmup_steps",
-        lambda v, c: v < c.train.num_steps or c.train.num_steps < 1 or not uses_contrast(c),
-        "must be less than train.num_steps, or the contrast loss never counts",
-    ),
-    (
-        "optim.warmup_steps",
-        lambda v, c: v < c.train.num_steps or c.train.num_steps < 1,
-        "must be less than train.num_steps",
-    ),
-    (
-        "memory.pixel_size",
-        lambda v, c: v + c.memory.segment_size > 0 or not uses_memory(c),
-        "must not be 0 together with memory.segment_size when the bank is used",
-    ),
-)
+    `choices`: for a path, the values that exist (data sets and networks know their own names).
+    `num_devices`: what a training batch is split over.
+    """
+    settings = dict(leaves(config))
+    known_names = {path: [one_of(*names)] for path, names in choices.items()}
+    problems = []
+    for path, rules in (RULES | known_names).items():
+        value = settings[path]
+        broken = next((rule for rule in rules if not rule.holds(value, config)), None)
+        if broken:
+            hint = nearest(str(value), broken.names)
+            problems.append(f"{path} = {value!r}: {broken.sentence}{hint}")
+    size = config.train.batch_size
+    if size > 0 and size % num_devices:
+        below = size - size % num_devices
+        multiples = " or ".join(str(n) for n in (below, below + num_devices) if n)
+        problems.append(
+            f"train.batch_size = {size}: must be a multiple of the {num_devices} devices,"
+            f" e.g. {multiples}"
+        )
+    return problems

@@ -8,31 +8,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from contrastseg_jax.config.load import LEFT_OPEN, from_json, override, to_json
+from contrastseg_jax.config.load import from_json, override, to_json
+from contrastseg_jax.config.rules import LEFT_OPEN, OPERATIONAL
 from contrastseg_jax.config.tree import Config, leaves
 from contrastseg_jax.errors import InputError, listed, warn_once
 from contrastseg_jax.files import write_atomically
-
-# Settings of the machine and of the watching, not of the experiment: a run may resume with others.
-OPERATIONAL = (
-    "data.root",
-    "data.prepared_dir",
-    "data.cache_size",
-    "data.num_threads",
-    "data.num_workers",
-    "data.prefetch",
-    "train.log_steps",
-    "train.eval_steps",
-    "train.checkpoint_steps",
-    "train.keep_checkpoints",
-    "eval.batch_size",
-    "eval.num_pictures",
-    "memory.sharding",
-    "parallel.fsdp",
-    "parallel.compilation_cache",
-)
-# Settings of the photographs: those to predict may come from another camera than those of the run.
-PHOTOGRAPHIC = ("data.exif_orientation", "data.bit_depth")
 
 
 def read_config(

@@ -32,16 +32,17 @@ BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
 ENOUGH_VALUES = 8
 
 
-def set_up(config: Config, *, mode: str, run: Config | None = None, checkpoint: str = "") -> Setup:
+def set_up(
+    config: Config, *, mode: str, run: Config | None = None, from_init: bool = False
+) -> Setup:
     """What a config means, after all that is wrong with it has been said.
 
-    `run`: the config of the run that is resumed, evaluated or used, if there is one. `checkpoint`:
-    with "init" the weights of `model.init_from` are taken as they are.
+    `run`: the config of the run that is resumed, if there is one. `from_init`: the weights of
+    `model.init_from` are taken as they are.
 
     Raises:
         InputError: settings do not fit each other, network, data set or machine.
     """
-    from_init = checkpoint == "init"
     starts = mode == "train" and run is None
     check(config, mode=mode, reads_weights=from_init or starts)
     if from_init and not config.model.init_from:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from contrastseg_jax.config.load import LEFT_OPEN, filled_in
-from contrastseg_jax.config.rules import uses_contrast
+from contrastseg_jax.config.load import filled_in
+from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.models import segmenter, zoo

@@ -6,7 +6,14 @@ import pytest
 from paths import ROOT
 
 from contrastseg_jax.config.load import from_json, load
-from contrastseg_jax.config.rules import broken_rules
+from contrastseg_jax.config.rules import (
+    FOLDERS,
+    LEFT_OPEN,
+    OPERATIONAL,
+    PHOTOGRAPHIC,
+    RULES,
+    broken_rules,
+)
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.parallel import device_memory
@@ -58,13 +65,42 @@ def test_every_setting_is_read():
     """As config.GROUP.KEY, by a local name of its group, or with its whole group unpacked."""
     local = {"contrast": "settings", "model": "net"}
     paths = (ROOT / "contrastseg_jax").rglob("*.py")
-    source = "\n".join(path.read_text() for path in paths if path.stem not in ("config", "check"))
+    source = "\n".join(path.read_text() for path in paths if path.parent.name != "config")
     for path, _ in leaves(config_with()):
         *_, group, key = f"config.{path}".split(".")
         unpacked = re.search(rf"\*\*(config|data)\.{group}\b", source)
         parameter = unpacked and re.search(rf"^    {key}: ", source, re.MULTILINE)
         named = rf"\b({group}|{local.get(group, group)})\.{key}\b"
         assert parameter or re.search(named, source), f"nothing reads {path}"
+
+
+def test_every_setting_has_its_rules_or_none_on_purpose():
+    """So that a new one is not forgotten; and no rule is left of one that is gone."""
+    settings = dict(leaves(config_with()))
+    assert RULES.keys() == settings.keys()
+    without = {path for path, rules in RULES.items() if not rules}
+    assert without == {
+        *(
+            "data.name",
+            "model.name",
+            "model.remat",
+        ),  # `broken_rules` is told, and `preflight.check`
+        *(path for path, value in settings.items() if isinstance(value, bool)),
+    }
+
+
+def test_rules_are_in_the_order_of_the_schema():
+    """In which those that are broken are listed."""
+    source = (ROOT / "contrastseg_jax" / "config" / "default.py").read_text()
+    local = {"net": "model", "evaluate": "eval", "config": ""}
+    defined = re.findall(r"^    (\w+(?:\.\w+)*)\.(\w+) = (?!.*ConfigDict)", source, re.MULTILINE)
+    paths = [f"{local.get(group, group)}.{key}".lstrip(".") for group, key in defined]
+    assert list(RULES) == paths
+
+
+@pytest.mark.parametrize("group", [FOLDERS, LEFT_OPEN, OPERATIONAL, PHOTOGRAPHIC])
+def test_groups_name_settings(group):
+    assert set(group) <= RULES.keys() and len(set(group)) == len(group)
 
 
 def test_all_bad_overrides_are_listed_with_the_nearest_name():
@@ -239,7 +275,27 @@ def test_heads_learn_faster_where_they_do_in_the_original(path):
     assert config.optim.head_lr_multiplier == (10 if faster else 1)
 
 
-def test_files_that_are_no_config(tmp_path):
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_name_without_py_is_that_of_a_recipe(path, tmp_path, monkeypatch):
+    needed = NEEDED.get(path.name, [])
+    expected = load(f"{path}:hrnet_tiny,ce", needed)
+    monkeypatch.chdir(tmp_path)
+    assert load(f"{path.stem}:hrnet_tiny,ce", needed) == expected
+    assert load(path.stem, needed) == load(str(path), needed)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("camvd", ", did you mean camvid?"), ("zebra", ""), ("configs/nothing", "")]
+)
+def test_an_unknown_recipe_lists_those_there_are(name, hint):
+    with pytest.raises(InputError) as error:
+        load(f"{name}:hrnet_tiny,ce")
+    recipes = ", ".join(path.stem for path in FILES)
+    known = f"(recipes: {recipes}; or a file of your own, FILE.py)"
+    assert str(error.value) == f"--config={name}: no such recipe{hint} {known}"
+
+
+def test_files_that_are_no_config(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such file"):
         load("configs/nothing.py")
     with pytest.raises(InputError, match="variant 'cee'"):
@@ -254,6 +310,9 @@ def test_files_that_are_no_config(tmp_path):
     )
     with pytest.raises(InputError, match=r'Did you mean "batch_size".*typo.py, line 4'):
         load(str(path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--config=typo.py:toy: .*\(typo.py, line 4\)"):
+        load("typo.py:toy")
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(InputError, match="nothing_of_this_name"):
         load(str(path))

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 jax.config.update("jax_enable_x64", True)
 jnp.float32 = jnp.float64  # Flax's layers have it as a default, so before they are imported
 
-from contrastseg_jax.config.rules import CHOICES  # noqa: E402
+from contrastseg_jax.config.checks import one_of  # noqa: E402
+from contrastseg_jax.config.rules import RULES  # noqa: E402
 
 SETTINGS = ("model.dtype=float64", "memory.dtype=float64")
 for setting in SETTINGS:
     path, _, name = setting.partition("=")
-    CHOICES[path] += (name,)
+    RULES[path] = [one_of(*RULES[path][0].names, name)]
