@@ -167,4 +167,5 @@ def _slots(slots: Float[Array, "k m d"], count: Int[Array, " k"]) -> Candidates:
     shape = slots.shape[:2]
     label, slot = (jnp.arange(length, dtype=jnp.int32) for length in shape)
     label = jnp.broadcast_to(label[:, None], shape)
-    return Candidates(slots, label, slot[None, :] < count[:, None])
+    written = slot[None, :] < count[:, None]
+    return Candidates(slots, label, written, stop_gradient=True)
