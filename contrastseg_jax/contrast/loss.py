@@ -143,7 +143,7 @@ def _on_mesh(
 def _with_gradients(
     loss: Float[Array, ""], gradients: Embeddings, embeddings: Embeddings
 ) -> Float[Array, ""]:
-    """The loss, as a function of embeddings in which its gradients are known."""
+    """The loss as a function of the embeddings, in which its gradients are known."""
     return loss
 
 

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from contrastseg_jax.contrast.devices import AXIS
 from contrastseg_jax.contrast.grouped_sort import sort_by_group
 from contrastseg_jax.structs import Candidates, MemoryBank
 
@@ -138,9 +139,9 @@ def _write(
     slot = jnp.where(stays, (head[:, None] + rank) % size, size)
     scatter = _scatter
     if mesh is not None:
-        whole, split = PartitionSpec(), PartitionSpec(None, "data")
+        whole, split = PartitionSpec(), PartitionSpec(None, AXIS)
         scatter = jax.shard_map(
-            functools.partial(_scatter, axis="data"),
+            functools.partial(_scatter, axis=AXIS),
             mesh=mesh,
             in_specs=(split, whole, whole),
             out_specs=split,

@@ -83,7 +83,7 @@ def shuffle(candidates: tuple[Candidates, ...], rng: Key[Array, ""]) -> RandomOr
 def select(
     tile: Rows, sets: CandidateSets, selection: Selection
 ) -> tuple[tuple[Columns, ...], Limits | None]:
-    """The columns to look at, and the limits, for rows of the class that the first row has."""
+    """The columns to look at, and the limits if any, for rows of the class of the first row."""
     if selection.strategy == "all":
         return sets.columns, None
     size = tile.label.size
@@ -118,8 +118,8 @@ def _draw_pool(
         raise ValueError(f"{selection.strategy}: a pool needs a random order")
     factor = POOL_FACTOR if selection.strategy == "semi_hard" else 1
     pool_size = min(selection.number * factor, sets.order.candidate.size)
-    # One more than that, for the rows that are in the pool themselves.
     first_ranks = _positive_ranks if selection.side is Side.POSITIVES else _negative_ranks
+    # One more than that, for the rows that are in the pool themselves.
     ranks = first_ranks(sets.order, tile.label[0], pool_size + 1)
     pool = _columns_of_ranks(sets, sets.order, ranks)
     own = jnp.sum(pool.anchor[None, :] == tile.anchor[:, None], axis=1, dtype=jnp.int32)
@@ -189,12 +189,12 @@ def _columns_of_ranks(sets: CandidateSets, order: RandomOrder, ranks: Int[Array,
         jnp.full(ranks.shape, NO_ANCHOR, jnp.int32),
         ranks,
     )
-    for columns, (num_classes, slots) in zip(sets.columns, sets.shapes, strict=True):
+    for columns, (num_classes, num_slots) in zip(sets.columns, sets.shapes, strict=True):
         if columns.label.size == 0:
             continue
-        cls, slot = jnp.divmod(index, slots * num_parts)
-        here = (cls >= 0) & (cls < num_classes) & (slot // slots == part)
-        place = jnp.where(here, cls * slots + slot % slots, 0)
+        cls, slot = jnp.divmod(index, num_slots * num_parts)
+        here = (cls >= 0) & (cls < num_classes) & (slot // num_slots == part)
+        place = jnp.where(here, cls * num_slots + slot % num_slots, 0)
         found = jax.tree.map(lambda x, at=place: jnp.take(x, at, axis=0, mode="clip"), columns)
         pool = Columns(
             jnp.where(here[:, None], found.embedding.astype(jnp.float32), pool.embedding),
@@ -202,7 +202,7 @@ def _columns_of_ranks(sets: CandidateSets, order: RandomOrder, ranks: Int[Array,
             jnp.where(here, found.anchor, pool.anchor),
             ranks,
         )
-        index -= num_classes * slots * num_parts
+        index -= num_classes * num_slots * num_parts
     return pool
 
 

@@ -124,13 +124,107 @@ def loss_and_gradient(
     of_rows = sum_over_candidates(of_rows, split) / temperature + lost
     of_anchors = jnp.zeros_like(of_rows).at[places].set(of_rows)
     of_candidates = tuple(
-        _like(c, sum_over_anchors(candidate_gradient(rows, part, slopes, chunk_size), split) + lost)
+        _like(c, candidate_gradient(rows, part, slopes, chunk_size, split) + lost)
         for c, part in zip(candidates, sets.columns, strict=True)
         if not c.stop_gradient
     )
     metrics = _diagnostics(rows, over_positives, over_negatives, temperature, split)
     metrics["positives_per_anchor"] /= num_anchors
     return loss, metrics, Embeddings(_like(anchors, of_anchors), of_candidates)
+
+
+def _candidate_sets(
+    candidates: tuple[Candidates, ...], order: RandomOrder | None, split: Split
+) -> CandidateSets:
+    """The sets as lists of columns, and the length of the longest candidate on any device."""
+    ranks = order.ranks if order else (None,) * len(candidates)
+    columns = tuple(columns_of(*pair) for pair in zip(candidates, ranks, strict=True))
+    squares = [jnp.max(jnp.sum(finite(part) ** 2, axis=1), initial=0.0) for part in columns]
+    return CandidateSets(
+        columns=columns,
+        shapes=tuple((math.prod(c.label.shape[:-1]), c.label.shape[-1]) for c in candidates),
+        order=order,
+        longest=max_over_candidates(jnp.sqrt(jnp.max(jnp.stack(squares))), split),
+        split=split,
+    )
+
+
+def _sum_negatives(
+    rows: Rows, sets: CandidateSets, selection: Selection, chunk_size: int
+) -> tuple[NegativeSums, Limits | None]:
+    """All negatives are walked by all rows at once, selected ones class by class."""
+    if selection.strategy == "all":
+        return walk_negatives(rows, sets.columns, None, chunk_size), None
+
+    def visit(tile: Rows) -> tuple[NegativeSums, Limits | None]:
+        columns, limits = select(tile, sets, selection)
+        return walk_negatives(tile, columns, limits, chunk_size), limits
+
+    return by_class(visit, rows)
+
+
+def _log_sum_exp(sums: NegativeSums, split: Split) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
+    """L over the negatives on all devices, and the share of exp(peak) on this device in exp(L)."""
+    peak = max_over_candidates(sums.peak, split)
+    rescale = jnp.exp(sums.peak - peak)
+    # Below 1 only for rows that never were walked: nowhere is a set, or they are not valid.
+    total = jnp.maximum(sum_over_candidates(sums.total * rescale, split), 1.0)
+    return peak + jnp.log(total), rescale / total
+
+
+def _sum_positives(
+    rows: Rows,
+    log_negatives: Float[Array, " r"],
+    sets: CandidateSets,
+    selection: Selection,
+    chunk_size: int,
+) -> tuple[PositiveSums, Limits | None]:
+    """Positives are walked class by class."""
+
+    def visit(tile: Rows, log_negatives: Array) -> tuple[PositiveSums, Limits | None]:
+        columns, limits = select(tile, sets, selection)
+        return walk_positives(tile, log_negatives, columns, limits, chunk_size), limits
+
+    return by_class(visit, rows, log_negatives)
+
+
+def _all_finite(rows: Rows, sets: CandidateSets) -> Bool[Array, ""]:
+    """Whether all anchors and candidates that take part, on all devices, are finite."""
+    in_rows = jnp.sum(~jnp.isfinite(rows.embedding), dtype=jnp.int32)
+    in_sets = jnp.zeros((), jnp.int32)
+    for columns in sets.columns:
+        largest = jnp.max(jnp.abs(columns.embedding), axis=1)  # NaN where one is
+        spoilt = ~jnp.isfinite(largest) & (columns.label != NO_CLASS)
+        in_sets += jnp.sum(spoilt, dtype=jnp.int32)
+    in_rows = sum_over_anchors(in_rows, sets.split)
+    return in_rows + sum_over_candidates(in_sets, sets.split) == 0
+
+
+def _diagnostics(
+    rows: Rows,
+    positives: PositiveSums,
+    negatives: NegativeSums,
+    temperature: float,
+    split: Split,
+) -> Metrics:
+    """Number of positive pairs, and the mean similarity of the pairs of each kind."""
+    sums = positives.number, positives.similarity, negatives.number, negatives.similarity
+    sums = tuple(jnp.sum(jnp.where(rows.label != NO_CLASS, part, 0.0)) for part in sums)
+    sums = sum_over_anchors(sum_over_candidates(sums, split), split)
+    num_positives, of_positives, num_negatives, of_negatives = sums
+    return {
+        "positives_per_anchor": num_positives,
+        "positive_similarity": temperature * of_positives / jnp.maximum(num_positives, 1.0),
+        "negative_similarity": temperature * of_negatives / jnp.maximum(num_negatives, 1.0),
+    }
+
+
+def _like(given: Anchors | Candidates, gradient: Float[Array, "x d"]) -> Float[Array, "*shape d"]:
+    """A gradient in the shape and type of the embeddings that it belongs to."""
+    return gradient.reshape(given.embedding.shape).astype(given.embedding.dtype)
+
+
+# --- The three walks ------------------------------------------------------------------------------
 
 
 def walk_negatives(
@@ -210,12 +304,13 @@ def _add_positives(
 
 
 def candidate_gradient(
-    rows: Rows, columns: Columns, slopes: Slopes, chunk_size: int
+    rows: Rows, columns: Columns, slopes: Slopes, chunk_size: int, split: Split
 ) -> Float[Array, "c d"]:
     """Gradient of the loss in candidates: each row times the derivative by its similarity."""
     add = functools.partial(_add_candidate_gradient, rows=rows, slopes=slopes)
     gradient = jnp.zeros(columns.embedding.shape, jnp.float32)
-    return _fold(add, gradient, columns, 0, columns.label.size, chunk_size)
+    gradient = _fold(add, gradient, columns, 0, columns.label.size, chunk_size)
+    return sum_over_anchors(gradient, split)
 
 
 def _add_candidate_gradient(
@@ -232,6 +327,9 @@ def _add_candidate_gradient(
     part = lax.dynamic_slice_in_dim(gradient, start, chunk.label.size)
     part += dot(slope.T, rows.embedding)
     return lax.dynamic_update_slice_in_dim(gradient, part, start, 0)
+
+
+# --- Class by class, chunk by chunk ---------------------------------------------------------------
 
 
 def by_class(visit: Callable[..., Any], rows: Rows, *more: Float[Array, " r"]) -> Any:
@@ -275,64 +373,6 @@ def _cut(padded: tuple[Any, ...], start: Int[Array, ""]) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, TILE), padded)
 
 
-def _sum_negatives(
-    rows: Rows, sets: CandidateSets, selection: Selection, chunk_size: int
-) -> tuple[NegativeSums, Limits | None]:
-    """All negatives are walked by all rows at once, selected ones class by class."""
-    if selection.strategy == "all":
-        return walk_negatives(rows, sets.columns, None, chunk_size), None
-
-    def visit(tile: Rows) -> tuple[NegativeSums, Limits | None]:
-        columns, limits = select(tile, sets, selection)
-        return walk_negatives(tile, columns, limits, chunk_size), limits
-
-    return by_class(visit, rows)
-
-
-def _sum_positives(
-    rows: Rows,
-    log_negatives: Float[Array, " r"],
-    sets: CandidateSets,
-    selection: Selection,
-    chunk_size: int,
-) -> tuple[PositiveSums, Limits | None]:
-    """Positives are walked class by class."""
-
-    def visit(tile: Rows, log_negatives: Array) -> tuple[PositiveSums, Limits | None]:
-        columns, limits = select(tile, sets, selection)
-        return walk_positives(tile, log_negatives, columns, limits, chunk_size), limits
-
-    return by_class(visit, rows, log_negatives)
-
-
-def _log_sum_exp(sums: NegativeSums, split: Split) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
-    """L over the negatives on all devices, and the share of exp(peak) on this device in exp(L)."""
-    peak = max_over_candidates(sums.peak, split)
-    rescale = jnp.exp(sums.peak - peak)
-    # Below 1 only for rows that never were walked: nowhere is a set, or they are not valid.
-    total = jnp.maximum(sum_over_candidates(sums.total * rescale, split), 1.0)
-    return peak + jnp.log(total), rescale / total
-
-
-def _diagnostics(
-    rows: Rows,
-    positives: PositiveSums,
-    negatives: NegativeSums,
-    temperature: float,
-    split: Split,
-) -> Metrics:
-    """Number of positive pairs, and the mean similarity of the pairs of each kind."""
-    sums = positives.number, positives.similarity, negatives.number, negatives.similarity
-    sums = tuple(jnp.sum(jnp.where(rows.label != NO_CLASS, part, 0.0)) for part in sums)
-    sums = sum_over_anchors(sum_over_candidates(sums, split), split)
-    num_positives, of_positives, num_negatives, of_negatives = sums
-    return {
-        "positives_per_anchor": num_positives,
-        "positive_similarity": temperature * of_positives / jnp.maximum(num_positives, 1.0),
-        "negative_similarity": temperature * of_negatives / jnp.maximum(num_negatives, 1.0),
-    }
-
-
 def _fold(
     visit: Callable[[Any, Columns, Array], Any],
     carry: Any,
@@ -360,36 +400,3 @@ def _fold(
         return visit(carry, chunk._replace(embedding=finite(chunk)), start)
 
     return lax.fori_loop(0, -(-(end - first) // chunk_size), step, carry)
-
-
-def _candidate_sets(
-    candidates: tuple[Candidates, ...], order: RandomOrder | None, split: Split
-) -> CandidateSets:
-    """The sets as lists of columns, and the length of the longest candidate on any device."""
-    ranks = order.ranks if order else (None,) * len(candidates)
-    columns = tuple(columns_of(*pair) for pair in zip(candidates, ranks, strict=True))
-    squares = [jnp.max(jnp.sum(finite(part) ** 2, axis=1), initial=0.0) for part in columns]
-    return CandidateSets(
-        columns=columns,
-        shapes=tuple((math.prod(c.label.shape[:-1]), c.label.shape[-1]) for c in candidates),
-        order=order,
-        longest=max_over_candidates(jnp.sqrt(jnp.max(jnp.stack(squares))), split),
-        split=split,
-    )
-
-
-def _all_finite(rows: Rows, sets: CandidateSets) -> Bool[Array, ""]:
-    """Whether all anchors and candidates that take part, on all devices, are finite."""
-    in_rows = jnp.sum(~jnp.isfinite(rows.embedding), dtype=jnp.int32)
-    in_sets = jnp.zeros((), jnp.int32)
-    for columns in sets.columns:
-        largest = jnp.max(jnp.abs(columns.embedding), axis=1)  # NaN where one is
-        spoilt = ~jnp.isfinite(largest) & (columns.label != NO_CLASS)
-        in_sets += jnp.sum(spoilt, dtype=jnp.int32)
-    in_rows = sum_over_anchors(in_rows, sets.split)
-    return in_rows + sum_over_candidates(in_sets, sets.split) == 0
-
-
-def _like(given: Anchors | Candidates, gradient: Float[Array, "x d"]) -> Float[Array, "*shape d"]:
-    """A gradient in the shape and type of the embeddings that it belongs to."""
-    return gradient.reshape(given.embedding.shape).astype(given.embedding.dtype)
