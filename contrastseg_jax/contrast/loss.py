@@ -23,10 +23,8 @@ from contrastseg_jax.contrast.selection import (
     Selection,
     shuffle,
 )
-from contrastseg_jax.contrast.streaming import Embeddings, loss_and_gradient
+from contrastseg_jax.contrast.streaming import Embeddings, Metrics, loss_and_gradient
 from contrastseg_jax.structs import Anchors, Candidates
-
-Metrics = dict[str, Float[Array, ""]]
 
 
 def pixel_contrast_loss(

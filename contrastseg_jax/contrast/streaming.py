@@ -1,10 +1,10 @@
 """Eq. 3 and its gradient with memory for anchors x one chunk of candidates, never for all of them.
 
-Three walks. Over the negatives: log-sum-exp and its gradient together, under a running maximum, as
-flash attention does it. Over the positives, which need that sum: anchors are sorted by class and
-cut into tiles of one class, and a tile visits the part of the candidates where its class is. And,
-for candidates into which gradients flow, over those. What the gradient of an anchor needs is summed
-on the way, so that nothing is walked again backwards.
+Three walks (`walks.py`). Over the negatives: log-sum-exp and its gradient together. Over the
+positives, which need that sum: anchors are sorted by class and cut into tiles of one class, and a
+tile visits the part of the candidates where its class is. And, for candidates into which gradients
+flow, over those. What the gradient of an anchor needs is summed on the way, so that nothing is
+walked again backwards.
 """
 
 import functools
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.nn import sigmoid, softplus
 from jaxtyping import Array, Bool, Float, Int
 
 from contrastseg_jax.contrast.devices import (
@@ -25,19 +24,22 @@ from contrastseg_jax.contrast.devices import (
     sum_over_candidates,
 )
 from contrastseg_jax.contrast.pairs import (
-    MASKED,
     NO_CLASS,
-    Columns,
     Limits,
     Rows,
-    Side,
     columns_of,
-    dot,
     finite,
-    is_selected,
     sorted_rows,
 )
 from contrastseg_jax.contrast.selection import CandidateSets, RandomOrder, Selection, select
+from contrastseg_jax.contrast.walks import (
+    NegativeSums,
+    PositiveSums,
+    Slopes,
+    candidate_gradient,
+    walk_negatives,
+    walk_positives,
+)
 from contrastseg_jax.structs import Anchors, Candidates
 
 TILE = 64  # rows of one class that select together, and visit their positives together
@@ -50,40 +52,6 @@ class Embeddings(NamedTuple):
 
     anchors: Float[Array, "b s d"]
     candidates: tuple[Float[Array, "..."], ...]  # of each set that has no `stop_gradient`
-
-
-class NegativeSums(NamedTuple):
-    """Of each row, over its negatives: log Σ exp(s) is peak + log(total)."""
-
-    peak: Float[Array, " r"]
-    total: Float[Array, " r"]
-    weighted: Float[Array, "r d"]  # Σ exp(s - peak) · negative
-    similarity: Float[Array, " r"]  # Σ s
-    number: Float[Array, " r"]
-
-
-class PositiveSums(NamedTuple):
-    """Of each row, over its positives, with L the log Σ exp of its negatives."""
-
-    cost: Float[Array, " r"]  # Σ softplus(L - s)
-    slope: Float[Array, " r"]  # Σ sigmoid(L - s), the derivative of `cost` by L
-    weighted: Float[Array, "r d"]  # Σ sigmoid(L - s) · positive
-    similarity: Float[Array, " r"]  # Σ s
-    number: Float[Array, " r"]
-
-
-class Slopes(NamedTuple):
-    """What the derivative of the loss by each similarity s of a row is made of, with L as above.
-
-    -positive_weight · sigmoid(L - s) by those with its positives, negative_weight · exp(s - L) by
-    those with its negatives, 0 by those outside its limits.
-    """
-
-    log_negatives: Float[Array, " r"]  # L
-    positive_weight: Float[Array, " r"]  # 1 / (number of anchors · number of the row's positives)
-    negative_weight: Float[Array, " r"]  # positive_weight · Σ sigmoid(L - s) over its positives
-    positive_limits: Limits | None
-    negative_limits: Limits | None
 
 
 def loss_and_gradient(
@@ -114,17 +82,16 @@ def loss_and_gradient(
     num_anchors = sum_over_anchors(jnp.sum(number > 0, dtype=jnp.float32), split)
     num_anchors = jnp.maximum(num_anchors, 1.0)
     weight = jnp.where(number > 0, 1.0 / num_anchors / jnp.maximum(number, 1.0), 0.0)
-    slopes = Slopes(log_negatives, weight, weight * slope, positive_limits, negative_limits)
-
     # No sum of the walks says it for certain: it may be in a candidate that was not drawn.
     lost = jnp.where(_all_finite(rows, sets), 0.0, jnp.nan)
     loss = sum_over_anchors(jnp.sum(weight * cost), split) + lost
-    of_rows = (slopes.negative_weight * share)[:, None] * over_negatives.weighted
-    of_rows -= slopes.positive_weight[:, None] * over_positives.weighted
+
+    slopes = Slopes(log_negatives, weight, weight * slope, positive_limits, negative_limits)
+    of_rows = _anchor_gradient(over_positives, over_negatives, slopes, share)
     of_rows = sum_over_candidates(of_rows, split) / temperature + lost
     of_anchors = jnp.zeros_like(of_rows).at[places].set(of_rows)
     of_candidates = tuple(
-        _like(c, candidate_gradient(rows, part, slopes, chunk_size, split) + lost)
+        _like(c, sum_over_anchors(candidate_gradient(rows, part, slopes, chunk_size), split) + lost)
         for c, part in zip(candidates, sets.columns, strict=True)
         if not c.stop_gradient
     )
@@ -219,117 +186,17 @@ def _diagnostics(
     }
 
 
+def _anchor_gradient(
+    positives: PositiveSums, negatives: NegativeSums, slopes: Slopes, share: Float[Array, " r"]
+) -> Float[Array, "r d"]:
+    """Gradient of the loss in rows: each candidate times the derivative by its similarity."""
+    of_negatives = (slopes.negative_weight * share)[:, None] * negatives.weighted
+    return of_negatives - slopes.positive_weight[:, None] * positives.weighted
+
+
 def _like(given: Anchors | Candidates, gradient: Float[Array, "x d"]) -> Float[Array, "*shape d"]:
     """A gradient in the shape and type of the embeddings that it belongs to."""
     return gradient.reshape(given.embedding.shape).astype(given.embedding.dtype)
-
-
-# --- The three walks ------------------------------------------------------------------------------
-
-
-def walk_negatives(
-    rows: Rows, columns: tuple[Columns, ...], limits: Limits | None, chunk_size: int
-) -> NegativeSums:
-    """All sets, chunk by chunk, against all rows."""
-    num_rows, d = rows.embedding.shape
-    zero, zeros = jnp.zeros(num_rows, jnp.float32), jnp.zeros((num_rows, d), jnp.float32)
-    sums = NegativeSums(jnp.full(num_rows, MASKED, jnp.float32), zero, zeros, zero, zero)
-    add = functools.partial(_add_negatives, rows=rows, limits=limits)
-    for part in columns:
-        sums = _fold(add, sums, part, 0, part.label.size, chunk_size)
-    return sums
-
-
-def _add_negatives(
-    sums: NegativeSums, chunk: Columns, _: Array, *, rows: Rows, limits: Limits | None
-) -> NegativeSums:
-    """The sums with those over the negatives in one more chunk, under a peak that may be higher."""
-    similarity = dot(rows.embedding, chunk.embedding.T)
-    negative = is_selected(rows, chunk, similarity, limits, Side.NEGATIVES)
-    masked = jnp.where(negative, similarity, MASKED)
-    peak = jnp.maximum(sums.peak, masked.max(1))
-    # A row that has met no negative yet sums rubbish, which counts 0 once it meets one.
-    weight, rescale = jnp.exp(masked - peak[:, None]), jnp.exp(sums.peak - peak)
-    return NegativeSums(
-        peak,
-        sums.total * rescale + weight.sum(1),
-        sums.weighted * rescale[:, None] + dot(weight, chunk.embedding),
-        sums.similarity + jnp.where(negative, similarity, 0.0).sum(1),
-        sums.number + negative.sum(1, dtype=jnp.float32),
-    )
-
-
-def walk_positives(
-    tile: Rows,
-    log_negatives: Float[Array, " r"],
-    columns: tuple[Columns, ...],
-    limits: Limits | None,
-    chunk_size: int,
-) -> PositiveSums:
-    """Rows of one class against the part of each set where that class is."""
-    num_rows, d = tile.embedding.shape
-    zero, zeros = jnp.zeros(num_rows, jnp.float32), jnp.zeros((num_rows, d), jnp.float32)
-    sums = PositiveSums(zero, zero, zeros, zero, zero)
-    add = functools.partial(_add_positives, tile=tile, log_negatives=log_negatives, limits=limits)
-    for part in columns:
-        size = part.label.size
-        member, index = part.label == tile.label[0], jnp.arange(size, dtype=jnp.int32)
-        first = jnp.min(jnp.where(member, index, size), initial=size)
-        end = jnp.max(jnp.where(member, index + 1, 0), initial=0)
-        sums = _fold(add, sums, part, first, end, chunk_size)
-    return sums
-
-
-def _add_positives(
-    sums: PositiveSums,
-    chunk: Columns,
-    _: Array,
-    *,
-    tile: Rows,
-    log_negatives: Float[Array, " r"],
-    limits: Limits | None,
-) -> PositiveSums:
-    """The sums with those over the positives in one more chunk."""
-    similarity = dot(tile.embedding, chunk.embedding.T)
-    positive = is_selected(tile, chunk, similarity, limits, Side.POSITIVES)
-    excess = log_negatives[:, None] - similarity
-    slope = jnp.where(positive, sigmoid(excess), 0.0)
-    return PositiveSums(
-        sums.cost + jnp.where(positive, softplus(excess), 0.0).sum(1),
-        sums.slope + slope.sum(1),
-        sums.weighted + dot(slope, chunk.embedding),
-        sums.similarity + jnp.where(positive, similarity, 0.0).sum(1),
-        sums.number + positive.sum(1, dtype=jnp.float32),
-    )
-
-
-def candidate_gradient(
-    rows: Rows, columns: Columns, slopes: Slopes, chunk_size: int, split: Split
-) -> Float[Array, "c d"]:
-    """Gradient of the loss in candidates: each row times the derivative by its similarity."""
-    add = functools.partial(_add_candidate_gradient, rows=rows, slopes=slopes)
-    gradient = jnp.zeros(columns.embedding.shape, jnp.float32)
-    gradient = _fold(add, gradient, columns, 0, columns.label.size, chunk_size)
-    return sum_over_anchors(gradient, split)
-
-
-def _add_candidate_gradient(
-    gradient: Float[Array, "c d"], chunk: Columns, start: Array, *, rows: Rows, slopes: Slopes
-) -> Float[Array, "c d"]:
-    """The gradient with that of the candidates in one more chunk, which begins at `start`."""
-    similarity = dot(rows.embedding, chunk.embedding.T)
-    positive = is_selected(rows, chunk, similarity, slopes.positive_limits, Side.POSITIVES)
-    negative = is_selected(rows, chunk, similarity, slopes.negative_limits, Side.NEGATIVES)
-    softmax = jnp.exp(similarity - slopes.log_negatives[:, None])
-    slope = jnp.where(negative, slopes.negative_weight[:, None] * softmax, 0.0)
-    # sigmoid(L - s) is 1 / (1 + softmax).
-    slope = jnp.where(positive, -slopes.positive_weight[:, None] / (1.0 + softmax), slope)
-    part = lax.dynamic_slice_in_dim(gradient, start, chunk.label.size)
-    part += dot(slope.T, rows.embedding)
-    return lax.dynamic_update_slice_in_dim(gradient, part, start, 0)
-
-
-# --- Class by class, chunk by chunk ---------------------------------------------------------------
 
 
 def by_class(visit: Callable[..., Any], rows: Rows, *more: Float[Array, " r"]) -> Any:
@@ -371,32 +238,3 @@ def _visit_tile(
 
 def _cut(padded: tuple[Any, ...], start: Int[Array, ""]) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, TILE), padded)
-
-
-def _fold(
-    visit: Callable[[Any, Columns, Array], Any],
-    carry: Any,
-    columns: Columns,
-    first: int | Int[Array, ""],
-    end: int | Int[Array, ""],
-    chunk_size: int,
-) -> Any:
-    """Fold `visit` over columns first..end-1, in chunks of one size; it is told where each begins.
-
-    A chunk that would reach over the last column begins earlier, and what was seen before counts as
-    no class there.
-    """
-    size = columns.label.size
-    chunk_size = min(chunk_size, size)
-    if size == 0:
-        return carry
-
-    def step(i: Array, carry: Any) -> Any:
-        unseen = first + i * chunk_size
-        start = jnp.minimum(unseen, size - chunk_size)
-        chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, chunk_size), columns)
-        fresh = start + jnp.arange(chunk_size, dtype=jnp.int32) >= unseen
-        chunk = chunk._replace(label=jnp.where(fresh, chunk.label, NO_CLASS))
-        return visit(carry, chunk._replace(embedding=finite(chunk)), start)
-
-    return lax.fori_loop(0, -(-(end - first) // chunk_size), step, carry)
