@@ -208,7 +208,7 @@ def make_bank(
     of_slots = jnp.broadcast_to(jnp.arange(num_classes)[:, None], shape)
     return (
         Anchors(rows, label, jnp.ones(label.shape, bool)),
-        Candidates(queue, of_slots, jnp.ones(shape, bool)),
+        Candidates(queue, of_slots, jnp.ones(shape, bool), stop_gradient=True),
     )
 
 

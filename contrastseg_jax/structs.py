@@ -69,6 +69,8 @@ class Candidates:
     label: Int[Array, "*c"]
     valid: Bool[Array, "*c"]
     anchor: Int[Array, "*c"] | None = None  # place of the anchor that each is; None: none is one
+    # True: they are constants, and no gradient is computed for them
+    stop_gradient: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from contrastseg_jax.contrast.devices import AXIS
 from contrastseg_jax.contrast.grouped_sort import sort_by_group
 from contrastseg_jax.structs import Candidates, MemoryBank
 
@@ -138,9 +139,9 @@ def _write(
     slot = jnp.where(stays, (head[:, None] + rank) % size, size)
     scatter = _scatter
     if mesh is not None:
-        whole, split = PartitionSpec(), PartitionSpec(None, "data")
+        whole, split = PartitionSpec(), PartitionSpec(None, AXIS)
         scatter = jax.shard_map(
-            functools.partial(_scatter, axis="data"),
+            functools.partial(_scatter, axis=AXIS),
             mesh=mesh,
             in_specs=(split, whole, whole),
             out_specs=split,
@@ -167,4 +168,5 @@ def _slots(slots: Float[Array, "k m d"], count: Int[Array, " k"]) -> Candidates:
     shape = slots.shape[:2]
     label, slot = (jnp.arange(length, dtype=jnp.int32) for length in shape)
     label = jnp.broadcast_to(label[:, None], shape)
-    return Candidates(slots, label, slot[None, :] < count[:, None])
+    written = slot[None, :] < count[:, None]
+    return Candidates(slots, label, written, stop_gradient=True)

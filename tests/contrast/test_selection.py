@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 from oracles import pixel_contrast_loss_literal
 
 from contrastseg_jax.contrast.anchors import batch_candidates
-from contrastseg_jax.contrast.loss import _shuffle, pixel_contrast_loss
-from contrastseg_jax.contrast.selection import (
-    NO_CLASS,
-    Columns,
-    Rows,
-    Selection,
-    is_selected,
-    select,
-)
+from contrastseg_jax.contrast.devices import Split
+from contrastseg_jax.contrast.loss import pixel_contrast_loss
+from contrastseg_jax.contrast.pairs import Rows, Side, columns_of, is_selected
+from contrastseg_jax.contrast.selection import CandidateSets, Selection, select, shuffle
 from contrastseg_jax.structs import Anchors, Candidates
 
 SCALE = {"temperature": 0.1, "base_temperature": 0.07}
@@ -37,32 +32,32 @@ def unit_rows(rng, *shape):
 def masks(rows, candidates, rngs, number):
     """What 64 rows of class 0 take of their negatives and positives, for every key."""
     tile = Rows(rows, jnp.zeros(len(rows), jnp.int32), jnp.arange(len(rows)))
-    label = jnp.where(candidates.valid, candidates.label, NO_CLASS)
+    num_candidates = candidates.label.size
 
-    def taken(strategy, positive, rng):
-        ranks, order = _shuffle((candidates,), rng)
-        columns = Columns(candidates.embedding, label, jnp.full(label.shape, -1), ranks[0])
-        (some,), limits = select(
-            tile,
-            sets=(columns,),
-            layouts=((1, label.size),),
-            longest=jnp.ones(()),
+    def taken(strategy, side, rng):
+        order = shuffle((candidates,), rng)
+        (ranks,) = order.ranks
+        sets = CandidateSets(
+            columns=(columns_of(candidates, ranks),),
+            shapes=((1, num_candidates),),
             order=order,
-            selection=Selection(strategy, number.size, approximate=False),
-            positive=positive,
-            axis=None,
+            longest=jnp.ones(()),
+            split=Split.NOTHING,
         )
-        inside = is_selected(
-            tile, some, jnp.matmul(rows, some.embedding.T), limits, positive=positive
-        )
+        selection = Selection(side, strategy, number.size, approximate=False)
+        (some,), limits = select(tile, sets, selection)
+        similarity = jnp.matmul(rows, some.embedding.T)
+        inside = is_selected(tile, some, similarity, limits, side)
         # Back from the pool to all candidates, which the ranks tell apart.
-        where = jnp.argsort(ranks[0])[jnp.clip(some.rank, 0, len(label) - 1)]
-        return jnp.zeros((len(rows), len(label)), bool).at[:, where].max(inside)
+        where = jnp.argsort(ranks)[jnp.clip(some.rank, 0, num_candidates - 1)]
+        return jnp.zeros((len(rows), num_candidates), bool).at[:, where].max(inside)
 
     return {
-        (strategy, positive): jax.lax.map(functools.partial(taken, strategy, positive), rngs)
+        (strategy, side is Side.POSITIVES): jax.lax.map(
+            functools.partial(taken, strategy, side), rngs
+        )
         for strategy in ("all", "random", "hardest", "semi_hard")
-        for positive in (False, True)
+        for side in Side
     }
 
 

@@ -109,6 +109,27 @@ def test_bfloat16_in_is_bfloat16_gradients_out():
     assert {grad.dtype for grad in grads} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_candidates_with_stop_gradient_are_constants_and_cost_no_walk():
+    """The same loss and gradient in the anchors, without the two products for the queue's own."""
+    anchors, candidates = scene()
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(rows, queue, candidates):
+        return streamed_loss(rows, queue, anchors, candidates)
+
+    found, num_products = {}, {}
+    for constant in (False, True):
+        given = candidates.replace(stop_gradient=constant)
+        arguments = anchors.embedding, candidates.embedding, given
+        found[constant] = jax.jit(loss)(*arguments)
+        num_products[constant] = str(jax.make_jaxpr(loss)(*arguments)).count("dot_general")
+    (value, (of_rows, of_queue)), (same, (same_rows, of_constants)) = found.values()
+    np.testing.assert_array_equal(same, value)
+    np.testing.assert_array_equal(same_rows, of_rows)
+    assert np.any(of_queue) and not np.any(of_constants)
+    assert num_products[False] - num_products[True] == 2
+
+
 def test_memory_is_that_of_a_chunk():
     """Not of anchors x candidates (here 80 MB), nor of a copy of the bank (20 MB)."""
     anchors, candidates = scene(num_classes=5, rows=500, slots=4000, d=256)
