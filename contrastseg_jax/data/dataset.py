@@ -35,8 +35,9 @@ from contrastseg_jax.data.builders.base import (
     data_root,
 )
 from contrastseg_jax.data.images import Decoding
-from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.labels import Color, LabelMap
 from contrastseg_jax.data.prepared import Records, find_fault, open_records, remove, seal
+from contrastseg_jax.data.preprocess import Preprocessing
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import lock
 
@@ -253,3 +254,9 @@ def dataset_spec(config: Config) -> DatasetSpec:
 def decoding(config: Config) -> Decoding:
     """How image files become pixels."""
     return dataset_spec(config).decoding
+
+
+def preprocessing(config: Config, pad_color: Color) -> Preprocessing:
+    """How examples become arrays. `pad_color` is up to the network, of which nothing here knows."""
+    spec = dataset_spec(config)
+    return Preprocessing(label_map(spec), pad_color, config.data.short_side, spec.decoding)

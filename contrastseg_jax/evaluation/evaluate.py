@@ -16,7 +16,13 @@ from jaxtyping import Array, Float, Int, UInt8
 from contrastseg_jax.config.tree import Config, leaves
 from contrastseg_jax.data import pictures, pipeline
 from contrastseg_jax.data.audit.report import audited_class_weights
-from contrastseg_jax.data.dataset import dataset_spec, decoding, label_map, open_split
+from contrastseg_jax.data.dataset import (
+    dataset_spec,
+    decoding,
+    label_map,
+    open_split,
+    preprocessing,
+)
 from contrastseg_jax.data.images import decode_image
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
@@ -157,11 +163,10 @@ def group_examples(config: Config, source: Source, split: str, mesh: Mesh) -> li
     """The batches in which a split is evaluated, the same in every evaluation of a run."""
     groups = pipeline.eval_groups(
         source,
+        preprocessing=preprocessing(config, pad_color(config)),
         batch_size=_batch_size(config, mesh),
-        short_side=config.data.short_side,
         pad_multiple=config.eval.pad_multiple,
-        num_threads=config.data.num_threads,
-        decoding=decoding(config),
+        loading=pipeline.loading(config),
     )
     sizes = {group.image_size for group in groups}
     log.info(
@@ -198,15 +203,10 @@ def evaluate(
     batches = pipeline.eval_batches(
         source,
         groups,
-        label_map=classes,
+        preprocessing=preprocessing(config, pad_color(config)),
         batch_size=_batch_size(config, mesh),
-        short_side=config.data.short_side,
-        pad_color=pad_color(config),
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        decoding=decoding(config),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        loading=pipeline.loading(config),
+        shard=pipeline.Shard(jax.process_index(), jax.process_count()),
     )
     confusion = np.zeros((len(classes.names),) * 2, np.int64)  # more pixels than int32 can count
     drawn, num_pictures = [], config.eval.num_pictures if processes.is_first() else 0

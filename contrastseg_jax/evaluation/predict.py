@@ -16,7 +16,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data import pictures
 from contrastseg_jax.data.audit.examples import in_parallel
-from contrastseg_jax.data.augment import padded_size, resize_image, resized_size, too_large
 from contrastseg_jax.data.dataset import dataset_spec, decoding, label_map
 from contrastseg_jax.data.images import (
     JPEG_SIDE,
@@ -28,6 +27,13 @@ from contrastseg_jax.data.images import (
     is_turned,
 )
 from contrastseg_jax.data.labels import LabelMap, to_mask_values
+from contrastseg_jax.data.preprocess import (
+    pad,
+    padded_size,
+    resize_image,
+    resized_size,
+    too_large,
+)
 from contrastseg_jax.errors import InputError, best_effort, listed
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.evaluate import compile_network
@@ -116,8 +122,7 @@ def predict_image(
     if problem := too_large(own_size, config.data.short_side, multiple):
         raise InputError(problem)
     size = resized_size(own_size, config.data.short_side)
-    padded = np.full((1, *padded_size(size, multiple), 3), pad_color(config), np.uint8)
-    padded[0, : size[0], : size[1]] = resize_image(image, size)
+    padded = pad(resize_image(image, size), padded_size(size, multiple), pad_color(config))[None]
     classes = programs.run(
         most_likely_programs,
         logits_fn(variables, padded),

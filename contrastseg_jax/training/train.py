@@ -19,7 +19,8 @@ from contrastseg_jax import out_of_memory
 from contrastseg_jax.config.rules import uses_contrast
 from contrastseg_jax.config.tree import Config, leaves
 from contrastseg_jax.data import pipeline
-from contrastseg_jax.data.dataset import dataset_spec, decoding, label_map, open_splits
+from contrastseg_jax.data.augment import Augmentation
+from contrastseg_jax.data.dataset import dataset_spec, label_map, open_splits, preprocessing
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
 from contrastseg_jax.errors import best_effort, reason
@@ -334,19 +335,11 @@ def make_batches(config: Config, source: Source, start_step: int) -> pipeline.Ba
     """This process's rows of the training batches after `start_step`."""
     return pipeline.train_batches(
         source,
-        label_map=label_map(dataset_spec(config)),
+        preprocessing=preprocessing(config, pad_color(config)),
+        augmentation=Augmentation(**config.augment),
         batch_size=config.train.batch_size,
-        start_step=start_step,
-        num_steps=config.train.num_steps,
+        steps=range(start_step, config.train.num_steps),
         seed=config.seed,
-        short_side=config.data.short_side,
-        pad_color=pad_color(config),
-        cache_size=config.data.cache_size,
-        num_threads=config.data.num_threads,
-        num_workers=config.data.num_workers,
-        prefetch=config.data.prefetch,
-        decoding=decoding(config),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **config.augment,
+        loading=pipeline.loading(config),
+        shard=pipeline.Shard(jax.process_index(), jax.process_count()),
     )

@@ -13,7 +13,7 @@ from picture_files import exif, png, saved
 from PIL import Image
 from raw_data import noise, without_capabilities, write, write_example, write_pair
 
-from contrastseg_jax.data import augment, image_files
+from contrastseg_jax.data import image_files, preprocess
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.errors import InputError
 
@@ -170,7 +170,7 @@ def test_an_image_that_is_too_large_is_to_be_cut_not_exported_again(root, monkey
 @pytest.mark.parametrize(("split", "is_error"), [("val", True), ("train", False)])
 def test_an_image_that_resizing_makes_too_large_is_named(root, split, is_error, monkeypatch):
     """Training, which cuts crops, can use it; evaluation, which takes it whole, cannot."""
-    monkeypatch.setattr(augment, "MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 64 * 64)
     file = root / "images" / split / "strip.png"
     write_pair(file, root / "labels" / split / "strip.png", size=(3, 50))
     (found,) = run(root, "data.short_side=16")["findings"]
