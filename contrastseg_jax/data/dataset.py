@@ -114,12 +114,12 @@ def raw_splits(spec: DatasetSpec) -> Splits:
     return {config.split: config.raw for config in found}
 
 
-def misplaced(spec: DatasetSpec, splits: Sequence[str]) -> list[str]:
-    """What lies where some absent splits may be meant, and where it belongs."""
+def misplaced_hints(spec: DatasetSpec, splits: Sequence[str]) -> list[str]:
+    """Files elsewhere that may be meant for absent splits, and where they belong."""
     if not _may_hold_files(spec):
         return []
     configs = [MODULES[spec.name].split_config(spec, split) for split in splits]
-    return list(dict.fromkeys(line for config in configs for line in config.raw.elsewhere))
+    return list(dict.fromkeys(line for config in configs for line in config.raw.hints))
 
 
 def _split_config(spec: DatasetSpec, split: str) -> SplitConfig:
@@ -129,7 +129,7 @@ def _split_config(spec: DatasetSpec, split: str) -> SplitConfig:
         config = module.split_config(spec, split)
         if _holds_files(config):
             return config
-        hints = config.raw.elsewhere
+        hints = config.raw.hints
     existing = [config.split for config in _existing(spec)]
     if not existing:
         raise _no_data(spec)
@@ -159,7 +159,7 @@ def _may_hold_files(spec: DatasetSpec) -> bool:
 def _no_data(spec: DatasetSpec) -> InputError:
     state = "has none" if data_root(spec).is_dir() else "is no folder"
     lines = [f"no images for the data set '{spec.name}': data.root = '{spec.root}' {state}"]
-    lines += misplaced(spec, MODULES[spec.name].SPLITS)
+    lines += misplaced_hints(spec, MODULES[spec.name].SPLITS)
     lines += [
         "Give the folder that holds them with --config.data.root=FOLDER; the first start checks"
         f" and prepares them. Its layout:\n{MODULES[spec.name].LAYOUT}"

@@ -196,7 +196,7 @@ def image_size(data: bytes, name: str, decoding: Decoding = AS_STORED) -> tuple[
         return height, width
 
 
-def is_turned(data: bytes, name: str) -> bool:
+def has_exif_orientation(data: bytes, name: str) -> bool:
     """Whether a file asks viewers to turn or mirror it, in EXIF data or a tag of its own.
 
     Raises:

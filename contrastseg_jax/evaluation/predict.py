@@ -23,8 +23,8 @@ from contrastseg_jax.data.images import (
     decode_image,
     encode_jpeg,
     encode_png,
+    has_exif_orientation,
     image_size,
-    is_turned,
 )
 from contrastseg_jax.data.labels import LabelMap, to_mask_values
 from contrastseg_jax.data.preprocess import (
@@ -93,7 +93,7 @@ def predict_run(
                 continue
             num_predicted += 1
             if config.data.exif_orientation == "stored":
-                num_turned += is_turned(content, str(path))
+                num_turned += has_exif_orientation(content, str(path))
             num_long += _is_long(image)
     log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
     if num_turned:

@@ -184,7 +184,7 @@ def test_an_image_that_resizing_makes_too_large_is_named(root, split, is_error, 
 
 @pytest.mark.parametrize("rule", ["stored", "applied"])
 @pytest.mark.parametrize(
-    ("kind", "note", "is_turned"),
+    ("kind", "note", "has_orientation"),
     [
         ("JPEG", exif(6), True),
         ("MPO", exif(3), True),
@@ -196,8 +196,8 @@ def test_an_image_that_resizing_makes_too_large_is_named(root, split, is_error, 
         ("JPEG", b"Exif\0\0damaged", False),
     ],
 )
-def test_an_image_that_viewers_turn_is_a_warning_that_says_how_it_is_used(
-    root, kind, note, is_turned, rule
+def test_an_image_with_an_exif_orientation_is_a_warning_that_says_how_it_is_used(
+    root, kind, note, has_orientation, rule
 ):
     pixels = Image.fromarray(noise(0, (6, 6, 3)))
     more = {"save_all": True, "append_images": [pixels]} if kind == "MPO" else {}
@@ -205,17 +205,17 @@ def test_an_image_that_viewers_turn_is_a_warning_that_says_how_it_is_used(
     write(root / MASK, encode_png(noise(0, (6, 6), 3)))
     setting = f"data.exif_orientation={rule}"
     findings = run(root, setting)["findings"]
-    expected = [("turned", str(root / IMAGE), False)] if is_turned else []
+    expected = [("exif_orientation", str(root / IMAGE), False)] if has_orientation else []
     assert [(f["kind"], f["file"], f["is_error"]) for f in findings] == expected
-    use = {"stored": "but it is used as stored", "applied": "and it is turned"}[rule]
+    use = {"stored": "ignored", "applied": "applied"}[rule]
     for found in findings:
-        assert f"viewers to turn it, {use} (data.exif_orientation = {rule})" in found["message"]
+        assert f"which is {use} (data.exif_orientation = {rule})" in found["message"]
     assert len(prepare(root, setting)) == 3
 
 
 @pytest.mark.parametrize(("rule", "other"), [("stored", "applied"), ("applied", "stored")])
-def test_a_mask_that_fits_the_other_way_round_is_told_so(root, rule, other):
-    """Drawn on what viewers show, or else on the pixels as stored."""
+def test_a_mask_that_fits_with_the_other_orientation_is_told_so(root, rule, other):
+    """Drawn on the image as viewers show it, or else on the pixels as stored."""
     write(root / IMAGE, saved(Image.fromarray(noise(0)), "JPEG", exif=exif(6)))
     write(root / MASK, encode_png(noise(0, (8, 6) if rule == "stored" else (6, 8), 3)))
     results = run(root, f"data.exif_orientation={rule}")
@@ -223,7 +223,7 @@ def test_a_mask_that_fits_the_other_way_round_is_told_so(root, rule, other):
     shape = "mask of 6x8 pixels for an image of 8x6"
     assert (shape if rule == "stored" else "mask of 8x6 pixels for an image of 6x8") in message
     remedy = f"--config.data.exif_orientation={other}"
-    assert message.endswith(f"the other way round they fit, {remedy}")
+    assert message.endswith(f"has an EXIF orientation, and they fit with {remedy}")
     assert run(root, f"data.exif_orientation={other}")["num_errors"] == 0
     with pytest.raises(InputError, match=re.escape(remedy)):
         prepare(root, f"data.exif_orientation={rule}")
@@ -234,7 +234,11 @@ def test_a_mask_that_fits_the_other_way_round_is_told_so(root, rule, other):
 def test_a_mask_with_an_orientation_is_used_as_stored_with_a_warning(root, rule):
     write(root / MASK, saved(Image.fromarray(INDEX), exif=exif(6)))
     (found,) = run(root, f"data.exif_orientation={rule}")["findings"]
-    assert (found["kind"], found["file"], found["is_error"]) == ("turned", str(root / MASK), False)
+    assert (found["kind"], found["file"], found["is_error"]) == (
+        "exif_orientation",
+        str(root / MASK),
+        False,
+    )
     assert "masks are used as stored" in found["message"]
 
 

@@ -10,7 +10,7 @@ from raw_data import classes_of, names, write, write_image, write_mask
 from scipy.io import savemat
 
 from contrastseg_jax.data import dataset
-from contrastseg_jax.data.audit.statistics import audit_split, general_findings
+from contrastseg_jax.data.audit.statistics import audit_split, dataset_findings
 from contrastseg_jax.data.builders import coco_stuff, pascal_context
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split, open_splits, raw_splits
@@ -194,7 +194,7 @@ def test_the_masks_of_cityscapes_test_have_no_classes_which_is_no_error(spec_of,
         for split, checks in raw_splits(spec_of("cityscapes")).items()
     }
     assert [audit.num_examples for audit in audits.values()] == [1, 1, 1]
-    found = [f for f in general_findings(audits, classes) if f.kind == "unlabelled"]
+    found = [f for f in dataset_findings(audits, classes) if f.kind == "unlabelled"]
     assert [(finding.file, finding.is_error) for finding in found] == [("test", False)]
 
 

@@ -17,8 +17,8 @@ from contrastseg_jax.data.images import (
     decode_image,
     decode_mask,
     file_format,
+    has_exif_orientation,
     image_size,
-    is_turned,
 )
 from contrastseg_jax.errors import InputError
 
@@ -57,7 +57,7 @@ def test_an_orientation_is_applied_or_not_whatever_the_format(kind, orientation)
     np.testing.assert_array_equal(decode_image(data, "a", APPLIED), expected)
     assert image_size(data, "a") == (6, 9)
     assert image_size(data, "a", APPLIED) == expected.shape[:2]
-    assert is_turned(data, "a") == (orientation > 1)
+    assert has_exif_orientation(data, "a") == (orientation > 1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -70,7 +70,7 @@ def test_a_mask_has_the_pixels_that_are_stored(dtype, settings, orientation):
     data = saved(Image.fromarray(mask), **(dict(suffix="TIFF") | settings), exif=exif(orientation))
     np.testing.assert_array_equal(decode_mask(data, "a"), mask)
     assert image_size(data, "a") == (6, 9)
-    assert is_turned(data, "a") == (orientation > 1)
+    assert has_exif_orientation(data, "a") == (orientation > 1)
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -88,7 +88,7 @@ def test_deep_images_are_turned_too(orientation, order):
 def test_a_png_may_have_its_note_behind_the_pixels():
     pixels = noise(0)
     data = png(pixels, 8, after=chunk(b"eXIf", exif(6).tobytes().removeprefix(b"Exif\0\0")))
-    assert is_turned(data, "a") and image_size(data, "a", APPLIED) == (8, 6)
+    assert has_exif_orientation(data, "a") and image_size(data, "a", APPLIED) == (8, 6)
     np.testing.assert_array_equal(decode_image(data, "a", APPLIED), np.rot90(pixels, -1))
 
 
@@ -97,7 +97,7 @@ def test_a_note_behind_damaged_pixels_does_not_hide_the_damage():
     data = bytearray(png(noise(0, (60, 80, 3)), 8, after=chunk(b"tEXt", b"a\0b")))
     start = data.index(b"IDAT") + 4
     data[start + 2000 : start + 2100] = bytes(100)
-    for read in (decode_image, is_turned):
+    for read in (decode_image, has_exif_orientation):
         with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
             read(bytes(data), "a.png")
 
@@ -106,7 +106,7 @@ def test_a_note_behind_damaged_pixels_does_not_hide_the_damage():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_damaged_note_says_nothing(kind, note):
     data = saved(Image.fromarray(noise(0)), kind, exif=note)
-    assert not is_turned(data, "a")
+    assert not has_exif_orientation(data, "a")
     np.testing.assert_array_equal(decode_image(data, "a"), decode_image(data, "a", APPLIED))
 
 
@@ -290,7 +290,7 @@ def test_bands_without_colours_say_how_they_become_readable(dtype, bands):
     values = noise(0, (6, 8, bands)).astype(dtype)
     extra = (0,) * (bands - 1)
     for data in (tiff(values, 1), tiff(values, 1, extra=extra, planes=True, deflate=True)):
-        for read in (decode_image, decode_mask, image_size, file_format, is_turned):
+        for read in (decode_image, decode_mask, image_size, file_format, has_exif_orientation):
             with pytest.raises(FormatError) as error:
                 read(data, "sat.tif")
             assert re.fullmatch(
@@ -338,10 +338,10 @@ def test_a_jpeg_whose_header_lies_takes_no_memory():
 DECODE = """
 import sys
 from pathlib import Path
-from contrastseg_jax.data.images import decode_image, decode_mask, image_size, is_turned
+from contrastseg_jax.data.images import decode_image, decode_mask, image_size, has_exif_orientation
 from contrastseg_jax.errors import InputError
 for path in Path(sys.argv[1]).iterdir():
-    for read in (decode_image, decode_mask, image_size, is_turned):
+    for read in (decode_image, decode_mask, image_size, has_exif_orientation):
         try:
             read(path.read_bytes(), path.name)
         except InputError as error:
