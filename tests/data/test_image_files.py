@@ -1,4 +1,4 @@
-"""What cameras, scanners and GIS programs write: turned, deep and many-banded files."""
+"""What cameras, scanners and GIS programs write: EXIF orientations, 16 bits, many bands."""
 
 import re
 import subprocess
@@ -33,7 +33,7 @@ FORMATS = {
 }
 
 
-def turned_file(pixels, kind, orientation):
+def file_with_orientation(pixels, kind, orientation):
     settings = dict(suffix=kind) | FORMATS[kind]
     if kind == "MPO":
         settings["append_images"] = [Image.fromarray(pixels)]
@@ -45,8 +45,8 @@ def turned_file(pixels, kind, orientation):
 def test_an_orientation_is_applied_or_not_whatever_the_format(kind, orientation):
     """Pillow's `exif_transpose` is the measure; JPEGs lose the same in both."""
     pixels = noise(1, (6, 9, 3))
-    data = turned_file(pixels, kind, orientation)
-    plain = decode_image(turned_file(pixels, kind, 1), "a")
+    data = file_with_orientation(pixels, kind, orientation)
+    plain = decode_image(file_with_orientation(pixels, kind, 1), "a")
     note = exif(orientation)
     upright = Image.fromarray(plain)
     upright.info["exif"] = note.tobytes()
@@ -75,7 +75,7 @@ def test_a_mask_has_the_pixels_that_are_stored(dtype, settings, orientation):
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_deep_images_are_turned_too(orientation, order):
+def test_the_orientation_of_deep_images_is_applied_too(orientation, order):
     deep = np.random.default_rng(0).integers(0, 65536, (6, 9, 3), dtype=np.uint16)
     data = tiff(deep, 2, order=order, tags=[(274, [orientation])])
     np.testing.assert_array_equal(decode_image(data, "a"), deep >> 8)
@@ -85,14 +85,14 @@ def test_deep_images_are_turned_too(orientation, order):
     np.testing.assert_array_equal(decode_image(data, "a", APPLIED), expected)
 
 
-def test_a_png_may_have_its_note_behind_the_pixels():
+def test_a_png_may_have_its_exif_data_after_the_pixels():
     pixels = noise(0)
     data = png(pixels, 8, after=chunk(b"eXIf", exif(6).tobytes().removeprefix(b"Exif\0\0")))
     assert has_exif_orientation(data, "a") and image_size(data, "a", APPLIED) == (8, 6)
     np.testing.assert_array_equal(decode_image(data, "a", APPLIED), np.rot90(pixels, -1))
 
 
-def test_a_note_behind_damaged_pixels_does_not_hide_the_damage():
+def test_exif_data_after_damaged_pixels_do_not_hide_the_damage():
     """Pillow raises an error of a broken stream once; then the image is what there was of it."""
     data = bytearray(png(noise(0, (60, 80, 3)), 8, after=chunk(b"tEXt", b"a\0b")))
     start = data.index(b"IDAT") + 4
@@ -104,7 +104,7 @@ def test_a_note_behind_damaged_pixels_does_not_hide_the_damage():
 
 @pytest.mark.parametrize("note", [b"Exif\0\0damaged", b"", exif(0).tobytes(), exif(9).tobytes()])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_damaged_note_says_nothing(kind, note):
+def test_damaged_exif_data_are_ignored(kind, note):
     data = saved(Image.fromarray(noise(0)), kind, exif=note)
     assert not has_exif_orientation(data, "a")
     np.testing.assert_array_equal(decode_image(data, "a"), decode_image(data, "a", APPLIED))

@@ -145,7 +145,7 @@ def test_a_copy_with_other_times_is_read_once_and_trusted(spec, caplog, monkeypa
     shutil.rmtree(folder)
     folder.with_name("copy").rename(folder)
     caplog.clear()
-    monkeypatch.setattr(prepared, "SMALL", 0)
+    monkeypatch.setattr(prepared, "ALWAYS_HASHED_SIZE", 0)
     read, stamp = [], prepared._stamp
     monkeypatch.setattr(prepared, "_stamp", lambda path: read.append(path.name) or stamp(path))
     assert names(open_splits(spec, SPLITS)[0]) == ["a", "b", "c"]
@@ -169,7 +169,7 @@ def test_damage_that_shows_while_reading_is_one_error_in_threads_and_workers(
     spec, root, num_workers, monkeypatch, caplog
 ):
     """Of size and time as they were, in a file that is too large to be read at each start."""
-    monkeypatch.setattr(prepared, "SMALL", 0)
+    monkeypatch.setattr(prepared, "ALWAYS_HASHED_SIZE", 0)
     (source, _) = open_splits(spec, SPLITS)
     settings = dict(label_map=label_map(spec), num_steps=4, num_workers=num_workers)
     with contextlib.closing(train(source, **settings)) as batches:
