@@ -89,7 +89,7 @@ def open_split(spec: DatasetSpec, split: str) -> Records:
 
 
 def open_splits(spec: DatasetSpec, splits: Sequence[str]) -> list[Records]:
-    """As `open_split`, for several splits that are checked together; one error lists all of theirs.
+    """As `open_split`, for several splits, with one error that lists what is wrong in any of them.
 
     Other splits are not read.
     """
@@ -161,7 +161,7 @@ def _root_is_known(spec: DatasetSpec) -> bool:
 
 
 def _no_data_error(spec: DatasetSpec) -> InputError:
-    state = "has none" if data_root(spec).is_dir() else "is no folder"
+    state = "holds none" if data_root(spec).is_dir() else "is not a folder"
     lines = [f"no images for the data set '{spec.name}': data.root = '{spec.root}' {state}"]
     lines += misplaced_hints(spec, BUILDERS[spec.name].SPLITS)
     lines += [

@@ -78,7 +78,7 @@ class EvalGroup:
     example_ids: list[int]
 
 
-def loading(config: Config) -> Loading:
+def loading_settings(config: Config) -> Loading:
     """How a config spreads the work."""
     data = config.data
     return Loading(data.num_threads, data.num_workers, data.prefetch, data.cache_size)

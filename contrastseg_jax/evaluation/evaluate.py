@@ -166,7 +166,7 @@ def group_examples(config: Config, source: Source, split: str, mesh: Mesh) -> li
         preprocessing=preprocessing(config, pad_color(config)),
         batch_size=_batch_size(config, mesh),
         pad_multiple=config.eval.pad_multiple,
-        loading=pipeline.loading(config),
+        loading=pipeline.loading_settings(config),
     )
     sizes = {group.image_size for group in groups}
     log.info(
@@ -205,7 +205,7 @@ def evaluate(
         groups,
         preprocessing=preprocessing(config, pad_color(config)),
         batch_size=_batch_size(config, mesh),
-        loading=pipeline.loading(config),
+        loading=pipeline.loading_settings(config),
         shard=pipeline.Shard(jax.process_index(), jax.process_count()),
     )
     confusion = np.zeros((len(classes.names),) * 2, np.int64)  # more pixels than int32 can count

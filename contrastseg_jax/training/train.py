@@ -340,6 +340,6 @@ def make_batches(config: Config, source: Source, start_step: int) -> pipeline.Ba
         batch_size=config.train.batch_size,
         steps=range(start_step, config.train.num_steps),
         seed=config.seed,
-        loading=pipeline.loading(config),
+        loading=pipeline.loading_settings(config),
         shard=pipeline.Shard(jax.process_index(), jax.process_count()),
     )

@@ -132,7 +132,7 @@ def test_what_is_worth_a_warning_is_logged_when_the_data_are_prepared(root, capl
         write_example(root, "train", name, ord(name), mask=mask)
     prepare(root)
     assert [record.getMessage() for record in caplog.records] == [
-        "split 'train': has no pixel of road, tree; mask values that occur and are no class: [255]"
+        "split 'train': has no pixel of road, tree; mask values that occur and mean no class: [255]"
     ]
 
 

@@ -221,7 +221,7 @@ def test_distortion_of_grey_is_brightness_and_contrast():
     assert abs(np.mean(np.array(levels) == 100) - 1 / 4) < 0.07  # neither, half and half of times
 
 
-def test_distortion_turns_hue_and_scales_saturation():
+def test_distortion_shifts_hue_and_scales_saturation():
     color = np.full((1, 1, 3), (120, 60, 60), np.uint8)  # far from where it would saturate
     hues, saturations = [], []
     for seed in range(600):

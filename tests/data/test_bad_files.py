@@ -214,7 +214,7 @@ def test_an_image_with_an_exif_orientation_is_a_warning_that_says_how_it_is_used
 
 
 @pytest.mark.parametrize(("rule", "other"), [("stored", "applied"), ("applied", "stored")])
-def test_a_mask_that_fits_with_the_other_orientation_is_told_so(root, rule, other):
+def test_a_mask_that_fits_with_the_other_orientation_says_so(root, rule, other):
     """Drawn on the image as viewers show it, or else on the pixels as stored."""
     write(root / IMAGE, saved(Image.fromarray(noise(0)), "JPEG", exif=exif(6)))
     write(root / MASK, encode_png(noise(0, (8, 6) if rule == "stored" else (6, 8), 3)))
@@ -242,7 +242,7 @@ def test_a_mask_with_an_orientation_is_used_as_stored_with_a_warning(root, rule)
     assert "masks are used as stored" in found["message"]
 
 
-def test_images_of_fewer_bits_than_their_files_are_named_until_their_depth_is_said(root):
+def test_images_of_fewer_bits_than_their_files_are_errors_until_bit_depth_is_set(root):
     for seed, path in enumerate(list(root.glob("images/*/*.jpg"))):
         grey = noise(seed, (6, 8)).astype(np.uint16) * 16
         write(path.with_suffix(".png"), saved(Image.fromarray(grey)))
@@ -256,7 +256,7 @@ def test_images_of_fewer_bits_than_their_files_are_named_until_their_depth_is_sa
     assert len(prepare(root, "data.bit_depth=12")) == 3
 
 
-def test_unknown_values_are_listed_and_the_remedy_mends_them(root):
+def test_unknown_values_are_listed_and_the_remedy_works(root):
     write_example(root, "val", "d", 3, mask=np.array([[0] * 8, [7] * 8, [4] * 8] * 2, np.uint8))
     results = run(root)
     file = str(root / "labels" / "val" / "d.png")
@@ -334,7 +334,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(root):
     ]
 
 
-def test_names_that_are_no_utf8_are_findings_that_can_be_printed(root, capsys):
+def test_names_that_are_not_utf8_are_findings_that_can_be_printed(root, capsys):
     for kind, name in (("images", b"caf\xe9.jpg"), ("labels", b"caf\xe9.png")):
         folder = os.fsencode(root / kind / "train")
         os.rename(folder + b"/a" + name[-4:], folder + b"/" + name)
@@ -348,7 +348,7 @@ def test_names_that_are_no_utf8_are_findings_that_can_be_printed(root, capsys):
 
 
 @pytest.mark.parametrize("kind", ["images", "labels"])
-def test_a_folder_that_may_not_be_read_is_told_apart(root, kind, monkeypatch):
+def test_a_folder_without_permission_is_not_taken_for_a_missing_one(root, kind, monkeypatch):
     """What lies in it is not called missing; `test_without_permission` needs another user."""
     write_example(root, "train", "sub/g", 7)
     listdir = os.listdir

@@ -109,7 +109,7 @@ def test_the_last_class_is_the_171st_and_no_label_is_none(name, last, ignored):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_missing_data_shows_the_layout(name, spec_of, raw):
-    for state in ("is no folder", "has none"):
+    for state in ("is not a folder", "holds none"):
         with pytest.raises(InputError, match=f"data set '{name}'.* {state}") as error:
             open_split(spec_of(name), "train")
         assert "Its layout:\n" in str(error.value)

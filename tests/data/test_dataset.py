@@ -12,13 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from raw_data import names, prepared_files, problems, write_pair
+from small import make_config
 
 from contrastseg_jax.data import dataset
 from contrastseg_jax.data.builders import base
 from contrastseg_jax.data.builders import folder as folder_module
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import dataset_names, open_split, open_splits
-from contrastseg_jax.data.images import encode_png
+from contrastseg_jax.data.dataset import (
+    dataset_names,
+    dataset_spec,
+    label_map,
+    open_split,
+    open_splits,
+    preprocessing,
+)
+from contrastseg_jax.data.images import Decoding, encode_png
 from contrastseg_jax.errors import InputError
 
 
@@ -259,3 +267,12 @@ def test_a_killed_preparation_starts_again(folder):
     assert len(open_split(folder, "train")) == 3
     assert len(open_split(folder, "val")) == 1
     assert list(Path(folder.prepared_dir).rglob("*incomplete*")) == []
+
+
+def test_preprocessing_is_that_of_the_config():
+    settings = ("data.short_side=17", "data.exif_orientation=applied", "data.bit_depth=12")
+    config = make_config(*settings)
+    found = preprocessing(config, (1, 2, 3))
+    assert (found.short_side, found.pad_color) == (17, (1, 2, 3))
+    assert found.decoding == Decoding(exif_orientation="applied", bit_depth=12)
+    assert found.label_map == label_map(dataset_spec(config))

@@ -158,7 +158,7 @@ def test_of_16_bits_the_upper_8_are_kept(kind):
     ("largest", "depth"), [(1, 8), (255, 8), (256, 10), (1023, 10), (4080, 12), (16383, 14)]
 )
 @pytest.mark.parametrize("kind", DEEP)
-def test_values_of_fewer_bits_in_16_are_refused_until_their_depth_is_said(kind, largest, depth):
+def test_values_of_fewer_bits_in_16_are_refused_until_bit_depth_is_set(kind, largest, depth):
     values = deep_values(largest)
     data = DEEP[kind](values)
     with pytest.raises(FormatError) as error:
@@ -221,7 +221,7 @@ def test_significant_bits_of_a_png_are_the_upper_ones():
     np.testing.assert_array_equal(decode_image(data, "a"), values >> 4)
 
 
-def test_ink_and_white_that_is_0():
+def test_cmyk_and_white_is_zero():
     deep = deep_values(65535)
     inks = np.dstack([deep, deep_values(20000)[..., :1]])
     expected = Image.fromarray((inks >> 8).astype(np.uint8), "CMYK").convert("RGB")

@@ -20,6 +20,7 @@ from paths import ROOT
 from picture_files import exif, saved
 from PIL import Image
 from raw_data import noise
+from small import make_config
 
 from contrastseg_jax.data import images, pipeline, preprocess
 from contrastseg_jax.data.augment import Augmentation
@@ -32,6 +33,7 @@ from contrastseg_jax.data.pipeline import (
     Shard,
     eval_batches,
     eval_groups,
+    loading_settings,
     train_batches,
 )
 from contrastseg_jax.data.preprocess import Preprocessing
@@ -296,7 +298,7 @@ def test_workers_end_with_a_killed_process(tmp_path):
             os.killpg(group.pid, signal.SIGKILL)
 
 
-def test_workers_go_on_when_all_processes_are_told_to_stop(source):
+def test_workers_go_on_when_all_processes_receive_sigterm(source):
     """A scheduler sends SIGTERM to each; the main one decides when the workers' work is done."""
     with contextlib.closing(train(source, num_workers=2, num_steps=10**6)) as batches:
         got = [next(batches)]
@@ -308,7 +310,7 @@ def test_workers_go_on_when_all_processes_are_told_to_stop(source):
     assert_equal(got, train(source, num_steps=41))
 
 
-def test_kept_examples_change_nothing(source):
+def test_caching_changes_nothing(source):
     assert_equal(train(source, cache_size=3), train(source))
 
 
@@ -465,6 +467,14 @@ def test_a_value_outside_the_map_raises_on_the_first_batch_that_has_it(source):
     assert_equal(islice(batches, first), good[:first])
     with pytest.raises(InputError, match=r"label scene_6: unknown mask value\(s\) 77"):
         next(batches)
+
+
+def test_settings_are_those_of_the_config():
+    settings = ("num_threads=3", "num_workers=2", "prefetch=5", "cache_size=7")
+    config = make_config(*(f"data.{setting}" for setting in settings))
+    expected = Loading(num_threads=3, num_workers=2, prefetch=5, cache_size=7)
+    assert loading_settings(config) == expected
+    assert {field.name for field in dataclasses.fields(Augmentation)} == set(config.augment)
 
 
 @pytest.mark.parametrize("batches", [train, evaluate])

@@ -39,27 +39,36 @@ MAX_MESSAGES = 3  # of a kind of finding, in the summary
 
 # Title and remedy of each kind of finding.
 KINDS = {
-    "no_data": ("data that cannot be opened", "do what the message says"),
-    "layout": ("files that make no clear pairs", "bring the files into the layout of the data set"),
-    "permission": ("files and folders without permission", "get the right to read them"),
-    "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists anew"),
+    "no_data": ("data that cannot be opened", "do as the message says"),
+    "layout": ("files that make no clear pairs", "arrange the files in the layout of the data set"),
+    "permission": ("files and folders without permission", "obtain permission to read them"),
+    "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists again"),
     "suffix": ("files of another format than expected", "convert them; renaming does not"),
     "no_split": ("missing splits", "give each split some images; its layout is in README.md"),
-    "no_masks": ("images without any mask", "add masks; without, they can be predicted alone"),
+    "no_masks": (
+        "images without any mask",
+        "add masks; without them, images can only be predicted",
+    ),
     "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
     "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
     "image_format": ("images of unsuitable formats", "do as the message says"),
-    "mask_format": ("masks that are no index masks", "convert them as the messages say"),
+    "mask_format": ("masks that are not index masks", "convert them as the messages say"),
     "size": ("masks of another size than their image", "export them again at the image's size"),
-    "too_large": ("images too large to evaluate", "cut them into tiles, or resize them to less"),
-    "unknown_value": ("masks with values that are no class", "correct the masks"),
-    "unlabelled": ("splits without a labelled pixel", "see whether the ignored values are right"),
-    "absent_class": ("classes that never occur", "nothing can be learnt of them, or scored"),
+    "too_large": (
+        "images too large to evaluate",
+        "cut them into tiles, or resize them to fewer pixels",
+    ),
+    "unknown_value": ("masks with values that mean no class", "correct the masks"),
+    "unlabelled": ("splits without a labelled pixel", "check whether the ignored values are right"),
+    "absent_class": ("classes that never occur", "they can be neither learned nor scored"),
     "exif_orientation": (
         "files with an EXIF orientation",
-        "see in overlays.png whether image and mask fit",
+        "check in overlays.png that image and mask fit",
     ),
-    "duplicate": ("images in two splits", "delete one; scores on seen images are too good"),
+    "duplicate": (
+        "images in two splits",
+        "delete one; scores on images seen in training are too good",
+    ),
 }
 
 

@@ -154,7 +154,7 @@ def _absent_classes(split: str, audit: SplitAudit, label_map: LabelMap) -> list[
         if label_map.train_ids.get(value) == IGNORE_LABEL
     ]
     if ignored:
-        message += f"; mask values that occur and are no class: {ignored}"
+        message += f"; mask values that occur and mean no class: {ignored}"
     return [Finding("absent_class", split, message, is_error=False)]
 
 
@@ -185,7 +185,7 @@ def missing_split_findings(audits: Mapping[str, SplitAudit], hints: Sequence[str
 
 
 def allow_missing_masks(audit: SplitAudit, split: str) -> SplitAudit:
-    """The audit; that a split which training does not read has no masks at all is but a warning."""
+    """The audit, in which a split without any mask is a warning if training does not read it."""
     if split in TRAINING_SPLITS:
         return audit
     findings = [
@@ -221,7 +221,7 @@ def color_table(split: str, results: Mapping[str, Any]) -> str:
     if results["too_many"]:
         number = f"more than {MAX_COLORS} colours"
         remedy = (
-            "these are no masks of classes, or were saved as JPEG or with soft edges; export them"
+            "these are not masks of classes, or were saved as JPEG or with soft edges; export them"
             " again from their source"
         )
     elif all(len({*found["color"]}) == 1 for found in colors):

@@ -168,7 +168,7 @@ def check_splits(title: str, splits: Splits, label_map: LabelMap) -> None:
     problems = dict.fromkeys(finding.message for finding in findings if finding.is_error)
     if problems:
         text = listed(title, list(problems))
-        raise InputError(f"{text}\n--mode=audit lists all, with what mends each kind")
+        raise InputError(f"{text}\n--mode=audit lists all, with a remedy for each kind")
     messages = [finding.message for finding in findings]
     for message in messages[:MAX_WARNINGS]:
         log.warning(message)

@@ -29,7 +29,9 @@ class SplitFiles:
 
     pairs: list[Pair] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    hints: list[str] = field(default_factory=list)  # of no files: others that may be meant
+    hints: list[str] = field(
+        default_factory=list
+    )  # if there are no files: others that may be meant
 
 
 def match_files(
