@@ -194,26 +194,25 @@ def _open(spec: DatasetSpec, config: SplitConfig) -> Records:
 
 def _prepare(spec: DatasetSpec, configs: Sequence[SplitConfig]) -> None:
     """Check all the splits together, then prepare those that are not."""
-    home = _prepared_folder(spec, configs[0]).parents[1]  # of all splits of this builder
+    folders = {config: _prepared_folder(spec, config) for config in configs}
+    first = configs[0]
+    home = folders[first].parents[1]  # of all splits of this builder
     try:
         with lock(home / ".lock", wait=True):
-            faults = {config: find_fault(_prepared_folder(spec, config)) for config in configs}
+            faults = {config: find_fault(folder) for config, folder in folders.items()}
             if not any(faults.values()):  # another process was faster
                 return
             for config, fault in faults.items():
-                if fault and os.path.lexists(_prepared_folder(spec, config)):
-                    log.warning(
-                        f"{_prepared_folder(spec, config)}: prepared again, because {fault}"
-                    )
+                if fault and os.path.lexists(folders[config]):
+                    log.warning(f"{folders[config]}: prepared again, because {fault}")
             for stale in home.glob("*/incomplete.*"):  # of a process that was killed
                 shutil.rmtree(stale)
-            first = configs[0]
             splits = {config.split: config.raw for config in configs}
             check_splits(str(first.description), splits, first.label_map)
             for config in (config for config, fault in faults.items() if fault):
-                remove(_prepared_folder(spec, config))
+                remove(folders[config])
                 _builder(spec, config).download_and_prepare(file_format="array_record")
-                mark_prepared(_prepared_folder(spec, config))
+                mark_prepared(folders[config])
     except (OSError, RuntimeError) as error:
         # ArrayRecord's writer reports a full disk as a RuntimeError.
         if not isinstance(error, OSError) and "write() failed" not in str(error):

@@ -111,7 +111,7 @@ def check_files(name: str, image: Path, mask: Path, raw_format: RawFormat) -> Ch
 
 
 def check_encoded(example: EncodedExample, raw_format: RawFormat) -> CheckedExample:
-    """Decodes an example."""
+    """Decodes an example, and compares the sizes of image and mask."""
     image, has_orientation, findings = _check_image(example, raw_format.decoding)
     mask, mask_format, mask_findings = _check_mask(example, raw_format)
     findings += mask_findings
@@ -122,12 +122,7 @@ def check_encoded(example: EncodedExample, raw_format: RawFormat) -> CheckedExam
             f"{width}x{height} ({example.image_file})"
         )
         if mask.shape == (width, height) and has_orientation:
-            applied = raw_format.decoding.exif_orientation == "applied"
-            other = "stored" if applied else "applied"
-            message += (
-                "; the image has an EXIF orientation, and they fit with"
-                f" --config.data.exif_orientation={other}"
-            )
+            message += _orientation_remedy(raw_format.decoding)
         findings.append(Finding("size", example.mask_file, message))
     in_color = any(finding.kind == "mask_format" for finding in mask_findings)
     return CheckedExample(
@@ -219,6 +214,15 @@ def _decoding_finding(
         return Finding(format_kind, file, str(error))
     kind = "permission" if isinstance(data, PermissionError) else "unreadable"
     return Finding(kind, file, str(error))
+
+
+def _orientation_remedy(decoding: Decoding) -> str:
+    """What makes an image fit a mask that has its width for height."""
+    other = "stored" if decoding.exif_orientation == "applied" else "applied"
+    return (
+        "; the image has an EXIF orientation, and they fit with"
+        f" --config.data.exif_orientation={other}"
+    )
 
 
 def _mask_colors(example: EncodedExample) -> ColorCounts | None:
