@@ -30,8 +30,10 @@ from PIL import Image
 
 from contrastseg_jax.config.load import schema
 from contrastseg_jax.data import pipeline
+from contrastseg_jax.data.augment import Augmentation
 from contrastseg_jax.data.images import decode_image, decode_mask, encode_jpeg
 from contrastseg_jax.data.labels import LabelMap, default_palette
+from contrastseg_jax.data.preprocess import Preprocessing
 
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("decoders", False, "Time Pillow and OpenCV alone.")
@@ -42,7 +44,7 @@ Record = dict[str, bytes]
 CLASSES = 19
 IDS = {i: i for i in range(CLASSES)}
 LABEL_MAP = LabelMap(tuple(map(str, IDS)), default_palette(CLASSES), IDS)
-PAD_COLOR = (124, 116, 104)
+PREPROCESSING = Preprocessing(LABEL_MAP, pad_color=(124, 116, 104))
 CORES = os.cpu_count() or 1
 # Size of images and crops, images in memory, batches timed.
 RECIPES = {
@@ -97,18 +99,12 @@ def make_batches(
     config = schema()
     return pipeline.train_batches(
         records,
-        label_map=LABEL_MAP,
+        preprocessing=PREPROCESSING,
+        augmentation=Augmentation(**dict(config.augment, crop_size=crop_size)),
         batch_size=BATCH_SIZE,
-        start_step=0,
-        num_steps=10**6,
+        steps=range(10**6),
         seed=0,
-        short_side=0,
-        pad_color=PAD_COLOR,
-        cache_size=0,
-        num_threads=num_threads,
-        num_workers=num_workers,
-        prefetch=2,
-        **dict(config.augment, crop_size=crop_size),
+        loading=pipeline.Loading(num_threads, num_workers, prefetch=2),
     )
 
 

@@ -27,8 +27,8 @@ from contrastseg_jax.data.images import (
     decode_image,
     decode_mask,
     file_format,
+    has_exif_orientation,
     image_size,
-    is_turned,
 )
 from contrastseg_jax.errors import InputError
 
@@ -160,7 +160,7 @@ READS = {
     "size": image_size,
     "size applied": lambda data, name: image_size(data, name, APPLIED),
     "format": file_format,
-    "turned": is_turned,
+    "orientation": has_exif_orientation,
     "checksums": check_checksums,
 }
 
@@ -182,7 +182,7 @@ def read(data):
 
 @pytest.mark.parametrize("index", range(len(FILES)))
 def test_the_files_that_are_mutated_are_read(index):
-    assert {"size", "format", "turned", "checksums"} <= read(FILES[index]).keys()
+    assert {"size", "format", "orientation", "checksums"} <= read(FILES[index]).keys()
 
 
 @fuzzed(1500)

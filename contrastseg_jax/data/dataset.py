@@ -1,4 +1,4 @@
-"""Data sets by name: the classes of one, and its records."""
+"""Data sets by name: their classes and records, and the settings of the config that they read."""
 
 import dataclasses
 import io
@@ -34,13 +34,12 @@ from contrastseg_jax.data.builders.base import (
     check_splits,
     data_root,
 )
-from contrastseg_jax.data.images import Decoding
 from contrastseg_jax.data.labels import LabelMap
-from contrastseg_jax.data.prepared import Records, find_fault, open_records, remove, seal
+from contrastseg_jax.data.prepared import Records, find_fault, mark_prepared, open_records, remove
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import lock
 
-MODULES: dict[str, ModuleType] = {
+BUILDERS: dict[str, ModuleType] = {
     "landcover": landcover,
     "cityscapes": cityscapes,
     "pascal_context": pascal_context,
@@ -52,8 +51,8 @@ MODULES: dict[str, ModuleType] = {
     "tfds": from_tfds,
     "synthetic": synthetic,
 }
-# How many examples each split has as published. Another number is worth a warning and no more:
-# subsets are legitimate.
+# Number of examples of each published split. Another number is a warning only, since subsets are
+# legitimate.
 SPLIT_SIZES = {
     "cityscapes": {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998},
     "pascal_context": {"train": 4998, "val": 5105},
@@ -67,107 +66,111 @@ log = logging.getLogger("contrastseg_jax")
 
 def dataset_names() -> tuple[str, ...]:
     """What `DatasetSpec.name` may be."""
-    return tuple(MODULES)
+    return tuple(BUILDERS)
 
 
 def label_map(spec: DatasetSpec) -> LabelMap:
     """The classes of a data set; needs the settings only, not the data."""
-    return MODULES[spec.name].label_map(spec)
+    return BUILDERS[spec.name].label_map(spec)
 
 
 def open_split(spec: DatasetSpec, split: str) -> Records:
     """The records of a split: encoded `image` and `label`, and the `name` of the image.
 
-    Prepares it on first use, and again when its raw files have changed or what was prepared is
-    damaged. A split that is not as long as published is worth a warning.
+    Prepares it on first use, and again when its raw files have changed or the prepared ones are
+    damaged. Logs a warning if it is not as long as published.
 
     Raises:
-        InputError: the raw data are missing or have faults, or have no such split.
+        InputError: the raw data are missing or have errors, or there is no such split.
     """
     return open_splits(spec, [split])[0]
 
 
 def open_splits(spec: DatasetSpec, splits: Sequence[str]) -> list[Records]:
-    """As `open_split`, for several splits that are checked together; faults come in one error.
+    """As `open_split`, for several splits, with one error that lists what is wrong in any of them.
 
-    What lies in other splits matters to none of these.
+    Other splits are not read.
     """
     spec = dataclasses.replace(spec, prepared_dir=str(Path(spec.prepared_dir).expanduser()))
-    with _quiet():
+    with _silence_tfds():
         configs = [_split_config(spec, split) for split in splits]
-        if any(find_fault(_folder(spec, config)) for config in configs):
+        if any(find_fault(_prepared_folder(spec, config)) for config in configs):
             _prepare(spec, configs)
         return [_open(spec, config) for config in configs]
 
 
 def raw_splits(spec: DatasetSpec) -> Splits:
-    """The examples of each split that is there, to be checked one by one; prepares nothing.
+    """The examples of every split that exists, to be checked one by one; prepares nothing.
 
     Raises:
         InputError: the raw data are missing.
     """
-    with _quiet():
-        found = _existing(spec)
+    with _silence_tfds():
+        found = _existing_splits(spec)
     if not found:
-        raise _no_data(spec)
+        raise _no_data_error(spec)
     return {config.split: config.raw for config in found}
 
 
-def misplaced(spec: DatasetSpec, splits: Sequence[str]) -> list[str]:
-    """What lies where some absent splits may be meant, and where it belongs."""
-    if not _may_hold_files(spec):
+def misplaced_hints(spec: DatasetSpec, splits: Sequence[str]) -> list[str]:
+    """Files elsewhere that may be meant for absent splits, and where they belong."""
+    if not _root_is_known(spec):
         return []
-    configs = [MODULES[spec.name].split_config(spec, split) for split in splits]
-    return list(dict.fromkeys(line for config in configs for line in config.raw.elsewhere))
+    configs = [BUILDERS[spec.name].split_config(spec, split) for split in splits]
+    return list(dict.fromkeys(line for config in configs for line in config.raw.hints))
 
 
 def _split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """What there is of a split that must be there."""
-    module, hints = MODULES[spec.name], []
-    if split in module.SPLITS and _may_hold_files(spec):
+    """The raw split.
+
+    Raises:
+        InputError: it does not exist.
+    """
+    module, hints = BUILDERS[spec.name], []
+    if split in module.SPLITS and _root_is_known(spec):
         config = module.split_config(spec, split)
-        if _holds_files(config):
+        if _has_files(config):
             return config
-        hints = config.raw.elsewhere
-    existing = [config.split for config in _existing(spec)]
+        hints = config.raw.hints
+    existing = [config.split for config in _existing_splits(spec)]
     if not existing:
-        raise _no_data(spec)
+        raise _no_data_error(spec)
     where = f" in {spec.root}" if spec.root else ""
     text = f"data set '{spec.name}'{where} has no split '{split}', only {', '.join(existing)};"
     text += " README.md has its layout, and --mode=audit shows what each split holds"
     raise InputError("\n".join([text, *hints]))
 
 
-def _existing(spec: DatasetSpec) -> list[SplitConfig]:
-    module = MODULES[spec.name]
-    if not _may_hold_files(spec):
+def _existing_splits(spec: DatasetSpec) -> list[SplitConfig]:
+    module = BUILDERS[spec.name]
+    if not _root_is_known(spec):
         return []
     configs = [module.split_config(spec, split) for split in module.SPLITS]
-    return [config for config in configs if _holds_files(config)]
+    return [config for config in configs if _has_files(config)]
 
 
-def _holds_files(config: SplitConfig) -> bool:
+def _has_files(config: SplitConfig) -> bool:
     return bool(config.raw.checks or config.raw.findings)
 
 
-def _may_hold_files(spec: DatasetSpec) -> bool:
-    """Whether it is said where the raw data are, if that needs to be said."""
-    return bool(spec.root) or not hasattr(MODULES[spec.name], "LAYOUT")
+def _root_is_known(spec: DatasetSpec) -> bool:
+    """Whether the spec says where the raw data are, as far as the data set needs to know."""
+    return bool(spec.root) or not hasattr(BUILDERS[spec.name], "LAYOUT")
 
 
-def _no_data(spec: DatasetSpec) -> InputError:
-    state = "has none" if data_root(spec).is_dir() else "is no folder"
+def _no_data_error(spec: DatasetSpec) -> InputError:
+    state = "holds none" if data_root(spec).is_dir() else "is not a folder"
     lines = [f"no images for the data set '{spec.name}': data.root = '{spec.root}' {state}"]
-    lines += misplaced(spec, MODULES[spec.name].SPLITS)
+    lines += misplaced_hints(spec, BUILDERS[spec.name].SPLITS)
     lines += [
         "Give the folder that holds them with --config.data.root=FOLDER; the first start checks"
-        f" and prepares them. Its layout:\n{MODULES[spec.name].LAYOUT}"
+        f" and prepares them. Its layout:\n{BUILDERS[spec.name].LAYOUT}"
     ]
     return InputError("\n".join(lines))
 
 
-def _folder(spec: DatasetSpec, config: SplitConfig) -> Path:
-    """Where a split is prepared, as TFDS lays it out."""
+def _prepared_folder(spec: DatasetSpec, config: SplitConfig) -> Path:
+    """The folder that TFDS prepares a split in."""
     builder = config.builder
     return Path(spec.prepared_dir) / builder.name / config.name / str(builder.VERSION)
 
@@ -188,27 +191,28 @@ def _open(spec: DatasetSpec, config: SplitConfig) -> Records:
 
 
 def _prepare(spec: DatasetSpec, configs: Sequence[SplitConfig]) -> None:
-    """Prepare the splits that are not, when all of them have been checked together."""
-    home = _folder(spec, configs[0]).parents[1]  # of all that is prepared by this builder
+    """Check all the splits together, then prepare those that are not."""
+    folders = {config: _prepared_folder(spec, config) for config in configs}
+    first = configs[0]
+    home = folders[first].parents[1]  # of all splits of this builder
     try:
         with lock(home / ".lock", wait=True):
-            faults = {config: find_fault(_folder(spec, config)) for config in configs}
+            faults = {config: find_fault(folder) for config, folder in folders.items()}
             if not any(faults.values()):  # another process was faster
                 return
             for config, fault in faults.items():
-                if fault and os.path.lexists(_folder(spec, config)):
-                    log.warning(f"{_folder(spec, config)}: prepared again, because {fault}")
+                if fault and os.path.lexists(folders[config]):
+                    log.warning(f"{folders[config]}: prepared again, because {fault}")
             for stale in home.glob("*/incomplete.*"):  # of a process that was killed
                 shutil.rmtree(stale)
-            first = configs[0]
             splits = {config.split: config.raw for config in configs}
             check_splits(str(first.description), splits, first.label_map)
             for config in (config for config, fault in faults.items() if fault):
-                remove(_folder(spec, config))
+                remove(folders[config])
                 _builder(spec, config).download_and_prepare(file_format="array_record")
-                seal(_folder(spec, config))
+                mark_prepared(folders[config])
     except (OSError, RuntimeError) as error:
-        # ArrayRecord's writer says with a RuntimeError that the disk is full.
+        # ArrayRecord's writer reports a full disk as a RuntimeError.
         if not isinstance(error, OSError) and "write() failed" not in str(error):
             raise
         raise InputError(
@@ -218,10 +222,10 @@ def _prepare(spec: DatasetSpec, configs: Sequence[SplitConfig]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TFDS from saying what is not so: that it downloads, and that a config is unknown.
+def _silence_tfds() -> Iterator[None]:
+    """Suppresses misleading messages of TFDS: that it downloads, and that a config is unknown.
 
-    Its progress bars are shown on a terminal alone.
+    Its progress bars are shown on terminals only.
     """
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
@@ -235,7 +239,7 @@ def _quiet() -> Iterator[None]:
 
 
 def dataset_spec(config: Config) -> DatasetSpec:
-    """Which data set, with the settings that it reads."""
+    """The data set of a config, with the settings that it reads."""
     data = config.data
     return DatasetSpec(
         name=data.name,
@@ -248,8 +252,3 @@ def dataset_spec(config: Config) -> DatasetSpec:
         **data.tfds,
         **data.synthetic,
     )
-
-
-def decoding(config: Config) -> Decoding:
-    """How image files become pixels."""
-    return dataset_spec(config).decoding

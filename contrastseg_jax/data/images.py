@@ -1,10 +1,10 @@
-"""Encoded pictures to arrays and back.
+"""Decodes image and mask files to arrays, and encodes arrays.
 
-Pillow decodes. OpenCV is somewhat faster (`benchmarks/data.py --decoders`), but its libraries write
-lines to standard error, of a damaged JPEG or an odd PNG, that name no file.
+Pillow decodes. OpenCV is somewhat faster (`benchmarks/data.py --decoders`), but for a damaged JPEG
+or an odd PNG its libraries write lines to standard error that name no file.
 
-Of an image `Decoding` says which way up it is used, and what its deep values mean. A mask has the
-pixels and values that are stored.
+`Decoding` says whether an image's EXIF orientation is applied, and how many bits its values have. A
+mask keeps the pixels and values that are stored.
 """
 
 import io
@@ -20,26 +20,26 @@ from PIL import Image, ImageFile
 from scipy.io import loadmat
 
 from contrastseg_jax.data.image_files import (
-    JPEGS,
+    JPEG_FORMATS,
     PNG_SIGNATURE,
     FormatError,
-    Layout,
-    is_white_0,
-    layout_of,
-    opened,
-    orientation_of,
+    PixelLayout,
+    exif_orientation_of,
+    is_white_zero,
+    open_image,
+    pixel_layout,
     stored_size,
 )
 from contrastseg_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-# What decoders multiply grey values by, by bits per pixel, so that white is 255.
+# By bits per pixel: what decoders multiply grey values by, so that white is 255.
 GREY_SCALES = {2: 85, 4: 17}
-COLORS_NAMED = 6  # of a colour mask, in its error
-JPEG_SIDE = 65_500  # pixels, the longest that a JPEG can have as OpenCV writes it
-COMMON_DEPTHS = (8, 10, 12, 14)  # bits that cameras and scanners leave in files of 16
-# What viewers do for each EXIF orientation, and what undoes it.
-TURN = {
+MAX_LISTED_COLORS = 6  # of a colour mask, in its error
+JPEG_SIDE = 65_500  # pixels, the longest side of a JPEG that OpenCV can write
+COMMON_BIT_DEPTHS = (8, 10, 12, 14)  # of cameras and scanners that write files of 16 bits
+# How each EXIF orientation is applied, and how that is undone.
+EXIF_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,17 +48,21 @@ TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TURN_BACK = TURN | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-# Pillow's orders of the two bytes of a value (little, big, native), and the other order of each.
-EXCHANGED = {"16L": "16B", "16B": "16L", "16N": "16B" if sys.byteorder == "little" else "16L"}
+UNDO_EXIF_TRANSPOSE = EXIF_TRANSPOSE | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+# Pillow's orders of the two bytes of a value (little, big, native), and the opposite of each.
+SWAPPED_BYTE_ORDER = {
+    "16L": "16B",
+    "16B": "16L",
+    "16N": "16B" if sys.byteorder == "little" else "16L",
+}
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How image files become pixels: the settings `data.exif_orientation` and `data.bit_depth`."""
 
-    exif_orientation: str = "stored"  # pixels as stored, or "applied": turned as viewers do
-    bit_depth: int = 0  # bits that the values of deep files have; 0: as each file says
+    exif_orientation: str = "stored"  # or "applied": rotated and mirrored as viewers do
+    bit_depth: int = 0  # of values in files with more than 8 bits per channel; 0: as the file says
 
 
 AS_STORED = Decoding()
@@ -67,35 +71,37 @@ AS_STORED = Decoding()
 def decode_image(
     data: bytes, name: str, decoding: Decoding = AS_STORED
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels of an image file; grey, palette, RGBA, CMYK and deep files are converted.
+    """RGB pixels of an image file; grey, palette, RGBA, CMYK and 16-bit files are converted.
 
-    Of a file with more than 8 bits per channel the upper 8 of `decoding.bit_depth` bits are kept.
-    The array may be read-only.
+    Of more than 8 bits per channel, the upper 8 of `decoding.bit_depth` bits are kept. The array
+    may be read-only.
 
     Args:
         data: the file's content.
         name: what an error calls it.
-        decoding: which way up it is used, and what deep values mean.
+        decoding: orientation and bit depth.
 
     Raises:
         InputError: the file cannot be read to its end.
-        FormatError: it has more pixels than `MAX_PIXELS`, bands that are no colours, numbers of no
-            known range, deep values above `decoding.bit_depth`, or, where that is 0, deep values of
-            which the upper two bits are never used.
+        FormatError: it has more pixels than `MAX_PIXELS`, bands that are not colours, numbers of
+            unknown range, values above `decoding.bit_depth`, or, where that is 0, 16-bit values
+            that leave the upper two bits unused.
     """
-    with opened(data, name) as image:
+    with open_image(data, name) as image:
         if image.mode in ("F", "I"):
             kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
             raise FormatError(
-                f"{name}: its pixels are {kind} numbers, in {_range(np.asarray(image))}; which of"
-                " them is white is not known, save it with 8 bits per channel"
+                f"{name}: its pixels are {kind} numbers, in {_value_range(np.asarray(image))};"
+                " which of them is white is not known, save it with 8 bits per channel"
             )
-        layout, orientation = layout_of(image), orientation_of(image, data)
+        layout, orientation = pixel_layout(image), exif_orientation_of(image, data)
         pixels: Image.Image = image
         if layout.bits > 8:
             values = _deep_values(data, image, layout, name)
-            pixels = _image_of(_upper_8_bits(values, layout.bits, decoding.bit_depth, name))
-        return _rgb(_turned(pixels, orientation, decoding, by_pillow=image.format == "TIFF"))
+            pixels = _to_pillow(_upper_8_bits(values, layout.bits, decoding.bit_depth, name))
+        return _rgb(
+            _oriented(pixels, orientation, decoding, applied_by_pillow=image.format == "TIFF")
+        )
 
 
 def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
@@ -106,8 +112,8 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
         FormatError: it has colour channels, values above 255 or of floating point, more pixels than
             `MAX_PIXELS`, or is a JPEG.
     """
-    with opened(data, name) as image:
-        if image.format in JPEGS:
+    with open_image(data, name) as image:
+        if image.format in JPEG_FORMATS:
             raise FormatError(
                 f"{name}: a mask saved as JPEG has other values than were drawn, near borders or"
                 " everywhere; export it again from its source as PNG"
@@ -115,16 +121,18 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
         if image.mode == "F":
             raise FormatError(
                 f"{name}: mask values must be whole numbers in 0..255, found floating-point numbers"
-                f" in {_range(np.asarray(image))}; save it with 8 bits"
+                f" in {_value_range(np.asarray(image))}; save it with 8 bits"
             )
         if len(image.getbands()) > 1:
-            image.load()  # a file that is cut short is that before all else
+            image.load()  # that a file is cut short matters more than its colours
             raise FormatError(
                 f"{name}: an index mask is expected (one channel, pixel value = class id), "
-                f"found {len(image.getbands())} channels ({image.mode}) {_colors(image)}"
+                f"found {len(image.getbands())} channels ({image.mode}) {_describe_colors(image)}"
             )
-        layout, orientation = layout_of(image), orientation_of(image, data)
-        mask = np.array(_turned(image, orientation, AS_STORED, by_pillow=image.format == "TIFF"))
+        layout, orientation = pixel_layout(image), exif_orientation_of(image, data)
+        mask = np.array(
+            _oriented(image, orientation, AS_STORED, applied_by_pillow=image.format == "TIFF")
+        )
         if image.mode == "L":
             mask //= GREY_SCALES.get(layout.bits, 1)
     if mask.min() < 0 or mask.max() > 255:
@@ -140,25 +148,25 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
 def mask_colors(
     data: bytes, name: str
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None:
-    """Colours (0xRRGGBB) of a mask file and the pixels of each; None: it has but one channel.
+    """Colours (0xRRGGBB) of a mask file and the pixels of each; None: it has one channel only.
 
     Raises:
         InputError: the file cannot be read to its end.
     """
-    with opened(data, name) as image:
+    with open_image(data, name) as image:
         return _color_counts(image) if len(image.getbands()) > 1 else None
 
 
 def decode_mat(data: bytes, name: str, variable: str, largest: int) -> UInt16[np.ndarray, "h w"]:
-    """An index mask that a MATLAB file (of version 7 or older) holds as a variable.
+    """The index mask in a variable of a MATLAB file of version 7 or older.
 
     Raises:
-        InputError: the file cannot be read, has no such variable, or it is no picture of whole
-            numbers in 0..largest.
+        InputError: the file cannot be read or has no such variable, or the variable is not a matrix
+            of whole numbers in 0..largest.
     """
     try:
         found = loadmat(io.BytesIO(data), variable_names=[variable])
-    except Exception as error:  # of many classes, none of them scipy's own
+    except Exception as error:  # of many classes, none of them SciPy's own
         raise InputError(f"{name}: unreadable MATLAB file ({error})") from error
     if variable not in found:
         raise InputError(f"{name}: has no variable {variable}")
@@ -179,31 +187,31 @@ def file_format(data: bytes, name: str) -> str:
     Raises:
         InputError: the header cannot be read, or has more pixels than `MAX_PIXELS`.
     """
-    with opened(data, name) as image:
+    with open_image(data, name) as image:
         return f"{image.format} {image.mode}"
 
 
 def image_size(data: bytes, name: str, decoding: Decoding = AS_STORED) -> tuple[int, int]:
-    """(height, width) of what `decode_image` gives, from the header alone.
+    """(height, width) of what `decode_image` returns, from the header alone.
 
     Raises:
         InputError: the header cannot be read, or has more pixels than `MAX_PIXELS`.
     """
-    with opened(data, name) as image:
+    with open_image(data, name) as image:
         height, width = stored_size(image)
-        if decoding.exif_orientation == "applied" and orientation_of(image, data) >= 5:
+        if decoding.exif_orientation == "applied" and exif_orientation_of(image, data) >= 5:
             return width, height
         return height, width
 
 
-def is_turned(data: bytes, name: str) -> bool:
-    """Whether a file asks viewers to turn or mirror it, in EXIF data or a tag of its own.
+def has_exif_orientation(data: bytes, name: str) -> bool:
+    """Whether a file is to be rotated or mirrored by viewers, by EXIF data or a TIFF tag.
 
     Raises:
         InputError: the header cannot be read.
     """
-    with opened(data, name) as image:
-        return orientation_of(image, data) != 1
+    with open_image(data, name) as image:
+        return exif_orientation_of(image, data) != 1
 
 
 def encode_png(array: np.ndarray) -> bytes:
@@ -228,37 +236,40 @@ def _encode(suffix: str, array: np.ndarray, settings: list[int]) -> bytes:
 
 
 def _deep_values(
-    data: bytes, image: ImageFile.ImageFile, layout: Layout, name: str
+    data: bytes, image: ImageFile.ImageFile, layout: PixelLayout, name: str
 ) -> UInt16[np.ndarray, "h w c"]:
-    """All bits of the channels but alpha of a file that has more than 8 of them.
+    """All bits of the channels except alpha, of a file that has more than 8 bits per channel.
 
-    Pillow has them of one grey channel alone. Of others it keeps a byte of each value: the upper
-    one, or the lower one where it is told that the bytes lie the other way round.
+    Pillow decodes them for a single grey channel only. For colours it keeps the upper byte of each
+    value; decoding a second time, with the opposite byte order, gives the lower byte.
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)[..., None]
-        return (1 << layout.bits) - 1 - values if is_white_0(image) else values
+        return (1 << layout.bits) - 1 - values if is_white_zero(image) else values
     if layout.channels == "LA":
-        return _grey_of_4_bytes(data, name)
-    if layout.channels not in ("RGB", "RGBX", "RGBA", "CMYK") or layout.order not in EXCHANGED:
+        return _grey_of_16_bit_la(data, name)
+    if (
+        layout.channels not in ("RGB", "RGBX", "RGBA", "CMYK")
+        or layout.order not in SWAPPED_BYTE_ORDER
+    ):
         raise FormatError(
             f"{name}: has {layout.bits} bits per channel in a layout that is not read"
             f" ({layout.channels}); save it with 8 bits per channel"
         )
-    exchanged = f"{layout.channels};{EXCHANGED[layout.order]}"
-    with opened(data, name) as same:
-        same.tile = [tile._replace(args=_renamed(tile.args, exchanged)) for tile in same.tile]
-        lower = np.asarray(same).astype(np.uint16)
+    swapped = f"{layout.channels};{SWAPPED_BYTE_ORDER[layout.order]}"
+    with open_image(data, name) as again:
+        again.tile = [tile._replace(args=_with_layout(tile.args, swapped)) for tile in again.tile]
+        lower = np.asarray(again).astype(np.uint16)
     values = np.asarray(image).astype(np.uint16) << 8 | lower
     return values[..., :3] if image.mode == "RGBA" else values
 
 
-def _grey_of_4_bytes(data: bytes, name: str) -> UInt16[np.ndarray, "h w 1"]:
-    """The grey values of a PNG of grey and alpha with 16 bits, read as RGBA with 8 bits."""
+def _grey_of_16_bit_la(data: bytes, name: str) -> UInt16[np.ndarray, "h w 1"]:
+    """The grey values of a 16-bit PNG with alpha, whose header is changed to RGBA with 8 bits."""
     start = len(PNG_SIGNATURE) + 4
     header = data[start : start + 12] + b"\x08\x06" + data[start + 14 : start + 17]
     checksum = zlib.crc32(header).to_bytes(4)
-    with opened(data[:start] + header + checksum + data[start + 21 :], name) as image:
+    with open_image(data[:start] + header + checksum + data[start + 21 :], name) as image:
         upper, lower = np.moveaxis(np.asarray(image)[..., :2].astype(np.uint16), -1, 0)
     return (upper << 8 | lower)[..., None]
 
@@ -270,62 +281,65 @@ def _upper_8_bits(
     largest = int(values.max())
     if bit_depth and largest >= 1 << bit_depth:
         raise FormatError(
-            f"{name}: has values in {_range(values)}, above the {(1 << bit_depth) - 1} of"
+            f"{name}: has values in {_value_range(values)}, above the {(1 << bit_depth) - 1} of"
             f" data.bit_depth = {bit_depth}"
         )
     if not bit_depth and 0 < largest < 1 << bits - 2:
-        depth = next(depth for depth in COMMON_DEPTHS if largest < 1 << depth)
+        depth = next(depth for depth in COMMON_BIT_DEPTHS if largest < 1 << depth)
         raise FormatError(
-            f"{name}: has values in {_range(values)} of {(1 << bits) - 1}, which are dark if they"
-            f" have {bits} bits; set data.bit_depth = {depth} if they have {depth}, or ="
+            f"{name}: has values in {_value_range(values)} of {(1 << bits) - 1}, which are dark if"
+            f" they have {bits} bits; set data.bit_depth = {depth} if they have {depth}, or ="
             f" {bits} to take them as they are"
         )
     return (values >> min(bit_depth or bits, bits) - 8).astype(np.uint8)
 
 
-def _image_of(values: UInt8[np.ndarray, "h w c"]) -> Image.Image:
+def _to_pillow(values: UInt8[np.ndarray, "h w c"]) -> Image.Image:
     height, width, channels = values.shape
     mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
     return Image.frombytes(mode, (width, height), values.tobytes())
 
 
-def _turned(
-    image: Image.Image, orientation: int, decoding: Decoding, *, by_pillow: bool
+def _oriented(
+    image: Image.Image, orientation: int, decoding: Decoding, *, applied_by_pillow: bool
 ) -> Image.Image:
-    """The image as `decoding` asks for it; `by_pillow`: which has turned it as viewers do."""
+    """The image with its EXIF orientation applied or not, as `decoding` says.
+
+    `applied_by_pillow`: loading the pixels has applied it already.
+    """
     image.load()
-    applied = decoding.exif_orientation == "applied"
-    if orientation == 1 or applied == by_pillow:
+    apply = decoding.exif_orientation == "applied"
+    if orientation == 1 or apply == applied_by_pillow:
         return image
-    return image.transpose((TURN if applied else TURN_BACK)[orientation])
+    return image.transpose((EXIF_TRANSPOSE if apply else UNDO_EXIF_TRANSPOSE)[orientation])
 
 
-def _renamed(arguments: tuple[Any, ...] | str | None, layout: str) -> tuple[Any, ...] | str:
-    """What a decoder of Pillow takes, with another layout of the pixels."""
+def _with_layout(arguments: tuple[Any, ...] | str | None, layout: str) -> tuple[Any, ...] | str:
+    """The arguments of a Pillow decoder with another pixel layout."""
     return (layout, *arguments[1:]) if isinstance(arguments, tuple) else layout
 
 
 def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    if image.mode == "P":  # by way of RGBA, for palettes with transparency
+    if image.mode == "P":  # via RGBA, for palettes with transparency
         image = image.convert("RGBA")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _colors(image: Image.Image) -> str:
-    """The colours of a mask that should have none, and what makes an index mask of it."""
+def _describe_colors(image: Image.Image) -> str:
+    """The colours of a mask with colour channels, and how to make an index mask of it."""
     codes, counts = _color_counts(image)
     total = counts.sum()
-    common = np.argsort(-counts, kind="stable")[:COLORS_NAMED]
-    named = [
+    common = np.argsort(-counts, kind="stable")[:MAX_LISTED_COLORS]
+    listed = [
         f"({codes[i] >> 16}, {codes[i] >> 8 & 255}, {codes[i] & 255}) {counts[i] / total:.1%}"
         for i in common
     ]
-    more = ", ..." if len(codes) > len(named) else ""
+    more = ", ..." if len(codes) > len(listed) else ""
     if np.all(codes % 0x010101 == 0):
         remedy = "all colours are grey, so save one channel of them alone"
     else:
         remedy = "write the class id of each colour into one channel"
-    return f"in {len(codes)} colours: {', '.join(named)}{more}; {remedy}"
+    return f"in {len(codes)} colours: {', '.join(listed)}{more}; {remedy}"
 
 
 def _color_counts(image: Image.Image) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
@@ -333,5 +347,5 @@ def _color_counts(image: Image.Image) -> tuple[Int64[np.ndarray, " n"], Int64[np
     return np.unique(red << 16 | green << 8 | blue, return_counts=True)
 
 
-def _range(array: np.ndarray) -> str:
+def _value_range(array: np.ndarray) -> str:
     return f"{array.min():g}..{array.max():g}"

@@ -1,4 +1,4 @@
-"""From a mask file's pixel values to class ids, and from class ids to names and colours."""
+"""Label maps: from mask values to class ids and back, names and colours of classes."""
 
 import functools
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 from contrastseg_jax.text import display_width, ljust
 
-TABLE_WIDTH = 98  # of what the log shows
+TABLE_WIDTH = 98  # columns of a table in the log
 MAX_CLASSES = 255
 
 Color = tuple[int, int, int]  # red, green, blue
 
-BACKGROUNDS = (0, 128, 255)  # grey levels that colours must differ over
+BACKGROUNDS = (0, 128, 255)  # grey levels over which half-transparent colours must differ
 COLORS: tuple[Color, ...] = (
     (255, 15, 0),
     (0, 255, 0),
@@ -45,7 +45,7 @@ COLORS: tuple[Color, ...] = (
 
 @dataclass(frozen=True)
 class LabelMap:
-    """The classes of a data set, in the order of their ids, and how its masks spell them."""
+    """The classes of a data set, in the order of their ids, and the mask values that mean them."""
 
     names: tuple[str, ...]
     palette: tuple[Color, ...]  # one per class
@@ -59,8 +59,8 @@ def to_train_ids(
 
     Args:
         mask: pixel values as stored.
-        label_map: the one place that says what they mean.
-        name: the file that an error is to name.
+        label_map: what they mean.
+        name: what an error calls the mask.
 
     Raises:
         InputError: the mask holds a value that the label map does not know.
@@ -68,8 +68,9 @@ def to_train_ids(
     unknown = unknown_values(value_counts(mask), label_map)
     if unknown:
         raise InputError(
-            f"{name}: unknown mask value(s) {_ranges(list(unknown))} in {sum(unknown.values())} of "
-            f"{mask.size} pixels; allowed: {_ranges(sorted(label_map.train_ids))}"
+            f"{name}: unknown mask value(s) {_compact_ranges(list(unknown))} in"
+            f" {sum(unknown.values())} of {mask.size} pixels;"
+            f" allowed: {_compact_ranges(sorted(label_map.train_ids))}"
         )
     return cv2.LUT(mask, train_id_table(label_map))
 
@@ -80,7 +81,7 @@ def value_counts(mask: UInt8[np.ndarray, "h w"]) -> Int64[np.ndarray, "256"]:
 
 
 def unknown_values(counts: Int64[np.ndarray, "256"], label_map: LabelMap) -> dict[int, int]:
-    """Number of pixels of the values that occur but that the label map does not know, sorted."""
+    """Number of pixels of each value that occurs but is not in the label map, sorted."""
     present = np.flatnonzero(counts).tolist()
     return {value: int(counts[value]) for value in present if value not in label_map.train_ids}
 
@@ -95,7 +96,7 @@ def train_id_table(label_map: LabelMap) -> UInt8[np.ndarray, "256"]:
 def to_mask_values(
     label: UInt8[np.ndarray, "h w"], label_map: LabelMap
 ) -> UInt8[np.ndarray, "h w"]:
-    """The pixel values that mask files of the data set have for class ids, the lowest of each."""
+    """The mask values of class ids; the lowest, where several values mean a class."""
     table = np.full(256, IGNORE_LABEL, np.uint8)
     for value in sorted(label_map.train_ids, reverse=True):
         table[label_map.train_ids[value]] = value
@@ -103,18 +104,18 @@ def to_mask_values(
 
 
 def label_table(label_map: LabelMap) -> str:
-    """Every class, for the log: its mask values, its id, the value that predictions have, its name.
+    """Every class, for the log: its mask values, id, value in predicted masks, and name.
 
-    Several classes stand in a line.
+    Several classes share a line.
     """
-    values = {class_id: [] for class_id in (*range(len(label_map.names)), IGNORE_LABEL)}
+    mask_values = {class_id: [] for class_id in (*range(len(label_map.names)), IGNORE_LABEL)}
     for value in sorted(label_map.train_ids):
-        values[label_map.train_ids[value]].append(value)
-    ignored = _ranges(values.pop(IGNORE_LABEL)) or "none"
-    written = to_mask_values(np.array([[*values]], np.uint8), label_map)[0]
+        mask_values[label_map.train_ids[value]].append(value)
+    ignored = _compact_ranges(mask_values.pop(IGNORE_LABEL)) or "none"
+    predicted = to_mask_values(np.array([[*mask_values]], np.uint8), label_map)[0]
     cells = [
-        f"{_ranges(found)}->{class_id}->{written[class_id]} {label_map.names[class_id]}"
-        for class_id, found in values.items()
+        f"{_compact_ranges(values)}->{class_id}->{predicted[class_id]} {label_map.names[class_id]}"
+        for class_id, values in mask_values.items()
     ]
     width = max(map(display_width, cells)) + 2
     columns = max(1, TABLE_WIDTH // width)
@@ -125,16 +126,16 @@ def label_table(label_map: LabelMap) -> str:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """The names in a text that separates them by commas, over several lines if need be."""
+    """The names in a text, separated by commas, on one line or several."""
     return tuple(name.strip() for name in text.split(","))
 
 
 def default_palette(num_classes: int) -> tuple[Color, ...]:
-    """Colours for up to 255 classes, no two alike; those of few classes are the first of more.
+    """Distinct colours for up to 255 classes; fewer classes have the first of them.
 
-    What counts is the distance in CIELAB, of the colours themselves and laid half over black, grey
-    and white. It was maximised for the 21 of `COLORS`; each further one is as far as can be from
-    all before it, and from the black of what has no class.
+    Distances are those in CIELAB, of the colours themselves and blended half over black, grey and
+    white. They are maximised for the 21 of `COLORS`; each further colour is as far as possible from
+    all before it, and from black, which stands for no class.
     """
     return COLORS[:num_classes] if num_classes <= len(COLORS) else _more_colors()[:num_classes]
 
@@ -150,32 +151,32 @@ def colorize(label: Integer[np.ndarray, "h w"], label_map: LabelMap) -> UInt8[np
 def _more_colors() -> tuple[Color, ...]:
     steps = np.arange(0, 256, 15)
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
-    seen = _as_seen(grid)
+    lab = _blended_lab(grid)
     colors = list(COLORS)
     nearest = np.full(len(grid), np.inf, np.float32)  # to any colour so far
     for color in ((0, 0, 0), *COLORS):
-        nearest = np.minimum(nearest, _distances(seen, color))
+        nearest = np.minimum(nearest, _distances(lab, color))
     while len(colors) < MAX_CLASSES:
         red, green, blue = grid[nearest.argmax()].tolist()
         colors.append((red, green, blue))
-        nearest = np.minimum(nearest, _distances(seen, colors[-1]))
+        nearest = np.minimum(nearest, _distances(lab, colors[-1]))
     return tuple(colors)
 
 
-def _as_seen(colors: Int64[np.ndarray, "n 3"]) -> Float32[np.ndarray, "4 n 3"]:
-    """CIELAB of colours themselves, and of what an overlay makes of them."""
-    shown = np.stack([colors, *((colors + below) // 2 for below in BACKGROUNDS)])
-    return cv2.cvtColor((shown / 255).astype(np.float32), cv2.COLOR_RGB2LAB)
+def _blended_lab(colors: Int64[np.ndarray, "n 3"]) -> Float32[np.ndarray, "4 n 3"]:
+    """CIELAB of colours themselves, and blended over each background as in an overlay."""
+    blended = np.stack([colors, *((colors + grey) // 2 for grey in BACKGROUNDS)])
+    return cv2.cvtColor((blended / 255).astype(np.float32), cv2.COLOR_RGB2LAB)
 
 
-def _distances(seen: Float32[np.ndarray, "4 n 3"], color: Color) -> Float32[np.ndarray, " n"]:
-    """Squares of how far colours are from one, wherever they are closest to it."""
-    apart = seen - _as_seen(np.array([color]))
-    return np.einsum("bnc,bnc->bn", apart, apart).min(axis=0)
+def _distances(lab: Float32[np.ndarray, "4 n 3"], color: Color) -> Float32[np.ndarray, " n"]:
+    """Squared distances of colours to one, over the background where they are closest."""
+    difference = lab - _blended_lab(np.array([color]))
+    return np.einsum("bnc,bnc->bn", difference, difference).min(axis=0)
 
 
-def _ranges(values: list[int]) -> str:
-    """Sorted numbers with runs written short: [0, 1, 2, 255] -> "0..2, 255"."""
+def _compact_ranges(values: list[int]) -> str:
+    """Sorted numbers with runs abbreviated: [0, 1, 2, 255] -> "0..2, 255"."""
     runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Labelled images to look at: overlays, legends, panels, sheets."""
+"""Pictures of labelled images: overlays, legends, panels of one image, sheets of many."""
 
 import io
 import warnings
@@ -19,13 +19,19 @@ from contrastseg_jax.data.labels import LabelMap, colorize
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.structs import IGNORE_LABEL
 
+Entry = tuple[str, Patch]  # of a legend: a name and its colour
+
+PANEL_WIDTH = 12.0  # inches
+PANEL_LEGEND_COLUMNS = 9
+SHEET_COLUMNS = 5
+SHEET_TILE_WIDTH = 4.0  # inches of an example
 SHEET_LEGEND_COLUMNS = 2  # beneath each column of examples
-WIDE = 3  # times as wide as high: from there on pictures lie one above the other
-NARROWEST = 8.0  # times as long as wide: what is narrower is drawn stretched, to be seen at all
-TALLEST = 8.0  # inches of a picture
-REDUCED_SIDE = 1500  # pixels: more cannot be seen in a figure
+WIDE = 3  # width over height above which the pictures of a panel lie one above the other
+MAX_ASPECT = 8.0  # length over width; narrower pictures are stretched, to be seen at all
+MAX_HEIGHT = 8.0  # inches of a picture
+MAX_DRAWN_SIDE = 1500  # pixels: more cannot be seen in a figure
 TITLE_LENGTH = 48  # letters of a name that fit
-# Not as a matplotlibrc of the user's may say: text.usetex would read names as LaTeX.
+# Ignores the user's matplotlibrc: text.usetex would read names as LaTeX.
 plain_style = style.context("default")
 
 
@@ -41,11 +47,11 @@ def overlay(
 
 @plain_style
 def save_legend(path: Path, label_map: LabelMap) -> None:
-    """A picture that says which colour is which class."""
+    """A picture of the classes and their colours."""
     names = label_map.names
     width = max(2.4, 0.8 + 0.11 * max(len(shortened(name)) for name in names))
     figure = Figure(figsize=(width, 0.3 + 0.22 * len(names)))
-    _legend(figure, _patches(label_map), names, loc="center", frameon=False)
+    _add_legend(figure, _class_entries(label_map), loc="center", frameon=False)
     save_figure(path, figure)
 
 
@@ -58,89 +64,83 @@ def save_panel(
     label_map: LabelMap,
     name: str,
 ) -> None:
-    """Image, label and prediction over a legend; pixels without a class are black.
+    """Image, label and prediction over a legend; pixels without a class are black in both.
 
-    Side by side, wide ones one above the other, and none larger than it can be seen.
+    They lie side by side, or one above the other where they are wide.
     """
-    h, w = image.shape[:2]
-    columns = min(len(label_map.names) + 1, 9)
-    rows = -(-(len(label_map.names) + 1) // columns)
-    width = 12.0
-    stacked = (3, 1) if w > WIDE * h else (1, 3)
-    height = stacked[0] * min(width / stacked[1] * shown_aspect(h, w), TALLEST)
-    figure = Figure(figsize=(width, height + 0.2 * stacked[0] + 0.4 + 0.25 * rows))
-    figure.set_layout_engine("constrained")
-    image, label, prediction = (reduced(x.astype(np.uint8)) for x in (image, label, prediction))
-    known = np.where(label < len(label_map.names), prediction, label)
-    shown = [
+    height, width = image.shape[:2]
+    num_rows, num_columns = (3, 1) if width > WIDE * height else (1, 3)
+    row_height = min(PANEL_WIDTH / num_columns * drawn_aspect(height, width), MAX_HEIGHT)
+    entries = [*_class_entries(label_map), ("no class", Patch(facecolor="black"))]
+    legend_columns = min(len(entries), PANEL_LEGEND_COLUMNS)
+    legend_height = 0.4 + 0.25 * -(-len(entries) // legend_columns)
+    figure = Figure(
+        figsize=(PANEL_WIDTH, num_rows * (row_height + 0.2) + legend_height), layout="constrained"
+    )
+    image, label, prediction = (downscaled(x.astype(np.uint8)) for x in (image, label, prediction))
+    labelled = label < len(label_map.names)
+    panels = [
         (name, image),
         ("label", colorize(label, label_map)),
-        ("prediction", colorize(known, label_map)),
+        ("prediction", colorize(np.where(labelled, prediction, label), label_map)),
     ]
-    for axes, (title, picture) in zip(figure.subplots(*stacked), shown, strict=True):
-        _show(axes, picture)
+    cells = figure.subplots(num_rows, num_columns)
+    for axes, (title, picture) in zip(cells, panels, strict=True):
+        _draw(axes, picture)
         axes.set_title(shortened(title), parse_math=False)
         axes.axis("off")
-    handles = [*_patches(label_map), Patch(facecolor="black")]
-    names = [*label_map.names, "no class"]
-    _legend(figure, handles, names, loc="outside lower center", ncols=columns)
+    _add_legend(figure, entries, loc="outside lower center", ncols=legend_columns)
     save_figure(path, figure)
 
 
 @plain_style
 def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, title: str) -> None:
     """Many labelled images, their classes in colour over them, and a legend of those that occur."""
-    columns = min(5, len(examples))
-    rows = -(-len(examples) // columns)
-    present = np.unique(np.concatenate([np.unique(example.label) for example in examples]))
-    occurring = [i for i in present if i < len(label_map.names)]
-    handles = [_patches(label_map)[i] for i in occurring]
-    handles.append(Patch(facecolor="white", edgecolor="0.3", hatch="////"))
-    names = [*(label_map.names[i] for i in occurring), "no class"]
-    tallest = max(shown_aspect(*example.label.shape) for example in examples)
-    legend_columns = SHEET_LEGEND_COLUMNS * columns
-    legend_rows = -(-len(handles) // legend_columns)
-    side = 4.0  # inches
+    num_columns = min(SHEET_COLUMNS, len(examples))
+    num_rows = -(-len(examples) // num_columns)
+    tallest = max(drawn_aspect(*example.label.shape) for example in examples)
+    row_height = SHEET_TILE_WIDTH * min(tallest, 1.5) + 0.3
+    hatched = Patch(facecolor="white", edgecolor="0.3", hatch="////")
+    entries = [*_occurring_entries(examples, label_map), ("no class", hatched)]
+    legend_columns = SHEET_LEGEND_COLUMNS * num_columns
+    legend_height = 0.6 + 0.3 * -(-len(entries) // legend_columns)
     figure = Figure(
-        figsize=(columns * side, rows * (side * min(tallest, 1.5) + 0.3) + 0.6 + 0.3 * legend_rows),
+        figsize=(num_columns * SHEET_TILE_WIDTH, num_rows * row_height + legend_height),
         layout="constrained",
     )
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    cells = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axes in cells:
         axes.axis("off")
     for axes, example in zip(cells, examples, strict=False):
-        _show(axes, _hatched(overlay(example.image, example.label, label_map), example.label))
+        _draw(axes, _hatched(overlay(example.image, example.label, label_map), example.label))
         axes.set_title(shortened(example.name), fontsize=10, parse_math=False)
     figure.suptitle(shortened(title, 200), parse_math=False)
-    _legend(
-        *(figure, handles, names),
-        loc="outside lower center",
-        ncols=legend_columns,
-        fontsize=12,
-    )
+    _add_legend(figure, entries, loc="outside lower center", ncols=legend_columns, fontsize=12)
     save_figure(path, figure)
 
 
-def shown_aspect(height: int, width: int) -> float:
+def drawn_aspect(height: int, width: int) -> float:
     """Height over width of a picture as it is drawn."""
-    return float(min(max(height / width, 1 / NARROWEST), NARROWEST))
+    return float(min(max(height / width, 1 / MAX_ASPECT), MAX_ASPECT))
 
 
-def reduced(picture: UInt8[np.ndarray, "h w ..."]) -> UInt8[np.ndarray, "h2 w2 ..."]:
-    """A picture, or class ids, with as many pixels as can be seen; a narrow side stays as it is."""
+def downscaled(picture: UInt8[np.ndarray, "h w ..."]) -> UInt8[np.ndarray, "h2 w2 ..."]:
+    """A picture, or class ids, with no more pixels than can be seen; a narrow side keeps more."""
     height, width = picture.shape[:2]
-    scale = min(1, REDUCED_SIDE / max(height, width))
+    scale = min(1, MAX_DRAWN_SIDE / max(height, width))
+    if scale == 1:
+        return picture
     size = [
-        max(round(side * scale), min(side, round(REDUCED_SIDE / NARROWEST)))
+        max(round(side * scale), min(side, round(MAX_DRAWN_SIDE / MAX_ASPECT)))
         for side in (width, height)
     ]
-    how = cv2.INTER_AREA if picture.ndim == 3 else cv2.INTER_NEAREST_EXACT
-    return picture if scale == 1 else cv2.resize(picture, size, interpolation=how)
+    interpolation = cv2.INTER_AREA if picture.ndim == 3 else cv2.INTER_NEAREST_EXACT
+    return cv2.resize(picture, size, interpolation=interpolation)
 
 
-def _show(axes: Axes, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+def _draw(axes: Axes, picture: UInt8[np.ndarray, "h w 3"]) -> None:
     axes.imshow(picture, aspect="auto")
-    axes.set_box_aspect(shown_aspect(*picture.shape[:2]))
+    axes.set_box_aspect(drawn_aspect(*picture.shape[:2]))
 
 
 def _hatched(
@@ -153,23 +153,24 @@ def _hatched(
 
 
 def shortened(name: str, length: int = TITLE_LENGTH) -> str:
-    """A name on one line: both its ends, where it is longer than `length` letters."""
+    """A name on one line; of one longer than `length` characters, its beginning and its end."""
     name = printable(name)
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
 def printable(name: str) -> str:
-    """The name without what no font and no page has: control characters, lone surrogates."""
+    """The name with unprintable characters replaced: control characters, lone surrogates."""
     return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
     )
 
 
-def _legend(figure: Figure, handles: list[Patch], names: Sequence[str], **settings: Any) -> None:
-    """A legend of any names: given as labels, those that begin with _ would be left out."""
+def _add_legend(figure: Figure, entries: Sequence[Entry], **settings: Any) -> None:
+    """A legend. Names are set afterwards, since Matplotlib leaves out labels that begin with _."""
+    handles = [patch for _, patch in entries]
     legend = figure.legend(handles=handles, labels=[""] * len(handles), **settings)
-    for text, name in zip(legend.get_texts(), names, strict=True):
+    for text, (name, _) in zip(legend.get_texts(), entries, strict=True):
         text.set(text=shortened(name), parse_math=False)
 
 
@@ -177,13 +178,21 @@ def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as a PNG."""
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # letters that the font lacks: a box will do
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # characters that the font lacks: a box will do
         figure.savefig(picture, format="png", dpi=120)
     write_atomically(path, picture.getvalue())
 
 
-def _patches(label_map: LabelMap) -> list[Patch]:
-    return [
-        Patch(facecolor="#{:02x}{:02x}{:02x}".format(*color), edgecolor="0.5")
-        for color in label_map.palette[: len(label_map.names)]
-    ]
+def _class_entries(label_map: LabelMap) -> list[Entry]:
+    colors = ("#{:02x}{:02x}{:02x}".format(*color) for color in label_map.palette)
+    patches = (Patch(facecolor=color, edgecolor="0.5") for color in colors)
+    return list(zip(label_map.names, patches, strict=False))
+
+
+def _occurring_entries(examples: Sequence[Example], label_map: LabelMap) -> list[Entry]:
+    """The legend's entries of the classes that occur in the examples."""
+    present = np.unique(np.concatenate([np.unique(example.label) for example in examples]))
+    entries = _class_entries(label_map)
+    return [entries[class_id] for class_id in present if class_id < len(entries)]

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -22,9 +22,19 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.augment import augment, padded_size, resize_image, resized_size, too_large
-from contrastseg_jax.data.images import AS_STORED, Decoding, decode_image, decode_mask, image_size
-from contrastseg_jax.data.labels import LabelMap, to_train_ids
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.data.augment import Augmentation, augment
+from contrastseg_jax.data.images import Decoding, image_size
+from contrastseg_jax.data.preprocess import (
+    Preprocessing,
+    Size,
+    decode_example,
+    pad,
+    padded_size,
+    resize_image,
+    resized_size,
+    too_large,
+)
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.structs import IGNORE_LABEL, Batch
 
@@ -32,76 +42,73 @@ Source = Sequence[dict[str, bytes]]  # what `open_split` returns
 Image = UInt8[np.ndarray, "h w 3"]
 Label = UInt8[np.ndarray, "h w"]
 Example = tuple[Image, Label]
-Size = tuple[int, int]  # height, width
 Row = tuple[Image, Label, int, *tuple[Size, ...]]  # as `Batch`; example id -1: no example
 Batches = grain.DatasetIterator[Batch]
+
+cv2.setNumThreads(0)  # Grain's threads are the parallelism
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the work is spread over threads and processes; it changes no batch."""
+
+    num_threads: int  # that prepare examples, in each worker
+    num_workers: int = 0  # processes that make training batches; 0: this one
+    prefetch: int = 1  # batches prepared ahead
+    cache_size: int = 0  # decoded training examples kept in memory, by each worker
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of every batch that one of several processes loads."""
+
+    index: int = 0
+    count: int = 1
+
+
+ALL_ROWS = Shard()
 
 
 @dataclass(frozen=True)
 class EvalGroup:
-    """The examples of one batch of an evaluation, and the sizes that hold each of them."""
+    """The examples of one batch of an evaluation, and the padded sizes that hold each of them."""
 
     image_size: Size
     label_size: Size
     example_ids: list[int]
 
 
-cv2.setNumThreads(0)  # Grain's threads are the parallelism
+def loading_settings(config: Config) -> Loading:
+    """How a config spreads the work."""
+    data = config.data
+    return Loading(data.num_threads, data.num_workers, data.prefetch, data.cache_size)
 
 
 def train_batches(
     source: Source,
     *,
-    label_map: LabelMap,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
     batch_size: int,
-    start_step: int,
-    num_steps: int,
+    steps: range,
     seed: int,
-    crop_size: tuple[int, int],
-    short_side: int,
-    scale_range: tuple[float, float],
-    aspect_range: tuple[float, float],
-    flip_rate: float,
-    brightness: int,
-    color_distortion: float,
-    class_uniform_rate: float,
-    pad_color: tuple[int, int, int],
-    cache_size: int,
-    num_threads: int,
-    num_workers: int,
-    prefetch: int,
-    decoding: Decoding = AS_STORED,
-    process_index: int = 0,
-    process_count: int = 1,
+    loading: Loading,
+    shard: Shard = ALL_ROWS,
 ) -> Batches:
-    """Batches of the steps start_step .. num_steps - 1: this process's rows of each.
+    """Batches of the given steps: this process's rows of each.
 
     Every example comes once per epoch; a batch may span two epochs, so none is dropped. To be
     closed after use, which ends the workers.
 
     Args:
         source: the records of a split.
-        label_map: what the masks' values mean.
-        batch_size: rows of all processes together, a multiple of `process_count`.
-        start_step: first step, the one to resume at.
-        num_steps: number of steps of the whole run.
+        preprocessing: how they become images and labels.
+        augmentation: the distribution of views.
+        batch_size: rows of all processes together, a multiple of their number.
+        steps: from the one to resume at to the end of the run.
         seed: of the order and of the augmentation.
-        crop_size: (height, width) of the batch.
-        short_side: see `augment`, like the settings after it.
-        scale_range: see `augment`.
-        aspect_range: see `augment`.
-        flip_rate: see `augment`.
-        brightness: see `augment`.
-        color_distortion: see `augment`.
-        class_uniform_rate: see `augment`.
-        pad_color: see `augment`.
-        cache_size: decoded examples kept in memory, by each worker.
-        num_threads: threads that prepare examples, in each worker.
-        num_workers: processes in which they do; 0: this one.
-        prefetch: batches prepared ahead.
-        decoding: how image files become pixels.
-        process_index: number of this process.
-        process_count: number of processes.
+        loading: threads, workers and buffers.
+        shard: the rows to load.
 
     Raises:
         InputError: while iterating, for a record that cannot be decoded; it names the example.
@@ -109,68 +116,52 @@ def train_batches(
     # Grain shuffles epoch e by seed + e: without mixing, neighbouring seeds would share epochs.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
-    num_rows = _rows_per_process(batch_size, process_count)
-
-    decode = partial(_decode, source.__getitem__, label_map=label_map, decoding=decoding)
-    view = partial(
-        augment,
-        crop_size=crop_size,
-        short_side=short_side,
-        scale_range=scale_range,
-        aspect_range=aspect_range,
-        flip_rate=flip_rate,
-        brightness=brightness,
-        color_distortion=color_distortion,
-        class_uniform_rate=class_uniform_rate,
-        pad_color=pad_color,
-    )
+    decode = partial(_decode, source.__getitem__, preprocessing=preprocessing)
     load = partial(
         _load_view,
         order=order,
-        decode=partial(_recall, decode, cache_size=cache_size, kept={}),
-        view=view,
+        decode=partial(_cached, decode, cache_size=loading.cache_size, cache={}),
+        view=partial(
+            augment,
+            augmentation=augmentation,
+            short_side=preprocessing.short_side,
+            pad_color=preprocessing.pad_color,
+        ),
         batch_size=batch_size,
         seed=seed,
     )
-    return _batches(
-        load,
-        steps=range(start_step, num_steps),
-        rows=range(process_index * num_rows, (process_index + 1) * num_rows),
-        num_threads=num_threads,
-        num_workers=num_workers,
-        prefetch=prefetch,
-    )
+    return _batches(load, steps=steps, rows=_shard_rows(batch_size, shard), loading=loading)
 
 
 def eval_groups(
     source: Source,
     *,
+    preprocessing: Preprocessing,
     batch_size: int,
-    short_side: int,
     pad_multiple: int,
-    num_threads: int,
-    decoding: Decoding = AS_STORED,
+    loading: Loading,
 ) -> list[EvalGroup]:
     """Which examples are evaluated together: up to `batch_size` whose padded sizes are the same.
 
-    It reads the whole split, for the sizes of the images, so a run does it once.
+    Reads the header of every image of the split, so a run calls it once.
 
     Args:
         source: the records of a split.
+        preprocessing: how images are decoded and resized.
         batch_size: rows of all processes together.
-        short_side: length of the images' shorter side, but not of the labels'; 0 keeps it.
         pad_multiple: what heights and widths are rounded up to a multiple of.
-        num_threads: threads that read.
-        decoding: how image files become pixels.
+        loading: threads that read.
 
     Raises:
         InputError: for an image whose header cannot be read, or for all that are too large; it
             names the examples.
     """
-    sizes = grain.MapDataset.range(len(source)).map(partial(_image_size, source, decoding))
+    read_size = partial(_image_size, source, preprocessing.decoding)
+    sizes = grain.MapDataset.range(len(source)).map(read_size)
+    short_side = preprocessing.short_side
     example_ids: defaultdict[tuple[Size, Size], list[int]] = defaultdict(list)
     problems = []
-    for example_id, size in enumerate(sizes.to_iter_dataset(_read_options(num_threads, 0))):
+    for example_id, size in enumerate(sizes.to_iter_dataset(_read_options(loading.num_threads))):
         if problem := too_large(size, short_side, pad_multiple):
             problems.append(f"image {source[example_id]['name'].decode()}: {problem}")
         resized = resized_size(size, short_side)
@@ -189,90 +180,64 @@ def eval_batches(
     source: Source,
     groups: Sequence[EvalGroup],
     *,
-    label_map: LabelMap,
+    preprocessing: Preprocessing,
     batch_size: int,
-    short_side: int,
-    pad_color: tuple[int, int, int],
-    num_threads: int,
-    prefetch: int,
-    decoding: Decoding = AS_STORED,
-    process_index: int = 0,
-    process_count: int = 1,
+    loading: Loading,
+    shard: Shard = ALL_ROWS,
 ) -> Batches:
     """Whole images, each exactly once: this process's rows of each batch.
 
-    Images and labels lie in the upper left corner of what their group shares, and what surrounds
-    them has `pad_color` and IGNORE_LABEL. Labels keep their size. The last batch of a size is
-    filled up with rows that are not valid and have the example id -1. All processes see the same
-    number of batches of the same sizes.
+    Images and labels lie in the upper left corner of the group's padded sizes, surrounded by
+    `pad_color` and IGNORE_LABEL. Labels keep their size; where images are resized, batches have
+    `image_size` and `label_size`. The last batch of a size is filled up with rows that are not
+    valid and have the example id -1. All processes see the same number of batches of the same
+    sizes.
 
     Args:
         source: the records of a split.
         groups: the examples of each batch, as `eval_groups` makes them for the same settings.
-        label_map: what the masks' values mean.
-        batch_size: rows of all processes together, a multiple of `process_count`.
-        short_side: length of the images' shorter side; 0 keeps it. Where it is not 0, batches have
-            `image_size` and `label_size`.
-        pad_color: RGB of what surrounds an image.
-        num_threads: threads that prepare examples.
-        prefetch: batches prepared ahead.
-        decoding: how image files become pixels.
-        process_index: number of this process.
-        process_count: number of processes.
+        preprocessing: how records become images and labels.
+        batch_size: rows of all processes together, a multiple of their number.
+        loading: threads and buffers; there are no workers, because starting processes takes
+            longer than most evaluations.
+        shard: the rows to load.
 
     Raises:
         InputError: for a record that cannot be decoded; it names the example.
     """
-    num_rows = _rows_per_process(batch_size, process_count)
-    decode = partial(_decode, source.__getitem__, label_map=label_map, decoding=decoding)
-
-    def load(step: int, row: int) -> Row:
-        group = groups[step]
-        image = np.full((*group.image_size, 3), pad_color, np.uint8)
-        label = np.full(group.label_size, IGNORE_LABEL, np.uint8)
-        example_id, image_size, label_size = -1, (1, 1), (1, 1)
-        if row < len(group.example_ids):
-            example_id = group.example_ids[row]
-            pixels, classes = decode(example_id)
-            image_size, label_size = resized_size(classes.shape, short_side), classes.shape
-            image[: image_size[0], : image_size[1]] = resize_image(pixels, image_size)
-            label[: label_size[0], : label_size[1]] = classes
-        return image, label, example_id, *((image_size, label_size) if short_side else ())
-
+    load = partial(
+        _load_whole,
+        groups=groups,
+        decode=partial(_decode, source.__getitem__, preprocessing=preprocessing),
+        preprocessing=preprocessing,
+    )
     return _batches(
         load,
         steps=range(len(groups)),
-        rows=range(process_index * num_rows, (process_index + 1) * num_rows),
-        num_threads=num_threads,
-        num_workers=0,  # to start processes for every evaluation takes longer than most of them
-        prefetch=prefetch,
+        rows=_shard_rows(batch_size, shard),
+        loading=replace(loading, num_workers=0),
     )
 
 
 def _batches(
-    load: Callable[[int, int], Row],
-    *,
-    steps: range,
-    rows: range,
-    num_threads: int,
-    num_workers: int,
-    prefetch: int,
+    load: Callable[[int, int], Row], *, steps: range, rows: range, loading: Loading
 ) -> Batches:
     """Stacks `load(step, row)` over the rows of each step; workers take rows in turns."""
     num_rows = len(rows)
     elements = grain.MapDataset.range(steps.start * num_rows, steps.stop * num_rows).map(
         partial(_load_element, load, rows)
     )
-    num_ahead = prefetch * num_rows
-    if num_workers == 0:
-        loaded = elements.to_iter_dataset(_read_options(num_threads, num_ahead))
+    num_ahead = loading.prefetch * num_rows
+    if loading.num_workers == 0:
+        loaded = elements.to_iter_dataset(_read_options(loading.num_threads, num_ahead))
     else:
         flags.FLAGS.mark_as_parsed()  # Grain reads flags; a caller need not be an absl program
         # Grain buffers what a worker has made twice, on either side of the pipe.
-        buffers = grain.MultiprocessingOptions(num_workers, -(-num_ahead // (2 * num_workers)))
+        buffer_size = -(-num_ahead // (2 * loading.num_workers))
+        buffers = grain.MultiprocessingOptions(loading.num_workers, buffer_size)
         # Pipes, not shared memory: a full /dev/shm, 64 MB in a container, would kill the workers.
         pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-        loaded = elements.to_iter_dataset(_read_options(num_threads, 0))
+        loaded = elements.to_iter_dataset(_read_options(loading.num_threads))
         loaded = grain.experimental.WithOptionsIterDataset(loaded, pipes)
         loaded = loaded.mp_prefetch(buffers, _start_worker)
     return iter(loaded.batch(num_rows, batch_fn=_stack))
@@ -292,25 +257,52 @@ def _load_view(
     batch_size: int,
     seed: int,
 ) -> Row:
-    """A row of a training batch. This and what it calls travel to workers, so no closures."""
+    """A row of a training batch. Pickled for the workers with all it calls, so no closures."""
     index = step * batch_size + row
     example_id = cast(int, order[index])
     image, label = view(*decode(example_id), np.random.default_rng((seed, index)))
     return image, label, example_id
 
 
+def _load_whole(
+    step: int,
+    row: int,
+    *,
+    groups: Sequence[EvalGroup],
+    decode: Callable[[int], Example],
+    preprocessing: Preprocessing,
+) -> Row:
+    """A row of an evaluation batch; one of padding alone where the group has no more examples."""
+    group = groups[step]
+    if row < len(group.example_ids):
+        example_id = group.example_ids[row]
+        image, label = decode(example_id)
+        sizes = resized_size(label.shape, preprocessing.short_side), label.shape
+        image = resize_image(image, sizes[0])
+    else:
+        example_id, sizes = -1, ((1, 1), (1, 1))
+        image = np.full((1, 1, 3), preprocessing.pad_color, np.uint8)
+        label = np.full((1, 1), IGNORE_LABEL, np.uint8)
+    return (
+        pad(image, group.image_size, preprocessing.pad_color),
+        pad(label, group.label_size, IGNORE_LABEL),
+        example_id,
+        *(sizes if preprocessing.short_side else ()),
+    )
+
+
 def _start_worker(worker_index: int, worker_count: int) -> None:
-    """Lets the main process alone decide on a worker's end, and no worker outlive it."""
+    """Leaves signals to the main process, and ends the worker when that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     main = multiprocessing.parent_process()
 
-    def follow() -> None:
+    def exit_with_main() -> None:
         if main is not None:
             main.join()
             os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_main, daemon=True).start()
 
 
 def _stack(rows: Sequence[Row]) -> Batch:
@@ -321,32 +313,26 @@ def _stack(rows: Sequence[Row]) -> Batch:
 
 
 def _decode(
-    read: Callable[[int], dict[str, bytes]],
-    example_id: int,
-    *,
-    label_map: LabelMap,
-    decoding: Decoding,
+    read: Callable[[int], dict[str, bytes]], example_id: int, *, preprocessing: Preprocessing
 ) -> Example:
-    record = read(example_id)
-    name = record["name"].decode()
-    image = decode_image(record["image"], f"image {name}", decoding)
-    mask = decode_mask(record["label"], f"label {name}")
-    return image, to_train_ids(mask, label_map, f"label {name}")
+    return decode_example(read(example_id), preprocessing)
 
 
-def _recall(
+def _cached(
     decode: Callable[[int], Example],
     example_id: int,
     *,
     cache_size: int,
-    kept: dict[int, Example],
+    cache: dict[int, Example],
 ) -> Example:
-    """What `decode` gives; its first results are kept for good, as each comes once per epoch."""
-    if example_id in kept:
-        return kept[example_id]
+    """`decode(example_id)`. The first results stay cached: as each example comes once per epoch,
+    replacing them would gain nothing.
+    """
+    if example_id in cache:
+        return cache[example_id]
     example = decode(example_id)
-    if len(kept) < cache_size:
-        kept[example_id] = example
+    if len(cache) < cache_size:
+        cache[example_id] = example
     return example
 
 
@@ -355,13 +341,14 @@ def _image_size(source: Source, decoding: Decoding, example_id: int) -> Size:
     return image_size(record["image"], f"image {record['name'].decode()}", decoding)
 
 
-def _rows_per_process(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise InputError(f"batch_size = {batch_size}: no multiple of {process_count} processes")
-    return batch_size // process_count
+def _shard_rows(batch_size: int, shard: Shard) -> range:
+    if batch_size % shard.count:
+        raise InputError(f"batch_size = {batch_size}: not a multiple of {shard.count} processes")
+    num_rows = batch_size // shard.count
+    return range(shard.index * num_rows, (shard.index + 1) * num_rows)
 
 
-def _read_options(num_threads: int, buffer_size: int) -> grain.ReadOptions:
+def _read_options(num_threads: int, buffer_size: int = 0) -> grain.ReadOptions:
     return grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=max(num_threads, buffer_size)
     )

@@ -1,8 +1,8 @@
-"""Folders of prepared records: whole or not, and what is read from them.
+"""Folders of prepared records: reading them, and verifying that they are complete and undamaged.
 
-The list of a folder's files, each with size, time and digest, is written last. A start trusts files
-whose size and time are those of the list, and computes the digest of others; so a folder that was
-copied is read once, and one that lost a file, or has another in its place, is prepared again.
+A manifest of a folder's files, with size, time and digest of each, is written last. A start trusts
+files that have the size and time of the manifest, and computes the digest of others: a folder that
+was copied is read once, and one in which a file is missing or changed is prepared again.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import to_json, write_atomically
 
-LIST = "files.json"
-SMALL = 1 << 20  # bytes of a file whose digest costs nothing
-GARBLED = (ValueError, TypeError, AttributeError)  # what reading a list raises that is none
+MANIFEST = "files.json"
+ALWAYS_HASHED_SIZE = 1 << 20  # bytes up to which computing a digest costs nothing
+MALFORMED = (ValueError, TypeError, AttributeError)  # errors of reading a malformed manifest
 
 
 @dataclass(frozen=True)
-class Stamp:
-    """What tells a file from another one."""
+class FileStamp:
+    """Size, time and digest of a file, by which a changed one is recognised."""
 
     size: int
     mtime_ns: int
@@ -37,7 +37,7 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Records(Sequence):
-    """The records of a split. Travels to other processes, where it opens the files anew."""
+    """The records of a split. Can be pickled for other processes, which open the files again."""
 
     folder: Path
     encoded: ArrayRecordDataSource
@@ -48,10 +48,10 @@ class Records(Sequence):
         return len(self.encoded)
 
     def __getitem__(self, index: int) -> dict[str, bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The record, its pictures still encoded.
+        """The record, its image and label still encoded.
 
         Raises:
-            InputError: it cannot be read; names the folder, and the file if one is damaged.
+            InputError: it cannot be read; names the folder, and the damaged file if there is one.
         """
         index = range(len(self))[index]
         decoders: Any = dict.fromkeys(("image", "label"), tfds.decode.SkipDecoding())
@@ -59,53 +59,53 @@ class Records(Sequence):
             record: Any = self.features.deserialize_example_np(
                 self.encoded[index], decoders=decoders
             )
-        except Exception as error:  # of several classes, whose texts are those of C++
+        except Exception as error:  # of several classes, with messages from C++
             raise self._unreadable(index, error) from error
         return record
 
     def _unreadable(self, index: int, error: Exception) -> InputError:
-        fault = find_fault(self.folder, trusting=False)
+        fault = find_fault(self.folder, trust_time=False)
         if not fault:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return InputError(f"{self.folder}: record {index} cannot be read: {reason}")
         try:
-            _distrust(self.folder)
+            _forget_times(self.folder)
             advice = "start again, and it is prepared anew"
-        except (OSError, *GARBLED):  # it is read-only, or has lost its list
+        except (OSError, *MALFORMED):  # the folder is read-only, or its manifest is missing
             advice = "delete it, and the next start prepares it anew"
         return InputError(f"{self.folder}: this prepared data set is damaged ({fault}); {advice}")
 
 
 def open_records(builder: tfds.core.DatasetBuilder, split: str) -> Records:
-    """What `builder` has prepared."""
+    """The records that `builder` has prepared."""
     source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
-    # Without the builder, whose settings may list all raw files.
+    # Without the builder, whose config may list all raw files.
     return Records(Path(builder.data_dir), source.data_source, source.dataset_info.features)
 
 
-def seal(folder: Path) -> None:
-    """Write the list of a folder's files: from now on it counts as prepared."""
-    stamps = {path.name: _stamp(path) for path in sorted(folder.iterdir()) if path.name != LIST}
-    _write_list(folder, stamps)
+def mark_prepared(folder: Path) -> None:
+    """Write the manifest of a folder, which then counts as prepared."""
+    stamps = {path.name: _stamp(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    _write_manifest(folder, stamps)
 
 
-def find_fault(folder: Path, *, trusting: bool = True) -> str:
-    """Why a folder is not as it was sealed; empty: it is whole.
+def find_fault(folder: Path, *, trust_time: bool = True) -> str:
+    """Why a folder is not as its manifest says; empty: it is.
 
-    `trusting`: files of the listed size and time need not be read.
+    `trust_time`: files of the listed size and time need not be read.
     """
     try:
-        listed = _read_list(folder)
+        listed = _read_manifest(folder)
     except FileNotFoundError:
-        return f"it has no {LIST}, which is written last"
+        return f"it has no {MANIFEST}, which is written last"
     except OSError as error:
-        return f"{LIST} cannot be read: {error.strerror}"
-    except GARBLED:
-        return f"{LIST} is garbled"
+        return f"{MANIFEST} cannot be read: {error.strerror}"
+    except MALFORMED:
+        return f"{MANIFEST} is garbled"
     found = {}
     for name, stamp in listed.items():
         try:
-            found[name] = _compared(folder / name, stamp, trusting)
+            found[name] = _current_stamp(folder / name, stamp, trust_time)
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -114,14 +114,14 @@ def find_fault(folder: Path, *, trusting: bool = True) -> str:
             return f"{name} has {found[name].size} bytes instead of {stamp.size}"
         if found[name].sha256 != stamp.sha256:
             return f"{name} has other bytes than were written"
-    if found != listed:  # of other times: the next start need not read them again
+    if found != listed:  # only times differ: the next start need not read the files again
         with contextlib.suppress(OSError):
-            _write_list(folder, found)
+            _write_manifest(folder, found)
     return ""
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder of prepared records, or what lies in its place; links are not followed."""
+    """Delete a folder of prepared records, or a file or link in its place, but not its target."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -132,36 +132,36 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _compared(path: Path, listed: Stamp, trusting: bool) -> Stamp:
-    """The stamp of a file, whose digest is computed where it can matter."""
+def _current_stamp(path: Path, listed: FileStamp, trust_time: bool) -> FileStamp:
+    """The stamp of a file; its digest is computed only if size and time do not vouch for it."""
     status = path.stat()
     if status.st_size != listed.size:
         return replace(listed, size=status.st_size)
     is_same = status.st_mtime_ns == listed.mtime_ns and os.access(path, os.R_OK)
-    return listed if trusting and is_same and listed.size > SMALL else _stamp(path)
+    return listed if trust_time and is_same and listed.size > ALWAYS_HASHED_SIZE else _stamp(path)
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: Path) -> FileStamp:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     status = path.stat()
-    return Stamp(status.st_size, status.st_mtime_ns, digest)
+    return FileStamp(status.st_size, status.st_mtime_ns, digest)
 
 
-def _distrust(folder: Path) -> None:
-    """Let the next start read all files: what is damaged has the listed size and time."""
-    listed = _read_list(folder).items()
-    _write_list(folder, {name: replace(stamp, mtime_ns=0) for name, stamp in listed})
+def _forget_times(folder: Path) -> None:
+    """Make the next start read all files: the damaged one has the size and time of the manifest."""
+    stamps = _read_manifest(folder).items()
+    _write_manifest(folder, {name: replace(stamp, mtime_ns=0) for name, stamp in stamps})
 
 
-def _read_list(folder: Path) -> dict[str, Stamp]:
-    content = json.loads((folder / LIST).read_text()).items()
-    stamps = {name: Stamp(**stamp) for name, stamp in content}
+def _read_manifest(folder: Path) -> dict[str, FileStamp]:
+    content = json.loads((folder / MANIFEST).read_text()).items()
+    stamps = {name: FileStamp(**stamp) for name, stamp in content}
     if not stamps:
-        raise ValueError(f"{folder / LIST}: names no file")
+        raise ValueError(f"{folder / MANIFEST}: lists no file")
     return stamps
 
 
-def _write_list(folder: Path, stamps: dict[str, Stamp]) -> None:
+def _write_manifest(folder: Path, stamps: dict[str, FileStamp]) -> None:
     content = {name: asdict(stamp) for name, stamp in stamps.items()}
-    write_atomically(folder / LIST, to_json(content) + "\n")
+    write_atomically(folder / MANIFEST, to_json(content) + "\n")

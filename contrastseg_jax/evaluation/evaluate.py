@@ -35,7 +35,7 @@ from contrastseg_jax.run.compilation_cache import keep_compiled
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import evaluation_folder
 from contrastseg_jax.setup.resolve import load_network
-from contrastseg_jax.setup.setup import Setup, pad_color
+from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import Batch, SegmentationOutput
 from contrastseg_jax.text import table
 from contrastseg_jax.weights.load import require_finite
@@ -63,21 +63,19 @@ def make_evaluator(
     setup: Setup, source: Source, split: str, *, protocol: Protocol = whole_image
 ) -> Evaluator:
     """What evaluates a split; nothing is compiled yet."""
-    data, mesh = setup.config.data, setup.mesh
     groups = pipeline.eval_groups(
         source,
+        preprocessing=setup.preprocessing,
         batch_size=batch_size(setup),
-        short_side=data.short_side,
         pad_multiple=setup.config.eval.pad_multiple,
-        num_threads=data.num_threads,
-        decoding=setup.data.decoding,
+        loading=pipeline.loading_settings(setup.config),
     )
     sizes = {group.image_size for group in groups}
     log.info(
         f"{split}: {len(source)} images are evaluated in {len(groups)} batches; the network is"
         f" compiled for {len(sizes)} size{'s' if len(sizes) > 1 else ''} of them"
     )
-    everywhere, split_rows = sharding.replicated(mesh), sharding.split(mesh)
+    everywhere, split_rows = sharding.replicated(setup.mesh), sharding.split(setup.mesh)
     return Evaluator(
         setup=setup,
         split=split,
@@ -223,19 +221,14 @@ def evaluate(
 
 def make_batches(evaluator: Evaluator) -> Iterator[Batch]:
     """This process's rows of the batches of a split."""
-    setup, data = evaluator.setup, evaluator.setup.config.data
+    setup = evaluator.setup
     return pipeline.eval_batches(
         evaluator.source,
         evaluator.groups,
-        label_map=setup.classes,
+        preprocessing=setup.preprocessing,
         batch_size=batch_size(setup),
-        short_side=data.short_side,
-        pad_color=pad_color(setup.image_format),
-        num_threads=data.num_threads,
-        prefetch=data.prefetch,
-        decoding=setup.data.decoding,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        loading=pipeline.loading_settings(setup.config),
+        shard=pipeline.Shard(jax.process_index(), jax.process_count()),
     )
 
 

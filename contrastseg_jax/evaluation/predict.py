@@ -14,17 +14,23 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax.data import pictures
 from contrastseg_jax.data.audit.examples import in_parallel
-from contrastseg_jax.data.augment import padded_size, resize_image, resized_size, too_large
 from contrastseg_jax.data.images import (
     JPEG_SIDE,
     Decoding,
     decode_image,
     encode_jpeg,
     encode_png,
+    has_exif_orientation,
     image_size,
-    is_turned,
 )
 from contrastseg_jax.data.labels import LabelMap, to_mask_values
+from contrastseg_jax.data.preprocess import (
+    pad,
+    padded_size,
+    resize_image,
+    resized_size,
+    too_large,
+)
 from contrastseg_jax.errors import InputError, best_effort, listed
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.evaluate import compile_network
@@ -36,7 +42,7 @@ from contrastseg_jax.out_of_memory import is_out_of_memory
 from contrastseg_jax.run.compilation_cache import keep_compiled
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import load_network
-from contrastseg_jax.setup.setup import Setup, pad_color
+from contrastseg_jax.setup.setup import Setup
 
 LogitsFn = Callable[[Variables, Any], Any]
 
@@ -80,7 +86,7 @@ def predict_run(
                 continue
             num_predicted += 1
             if setup.data.exif_orientation == "stored":
-                num_turned += is_turned(content, str(path))
+                num_turned += has_exif_orientation(content, str(path))
             num_long += _is_long(image)
     log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
     if num_turned:
@@ -105,13 +111,12 @@ def predict_image(
     Raises:
         InputError: the image is too large, as it is or resized.
     """
-    own_size, short_side = (image.shape[0], image.shape[1]), setup.config.data.short_side
-    multiple, color = setup.config.eval.pad_multiple, pad_color(setup.image_format)
+    own_size, multiple = (image.shape[0], image.shape[1]), setup.config.eval.pad_multiple
+    short_side, color = setup.preprocessing.short_side, setup.preprocessing.pad_color
     if problem := too_large(own_size, short_side, multiple):
         raise InputError(problem)
     size = resized_size(own_size, short_side)
-    padded = np.full((1, *padded_size(size, multiple), 3), color, np.uint8)
-    padded[0, : size[0], : size[1]] = resize_image(image, size)
+    padded = pad(resize_image(image, size), padded_size(size, multiple), color)[None]
     classes = programs.run(
         most_likely_programs,
         logits_fn(variables, padded),

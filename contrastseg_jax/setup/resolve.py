@@ -12,6 +12,7 @@ from contrastseg_jax.config.load import filled_in
 from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
+from contrastseg_jax.data.preprocess import Preprocessing
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.objectives import pixel_contrast
@@ -32,12 +33,15 @@ def resolve(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     """What a checked config means on `devices`, by default all of all processes."""
     data, mesh = dataset_spec(config), sharding.make_mesh(devices)
     classes = label_map(data)
-    model = build_model(config, len(classes.names))
+    model, images = build_model(config, len(classes.names)), image_format(config)
     return Setup(
         config=config,
         data=data,
         classes=classes,
-        image_format=image_format(config),
+        image_format=images,
+        preprocessing=Preprocessing(
+            classes, pad_color(images), config.data.short_side, data.decoding
+        ),
         model=model,
         objective=build_objective(config, model, mesh),
         mesh=mesh,
@@ -65,6 +69,12 @@ def image_format(config: Config) -> ImageFormat:
         std=net.image_std or IMAGENET.std,
         channel_order=net.channel_order or IMAGENET.channel_order,
     )
+
+
+def pad_color(image_format: ImageFormat) -> tuple[int, int, int]:
+    """What surrounds an image: the mean colour, which normalisation turns into about 0."""
+    red, green, blue = (round(value) for value in image_format.mean)
+    return red, green, blue
 
 
 def build_model(config: Config, num_classes: int) -> Segmenter:

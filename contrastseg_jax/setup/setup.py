@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.preprocess import Preprocessing
 from contrastseg_jax.models.segmenter import Segmenter
 from contrastseg_jax.objectives.objective import Objective
 from contrastseg_jax.structs import ImageFormat
@@ -20,12 +21,7 @@ class Setup:
     data: DatasetSpec
     classes: LabelMap
     image_format: ImageFormat
+    preprocessing: Preprocessing
     model: Segmenter
     objective: Objective | None  # None: cross entropy alone
     mesh: Mesh
-
-
-def pad_color(image_format: ImageFormat) -> tuple[int, int, int]:
-    """What surrounds an image: the mean colour, which normalisation turns into about 0."""
-    red, green, blue = (round(value) for value in image_format.mean)
-    return red, green, blue

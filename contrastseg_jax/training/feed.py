@@ -8,10 +8,11 @@ import jax
 from jax.sharding import Mesh
 
 from contrastseg_jax.data import pipeline
+from contrastseg_jax.data.augment import Augmentation
 from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.objectives.objective import Metrics
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.setup.setup import Setup, pad_color
+from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import Batch, TrainState
 
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -22,21 +23,13 @@ def make_batches(setup: Setup, source: Source, start_step: int) -> pipeline.Batc
     config = setup.config
     return pipeline.train_batches(
         source,
-        label_map=setup.classes,
+        preprocessing=setup.preprocessing,
+        augmentation=Augmentation(**config.augment),
         batch_size=config.train.batch_size,
-        start_step=start_step,
-        num_steps=config.train.num_steps,
+        steps=range(start_step, config.train.num_steps),
         seed=config.seed,
-        short_side=config.data.short_side,
-        pad_color=pad_color(setup.image_format),
-        cache_size=config.data.cache_size,
-        num_threads=config.data.num_threads,
-        num_workers=config.data.num_workers,
-        prefetch=config.data.prefetch,
-        decoding=setup.data.decoding,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **config.augment,
+        loading=pipeline.loading_settings(config),
+        shard=pipeline.Shard(jax.process_index(), jax.process_count()),
     )
 
 

@@ -16,8 +16,8 @@ from contrastseg_jax.data.audit.statistics import (
     SplitAudit,
     audit_split,
     enet_weights,
-    examples_to_show,
     median_frequency_weights,
+    sheet_examples,
 )
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split, raw_splits
@@ -132,7 +132,7 @@ def test_what_is_worth_a_warning_is_logged_when_the_data_are_prepared(root, capl
         write_example(root, "train", name, ord(name), mask=mask)
     prepare(root)
     assert [record.getMessage() for record in caplog.records] == [
-        "split 'train': has no pixel of road, tree; mask values that occur and are no class: [255]"
+        "split 'train': has no pixel of road, tree; mask values that occur and mean no class: [255]"
     ]
 
 
@@ -154,9 +154,11 @@ def test_weights_follow_their_formulas(root):
     masks[1, 0] = 1
     made = [
         examples.check_encoded(
-            "x", encode_png(noise(0, (10, 10, 3))), encode_png(m), "i", "m", classes
+            examples.EncodedExample(
+                "x", "i", "m", encode_png(noise(0, (10, 10, 3))), encode_png(m)
+            ),
+            examples.RawFormat(label_map(folder_spec(root))),
         )
-        for classes in [label_map(folder_spec(root))]
         for m in masks
     ]
     raw = examples.RawSplit([lambda c=c: c for c in made])
@@ -181,11 +183,11 @@ def test_printed_weights_can_be_pasted(root, capsys):
 # The sheet of examples
 
 
-def test_examples_to_show_are_spread_over_their_split(tmp_path):
+def test_examples_of_the_sheet_are_spread_over_their_split(tmp_path):
     spec = DatasetSpec(name="synthetic", prepared_dir=str(tmp_path), num_examples=(41, 3))
     splits, classes = raw_splits(spec), label_map(spec)
     audits = {name: audit_split(raw, classes, name) for name, raw in splits.items()}
-    shown = examples_to_show(splits, audits, classes, 10)
+    shown = sheet_examples(splits, audits, classes, 10)
     names = [example.name for example in shown]
     assert names == [f"train {i:06d}" for i in (0, 10, 20, 30, 40)] + [
         f"val {i:06d}" for i in range(3)
@@ -198,7 +200,7 @@ def test_sheet_leaves_out_what_does_not_fit(root):
     spec = folder_spec(root)
     splits, classes = raw_splits(spec), label_map(spec)
     audits = {name: audit_split(raw, classes, name) for name, raw in splits.items()}
-    shown = examples_to_show(splits, audits, classes, 20)
+    shown = sheet_examples(splits, audits, classes, 20)
     assert [example.name for example in shown] == ["train c", "val d", "val e"]
 
 
@@ -206,7 +208,7 @@ def test_reading_runs_ahead_by_a_bounded_number():
     started = []
     results = examples.in_parallel(lambda i: i, (started.append(i) or i for i in range(500)), "x")
     for index, result in enumerate(results):
-        assert result == index and len(started) <= index + examples.AHEAD + 1
+        assert result == index and len(started) <= index + examples.MAX_PENDING + 1
 
 
 # CamVid

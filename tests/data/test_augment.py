@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from contrastseg_jax.data.augment import augment, distort_colors, resize_image, resized_size
+from contrastseg_jax.data.augment import Augmentation, augment, distort_colors
 from contrastseg_jax.structs import IGNORE_LABEL
 
 PAD_COLOR = (124, 116, 104)
@@ -16,22 +16,21 @@ SETTINGS = dict(
     brightness=10,
     color_distortion=0.0,
     class_uniform_rate=0.0,
-    pad_color=PAD_COLOR,
 )
-STILL = dict(
-    short_side=0,
+STILL = SETTINGS | dict(
     scale_range=(1.0, 1.0),
     aspect_range=(1.0, 1.0),
     flip_rate=0.0,
     brightness=0,
-    color_distortion=0.0,
-    class_uniform_rate=0.0,
-    pad_color=PAD_COLOR,
 )
-
-
 # What `reference` takes.
 REFERENCE = ("short_side", "scale_range", "aspect_range", "flip_rate", "brightness")
+
+
+def view_of(image, label, rng, *, short_side, **settings):
+    """`augment` with its settings in one dict, as `reference` has them."""
+    augmentation = Augmentation(**settings)
+    return augment(image, label, rng, augmentation, short_side=short_side, pad_color=PAD_COLOR)
 
 
 @pytest.fixture
@@ -78,7 +77,7 @@ def reference(
 def test_equals_resize_then_crop(scene, crop_size):
     settings = {key: SETTINGS[key] for key in REFERENCE}
     for seed in range(12):
-        view = augment(*scene, np.random.default_rng(seed), crop_size=crop_size, **SETTINGS)
+        view = view_of(*scene, np.random.default_rng(seed), crop_size=crop_size, **SETTINGS)
         rng = np.random.default_rng(seed)
         image, label = reference(*scene, rng, crop_size=crop_size, **settings)
         assert np.abs(view[0] - image).mean() <= 0.5
@@ -98,7 +97,7 @@ def test_equals_resize_to_the_short_side_then_resize_then_crop(scene, short_side
     for seed in range(12):
         for numbers in np.indices((90, 130), dtype=np.uint8):
             rng = np.random.default_rng(seed)
-            view, shown = augment(image, numbers, rng, crop_size=crop_size, **settings)
+            view, shown = view_of(image, numbers, rng, crop_size=crop_size, **settings)
             rng = np.random.default_rng(seed)
             other, expected = reference(image, numbers, rng, crop_size=crop_size, **plain)
             np.testing.assert_array_equal(shown == IGNORE_LABEL, expected == IGNORE_LABEL)
@@ -136,7 +135,7 @@ def test_distribution_is_that_of_resize_then_crop(crop_size):
     """Means of scale, aspect, flips, offsets, borders and coverage, over views drawn apart."""
     num_views, size = 600, (60, 100)
     plain = {key: SETTINGS[key] for key in REFERENCE}
-    ours = [geometry(augment, size, crop_size, (0, i), **SETTINGS) for i in range(num_views)]
+    ours = [geometry(view_of, size, crop_size, (0, i), **SETTINGS) for i in range(num_views)]
     theirs = [geometry(reference, size, crop_size, (1, i), **plain) for i in range(num_views)]
     spread = np.sqrt((np.var(ours, axis=0) + np.var(theirs, axis=0)) / num_views)
     difference = np.abs(np.mean(ours, axis=0) - np.mean(theirs, axis=0))
@@ -150,7 +149,7 @@ def test_distribution_is_that_of_resize_then_crop(crop_size):
 def test_is_a_function_of_the_generator(scene):
     for image_or_label in (0, 1):
         views = [
-            augment(*scene, np.random.default_rng(seed), crop_size=(32, 32), **SETTINGS)
+            view_of(*scene, np.random.default_rng(seed), crop_size=(32, 32), **SETTINGS)
             for seed in (3, 3, 4)
         ]
         np.testing.assert_array_equal(views[0][image_or_label], views[1][image_or_label])
@@ -158,14 +157,14 @@ def test_is_a_function_of_the_generator(scene):
 
 
 def test_nothing_to_do_gives_the_image_back(scene):
-    view = augment(*scene, np.random.default_rng(0), crop_size=(90, 130), **STILL)
+    view = view_of(*scene, np.random.default_rng(0), crop_size=(90, 130), **STILL)
     for given, result in zip(scene, view, strict=True):
         np.testing.assert_array_equal(result, given)
 
 
 def test_flip_is_exact(scene):
     settings = STILL | {"flip_rate": 1.0}
-    view = augment(*scene, np.random.default_rng(0), crop_size=(90, 130), **settings)
+    view = view_of(*scene, np.random.default_rng(0), crop_size=(90, 130), **settings)
     for given, result in zip(scene, view, strict=True):
         np.testing.assert_array_equal(result, given[:, ::-1])
 
@@ -174,7 +173,7 @@ def test_small_images_are_padded_at_any_offset(scene):
     corners = set()
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        image, label = augment(*scene, rng, crop_size=(94, 133), **STILL)
+        image, label = view_of(*scene, rng, crop_size=(94, 133), **STILL)
         rows, columns = np.nonzero(label != IGNORE_LABEL)
         corners.add((int(rows.min()), int(columns.min())))
         assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (90, 130)
@@ -187,7 +186,7 @@ def test_crops_reach_every_border(scene):
     label = np.arange(40, dtype=np.uint8)[:, None] * np.ones((1, 40), np.uint8)
     rng = np.random.default_rng(0)
     first = {
-        int(augment(image, label, rng, crop_size=(35, 35), **STILL)[1][0, 0]) for _ in range(99)
+        int(view_of(image, label, rng, crop_size=(35, 35), **STILL)[1][0, 0]) for _ in range(99)
     }
     assert first == set(range(6))
 
@@ -198,7 +197,7 @@ def test_brightness_shifts_all_channels_by_one_integer_and_saturates(scene):
     for seed in range(300):
         settings = STILL | {"brightness": 10}
         rng = np.random.default_rng(seed)
-        view, _ = augment(image, np.zeros((8, 8), np.uint8), rng, crop_size=(8, 8), **settings)
+        view, _ = view_of(image, np.zeros((8, 8), np.uint8), rng, crop_size=(8, 8), **settings)
         low, middle, high = view[0, 0].astype(int)
         shifts.add(int(middle - 128))
         assert (low, high) == (max(0, 1 + middle - 128), min(255, 254 + middle - 128))
@@ -222,7 +221,7 @@ def test_distortion_of_grey_is_brightness_and_contrast():
     assert abs(np.mean(np.array(levels) == 100) - 1 / 4) < 0.07  # neither, half and half of times
 
 
-def test_distortion_turns_hue_and_scales_saturation():
+def test_distortion_shifts_hue_and_scales_saturation():
     color = np.full((1, 1, 3), (120, 60, 60), np.uint8)  # far from where it would saturate
     hues, saturations = [], []
     for seed in range(600):
@@ -253,7 +252,7 @@ def test_strength_bounds_the_distortion(scene):
 def test_options_leave_the_other_draws_as_they_are(scene):
     def view(seed, **options):
         rng = np.random.default_rng(seed)
-        return augment(*scene, rng, crop_size=(32, 32), **(SETTINGS | options))
+        return view_of(*scene, rng, crop_size=(32, 32), **(SETTINGS | options))
 
     same = []
     for seed in range(60):
@@ -274,7 +273,7 @@ def test_class_uniform_crops_by_hand():
     counts = []
     for seed in range(1000):
         rng = np.random.default_rng(seed)
-        _, view = augment(
+        _, view = view_of(
             np.zeros((60, 80, 3), np.uint8), label, rng, crop_size=(16, 16), **settings
         )
         counts.append(np.sum(view == 1))
@@ -302,7 +301,7 @@ def test_class_uniform_crops_show_rare_classes_more_often(rate):
     for seed in range(num_crops):
         settings = STILL | {"class_uniform_rate": rate}
         rng = np.random.default_rng(seed)
-        _, view = augment(
+        _, view = view_of(
             np.zeros((*size, 3), np.uint8), label, rng, crop_size=(16, 16), **settings
         )
         found += 1 in view
@@ -312,7 +311,7 @@ def test_class_uniform_crops_show_rare_classes_more_often(rate):
 def test_class_uniform_crops_of_labels_without_class(scene):
     image, label = scene[0], np.full_like(scene[1], IGNORE_LABEL)
     views = [
-        augment(
+        view_of(
             image,
             label,
             np.random.default_rng(0),
@@ -331,7 +330,7 @@ def test_class_uniform_crops_at_any_scale_and_size(scene, crop_size):
     for seed in range(40):
         settings = SETTINGS | {"class_uniform_rate": 1.0}
         rng = np.random.default_rng(seed)
-        _, view = augment(image, label, rng, crop_size=crop_size, **settings)
+        _, view = view_of(image, label, rng, crop_size=crop_size, **settings)
         assert view.shape == crop_size
         assert 3 in view
 
@@ -342,7 +341,7 @@ def test_scales_cover_the_range_and_aspect_is_width_over_height():
     sizes = []
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        _, view = augment(image, label, rng, crop_size=(450, 450), **SETTINGS)
+        _, view = view_of(image, label, rng, crop_size=(450, 450), **SETTINGS)
         inside = view != IGNORE_LABEL
         sizes.append((inside.any(axis=1).sum(), inside.any(axis=0).sum()))
     heights, widths = np.array(sizes).T
@@ -356,28 +355,11 @@ def test_labels_are_never_blended(scene):
     image, label = scene
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        _, view = augment(image, label * 50, rng, crop_size=(64, 64), **SETTINGS)
+        _, view = view_of(image, label * 50, rng, crop_size=(64, 64), **SETTINGS)
         assert set(np.unique(view)) <= {0, 50, 100, 150, 200, IGNORE_LABEL}
 
 
 def test_one_pixel_images_survive():
     image, label = np.full((1, 1, 3), 9, np.uint8), np.zeros((1, 1), np.uint8)
-    _, view = augment(image, label, np.random.default_rng(0), crop_size=(4, 4), **SETTINGS)
+    _, view = view_of(image, label, np.random.default_rng(0), crop_size=(4, 4), **SETTINGS)
     assert np.sum(view == 0) >= 1
-
-
-@pytest.mark.parametrize(
-    ("size", "short_side", "expected"),
-    [((90, 130), 0, (90, 130)), ((90, 130), 45, (45, 65)), ((130, 90), 180, (260, 180))],
-)
-def test_short_side(size, short_side, expected):
-    assert resized_size(size, short_side) == expected
-
-
-def test_resizing_to_any_size(scene):
-    image, _ = scene
-    np.testing.assert_array_equal(resize_image(image, (90, 130)), image)
-    assert resize_image(image, (31, 57)).shape == (31, 57, 3)
-    halved = resize_image(image, (45, 65))
-    expected = cv2.resize(image, (65, 45), interpolation=cv2.INTER_CUBIC)  # as the original
-    np.testing.assert_array_equal(halved, expected)

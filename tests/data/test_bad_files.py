@@ -13,7 +13,7 @@ from picture_files import exif, png, saved
 from PIL import Image
 from raw_data import noise, without_capabilities, write, write_example, write_pair
 
-from contrastseg_jax.data import augment, image_files
+from contrastseg_jax.data import image_files, preprocess
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.errors import InputError
 
@@ -170,7 +170,7 @@ def test_an_image_that_is_too_large_is_to_be_cut_not_exported_again(root, monkey
 @pytest.mark.parametrize(("split", "is_error"), [("val", True), ("train", False)])
 def test_an_image_that_resizing_makes_too_large_is_named(root, split, is_error, monkeypatch):
     """Training, which cuts crops, can use it; evaluation, which takes it whole, cannot."""
-    monkeypatch.setattr(augment, "MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 64 * 64)
     file = root / "images" / split / "strip.png"
     write_pair(file, root / "labels" / split / "strip.png", size=(3, 50))
     (found,) = run(root, "data.short_side=16")["findings"]
@@ -184,7 +184,7 @@ def test_an_image_that_resizing_makes_too_large_is_named(root, split, is_error, 
 
 @pytest.mark.parametrize("rule", ["stored", "applied"])
 @pytest.mark.parametrize(
-    ("kind", "note", "is_turned"),
+    ("kind", "note", "has_orientation"),
     [
         ("JPEG", exif(6), True),
         ("MPO", exif(3), True),
@@ -196,8 +196,8 @@ def test_an_image_that_resizing_makes_too_large_is_named(root, split, is_error, 
         ("JPEG", b"Exif\0\0damaged", False),
     ],
 )
-def test_an_image_that_viewers_turn_is_a_warning_that_says_how_it_is_used(
-    root, kind, note, is_turned, rule
+def test_an_image_with_an_exif_orientation_is_a_warning_that_says_how_it_is_used(
+    root, kind, note, has_orientation, rule
 ):
     pixels = Image.fromarray(noise(0, (6, 6, 3)))
     more = {"save_all": True, "append_images": [pixels]} if kind == "MPO" else {}
@@ -205,17 +205,17 @@ def test_an_image_that_viewers_turn_is_a_warning_that_says_how_it_is_used(
     write(root / MASK, encode_png(noise(0, (6, 6), 3)))
     setting = f"data.exif_orientation={rule}"
     findings = run(root, setting)["findings"]
-    expected = [("turned", str(root / IMAGE), False)] if is_turned else []
+    expected = [("exif_orientation", str(root / IMAGE), False)] if has_orientation else []
     assert [(f["kind"], f["file"], f["is_error"]) for f in findings] == expected
-    use = {"stored": "but it is used as stored", "applied": "and it is turned"}[rule]
+    use = {"stored": "ignored", "applied": "applied"}[rule]
     for found in findings:
-        assert f"viewers to turn it, {use} (data.exif_orientation = {rule})" in found["message"]
+        assert f"which is {use} (data.exif_orientation = {rule})" in found["message"]
     assert len(prepare(root, setting)) == 3
 
 
 @pytest.mark.parametrize(("rule", "other"), [("stored", "applied"), ("applied", "stored")])
-def test_a_mask_that_fits_the_other_way_round_is_told_so(root, rule, other):
-    """Drawn on what viewers show, or else on the pixels as stored."""
+def test_a_mask_that_fits_with_the_other_orientation_says_so(root, rule, other):
+    """Drawn on the image as viewers show it, or else on the pixels as stored."""
     write(root / IMAGE, saved(Image.fromarray(noise(0)), "JPEG", exif=exif(6)))
     write(root / MASK, encode_png(noise(0, (8, 6) if rule == "stored" else (6, 8), 3)))
     results = run(root, f"data.exif_orientation={rule}")
@@ -223,7 +223,7 @@ def test_a_mask_that_fits_the_other_way_round_is_told_so(root, rule, other):
     shape = "mask of 6x8 pixels for an image of 8x6"
     assert (shape if rule == "stored" else "mask of 8x6 pixels for an image of 6x8") in message
     remedy = f"--config.data.exif_orientation={other}"
-    assert message.endswith(f"the other way round they fit, {remedy}")
+    assert message.endswith(f"has an EXIF orientation, and they fit with {remedy}")
     assert run(root, f"data.exif_orientation={other}")["num_errors"] == 0
     with pytest.raises(InputError, match=re.escape(remedy)):
         prepare(root, f"data.exif_orientation={rule}")
@@ -234,11 +234,15 @@ def test_a_mask_that_fits_the_other_way_round_is_told_so(root, rule, other):
 def test_a_mask_with_an_orientation_is_used_as_stored_with_a_warning(root, rule):
     write(root / MASK, saved(Image.fromarray(INDEX), exif=exif(6)))
     (found,) = run(root, f"data.exif_orientation={rule}")["findings"]
-    assert (found["kind"], found["file"], found["is_error"]) == ("turned", str(root / MASK), False)
+    assert (found["kind"], found["file"], found["is_error"]) == (
+        "exif_orientation",
+        str(root / MASK),
+        False,
+    )
     assert "masks are used as stored" in found["message"]
 
 
-def test_images_of_fewer_bits_than_their_files_are_named_until_their_depth_is_said(root):
+def test_images_of_fewer_bits_than_their_files_are_errors_until_bit_depth_is_set(root):
     for seed, path in enumerate(list(root.glob("images/*/*.jpg"))):
         grey = noise(seed, (6, 8)).astype(np.uint16) * 16
         write(path.with_suffix(".png"), saved(Image.fromarray(grey)))
@@ -252,7 +256,7 @@ def test_images_of_fewer_bits_than_their_files_are_named_until_their_depth_is_sa
     assert len(prepare(root, "data.bit_depth=12")) == 3
 
 
-def test_unknown_values_are_listed_and_the_remedy_mends_them(root):
+def test_unknown_values_are_listed_and_the_remedy_works(root):
     write_example(root, "val", "d", 3, mask=np.array([[0] * 8, [7] * 8, [4] * 8] * 2, np.uint8))
     results = run(root)
     file = str(root / "labels" / "val" / "d.png")
@@ -330,7 +334,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(root):
     ]
 
 
-def test_names_that_are_no_utf8_are_findings_that_can_be_printed(root, capsys):
+def test_names_that_are_not_utf8_are_findings_that_can_be_printed(root, capsys):
     for kind, name in (("images", b"caf\xe9.jpg"), ("labels", b"caf\xe9.png")):
         folder = os.fsencode(root / kind / "train")
         os.rename(folder + b"/a" + name[-4:], folder + b"/" + name)
@@ -344,7 +348,7 @@ def test_names_that_are_no_utf8_are_findings_that_can_be_printed(root, capsys):
 
 
 @pytest.mark.parametrize("kind", ["images", "labels"])
-def test_a_folder_that_may_not_be_read_is_told_apart(root, kind, monkeypatch):
+def test_a_folder_without_permission_is_not_taken_for_a_missing_one(root, kind, monkeypatch):
     """What lies in it is not called missing; `test_without_permission` needs another user."""
     write_example(root, "train", "sub/g", 7)
     listdir = os.listdir

@@ -10,7 +10,7 @@ from raw_data import classes_of, names, write, write_image, write_mask
 from scipy.io import savemat
 
 from contrastseg_jax.data import dataset
-from contrastseg_jax.data.audit.statistics import audit_split, general_findings
+from contrastseg_jax.data.audit.statistics import audit_split, dataset_findings
 from contrastseg_jax.data.builders import coco_stuff, pascal_context
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split, open_splits, raw_splits
@@ -109,7 +109,7 @@ def test_the_last_class_is_the_171st_and_no_label_is_none(name, last, ignored):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_missing_data_shows_the_layout(name, spec_of, raw):
-    for state in ("is no folder", "has none"):
+    for state in ("is not a folder", "holds none"):
         with pytest.raises(InputError, match=f"data set '{name}'.* {state}") as error:
             open_split(spec_of(name), "train")
         assert "Its layout:\n" in str(error.value)
@@ -194,7 +194,7 @@ def test_the_masks_of_cityscapes_test_have_no_classes_which_is_no_error(spec_of,
         for split, checks in raw_splits(spec_of("cityscapes")).items()
     }
     assert [audit.num_examples for audit in audits.values()] == [1, 1, 1]
-    found = [f for f in general_findings(audits, classes) if f.kind == "unlabelled"]
+    found = [f for f in dataset_findings(audits, classes) if f.kind == "unlabelled"]
     assert [(finding.file, finding.is_error) for finding in found] == [("test", False)]
 
 

@@ -100,7 +100,7 @@ def test_more_colours_than_classes_can_be(root, suffix, capsys):
     found = run(root)["splits"]["train"]["mask_colors"]
     assert found["too_many"] and len(found["colors"]) == 256
     printed = capsys.readouterr().out
-    assert "in more than 256 colours; these are no masks of classes, or were saved as" in printed
+    assert "in more than 256 colours; these are not masks of classes, or were saved as" in printed
     assert "and 226 more in audit.json" in printed
 
 

@@ -17,7 +17,11 @@ from contrastseg_jax.data import dataset
 from contrastseg_jax.data.builders import base
 from contrastseg_jax.data.builders import folder as folder_module
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import dataset_names, open_split, open_splits
+from contrastseg_jax.data.dataset import (
+    dataset_names,
+    open_split,
+    open_splits,
+)
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.errors import InputError
 

@@ -117,7 +117,7 @@ def test_a_changed_data_set_of_tfds_is_prepared_again(tfds_spec, raw, monkeypatc
         ({"class_names": ("pet",)}, r"test, example 00000\d, mask: unknown mask value\(s\)"),
     ],
 )
-def test_what_tfds_does_not_have_is_said_with_the_setting(changes, message, tfds_spec):
+def test_what_tfds_does_not_have_is_an_error_that_names_the_setting(changes, message, tfds_spec):
     with pytest.raises(InputError, match=message):
         open_splits(tfds_spec(**changes), ("train", "val"))
     prepared = Path(tfds_spec().prepared_dir)
@@ -148,7 +148,7 @@ def spoil(path):
         ("*", Path.unlink, "lacks its json files; delete that folder"),
     ],
 )
-def test_what_tfds_has_is_named_where_it_is_damaged_and_let_be(
+def test_damage_in_what_tfds_has_is_an_error_and_left_as_it_is(
     name, damage, message, tfds_spec, raw
 ):
     tfds.builder("tiny_masks", data_dir=raw).download_and_prepare(file_format="array_record")

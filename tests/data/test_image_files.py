@@ -1,4 +1,4 @@
-"""What cameras, scanners and GIS programs write: turned, deep and many-banded files."""
+"""What cameras, scanners and GIS programs write: EXIF orientations, 16 bits, many bands."""
 
 import re
 import subprocess
@@ -17,8 +17,8 @@ from contrastseg_jax.data.images import (
     decode_image,
     decode_mask,
     file_format,
+    has_exif_orientation,
     image_size,
-    is_turned,
 )
 from contrastseg_jax.errors import InputError
 
@@ -33,7 +33,7 @@ FORMATS = {
 }
 
 
-def turned_file(pixels, kind, orientation):
+def file_with_orientation(pixels, kind, orientation):
     settings = dict(suffix=kind) | FORMATS[kind]
     if kind == "MPO":
         settings["append_images"] = [Image.fromarray(pixels)]
@@ -45,8 +45,8 @@ def turned_file(pixels, kind, orientation):
 def test_an_orientation_is_applied_or_not_whatever_the_format(kind, orientation):
     """Pillow's `exif_transpose` is the measure; JPEGs lose the same in both."""
     pixels = noise(1, (6, 9, 3))
-    data = turned_file(pixels, kind, orientation)
-    plain = decode_image(turned_file(pixels, kind, 1), "a")
+    data = file_with_orientation(pixels, kind, orientation)
+    plain = decode_image(file_with_orientation(pixels, kind, 1), "a")
     note = exif(orientation)
     upright = Image.fromarray(plain)
     upright.info["exif"] = note.tobytes()
@@ -57,7 +57,7 @@ def test_an_orientation_is_applied_or_not_whatever_the_format(kind, orientation)
     np.testing.assert_array_equal(decode_image(data, "a", APPLIED), expected)
     assert image_size(data, "a") == (6, 9)
     assert image_size(data, "a", APPLIED) == expected.shape[:2]
-    assert is_turned(data, "a") == (orientation > 1)
+    assert has_exif_orientation(data, "a") == (orientation > 1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -70,12 +70,12 @@ def test_a_mask_has_the_pixels_that_are_stored(dtype, settings, orientation):
     data = saved(Image.fromarray(mask), **(dict(suffix="TIFF") | settings), exif=exif(orientation))
     np.testing.assert_array_equal(decode_mask(data, "a"), mask)
     assert image_size(data, "a") == (6, 9)
-    assert is_turned(data, "a") == (orientation > 1)
+    assert has_exif_orientation(data, "a") == (orientation > 1)
 
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_deep_images_are_turned_too(orientation, order):
+def test_the_orientation_of_deep_images_is_applied_too(orientation, order):
     deep = np.random.default_rng(0).integers(0, 65536, (6, 9, 3), dtype=np.uint16)
     data = tiff(deep, 2, order=order, tags=[(274, [orientation])])
     np.testing.assert_array_equal(decode_image(data, "a"), deep >> 8)
@@ -85,28 +85,28 @@ def test_deep_images_are_turned_too(orientation, order):
     np.testing.assert_array_equal(decode_image(data, "a", APPLIED), expected)
 
 
-def test_a_png_may_have_its_note_behind_the_pixels():
+def test_a_png_may_have_its_exif_data_after_the_pixels():
     pixels = noise(0)
     data = png(pixels, 8, after=chunk(b"eXIf", exif(6).tobytes().removeprefix(b"Exif\0\0")))
-    assert is_turned(data, "a") and image_size(data, "a", APPLIED) == (8, 6)
+    assert has_exif_orientation(data, "a") and image_size(data, "a", APPLIED) == (8, 6)
     np.testing.assert_array_equal(decode_image(data, "a", APPLIED), np.rot90(pixels, -1))
 
 
-def test_a_note_behind_damaged_pixels_does_not_hide_the_damage():
+def test_exif_data_after_damaged_pixels_do_not_hide_the_damage():
     """Pillow raises an error of a broken stream once; then the image is what there was of it."""
     data = bytearray(png(noise(0, (60, 80, 3)), 8, after=chunk(b"tEXt", b"a\0b")))
     start = data.index(b"IDAT") + 4
     data[start + 2000 : start + 2100] = bytes(100)
-    for read in (decode_image, is_turned):
+    for read in (decode_image, has_exif_orientation):
         with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
             read(bytes(data), "a.png")
 
 
 @pytest.mark.parametrize("note", [b"Exif\0\0damaged", b"", exif(0).tobytes(), exif(9).tobytes()])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_damaged_note_says_nothing(kind, note):
+def test_damaged_exif_data_are_ignored(kind, note):
     data = saved(Image.fromarray(noise(0)), kind, exif=note)
-    assert not is_turned(data, "a")
+    assert not has_exif_orientation(data, "a")
     np.testing.assert_array_equal(decode_image(data, "a"), decode_image(data, "a", APPLIED))
 
 
@@ -158,7 +158,7 @@ def test_of_16_bits_the_upper_8_are_kept(kind):
     ("largest", "depth"), [(1, 8), (255, 8), (256, 10), (1023, 10), (4080, 12), (16383, 14)]
 )
 @pytest.mark.parametrize("kind", DEEP)
-def test_values_of_fewer_bits_in_16_are_refused_until_their_depth_is_said(kind, largest, depth):
+def test_values_of_fewer_bits_in_16_are_refused_until_bit_depth_is_set(kind, largest, depth):
     values = deep_values(largest)
     data = DEEP[kind](values)
     with pytest.raises(FormatError) as error:
@@ -221,7 +221,7 @@ def test_significant_bits_of_a_png_are_the_upper_ones():
     np.testing.assert_array_equal(decode_image(data, "a"), values >> 4)
 
 
-def test_ink_and_white_that_is_0():
+def test_cmyk_and_white_is_zero():
     deep = deep_values(65535)
     inks = np.dstack([deep, deep_values(20000)[..., :1]])
     expected = Image.fromarray((inks >> 8).astype(np.uint8), "CMYK").convert("RGB")
@@ -290,7 +290,7 @@ def test_bands_without_colours_say_how_they_become_readable(dtype, bands):
     values = noise(0, (6, 8, bands)).astype(dtype)
     extra = (0,) * (bands - 1)
     for data in (tiff(values, 1), tiff(values, 1, extra=extra, planes=True, deflate=True)):
-        for read in (decode_image, decode_mask, image_size, file_format, is_turned):
+        for read in (decode_image, decode_mask, image_size, file_format, has_exif_orientation):
             with pytest.raises(FormatError) as error:
                 read(data, "sat.tif")
             assert re.fullmatch(
@@ -338,10 +338,10 @@ def test_a_jpeg_whose_header_lies_takes_no_memory():
 DECODE = """
 import sys
 from pathlib import Path
-from contrastseg_jax.data.images import decode_image, decode_mask, image_size, is_turned
+from contrastseg_jax.data.images import decode_image, decode_mask, image_size, has_exif_orientation
 from contrastseg_jax.errors import InputError
 for path in Path(sys.argv[1]).iterdir():
-    for read in (decode_image, decode_mask, image_size, is_turned):
+    for read in (decode_image, decode_mask, image_size, has_exif_orientation):
         try:
             read(path.read_bytes(), path.name)
         except InputError as error:

@@ -155,7 +155,7 @@ def test_masks_of_matlab_files(dtype):
         (np.array([[np.nan]]), "S must be a picture of whole numbers"),
     ],
 )
-def test_what_is_no_mask_in_a_matlab_file_is_refused(array, message):
+def test_variables_of_matlab_files_that_are_not_masks_are_refused(array, message):
     with pytest.raises(InputError, match=rf"^a\.mat: .*{message}"):
         decode_mat(saved_mat(array), "a.mat", "S", 182)
 
@@ -282,7 +282,7 @@ def test_a_large_image_is_read_without_a_warning_and_a_larger_one_is_to_be_cut()
             read(data, "a.png")
 
 
-def test_what_is_no_image_is_refused():
+def test_files_that_are_not_images_are_refused():
     for read in (decode_image, decode_mask, image_size):
         with pytest.raises(InputError, match=r"^notes\.txt: unreadable image file \("):
             read(b"not an image", "notes.txt")

@@ -18,7 +18,7 @@ from contrastseg_jax.errors import InputError
 
 @pytest.mark.parametrize("masks", ["absent", "an empty folder", "a readme"])
 def test_a_test_split_without_masks_stops_no_training(root, masks, caplog, capsys):
-    """As contests hand them out: it is told when asked for, and by the audit as a warning."""
+    """As contests publish them: an error when the split is asked for, a warning in the audit."""
     for name in "xy":
         write_image(root / "images" / "test" / f"{name}.jpg")
     if masks != "absent":
@@ -46,7 +46,7 @@ def test_faults_of_a_split_count_when_it_is_asked_for_alone(root):
         open_splits(folder_spec(root), ("val", "test"))
 
 
-def test_the_audit_tells_faults_that_training_does_not_meet(root):
+def test_the_audit_says_which_errors_training_does_not_meet(root):
     from test_audit import make_config, settings
 
     write_example(root, "test", "t", 7)

@@ -1,6 +1,8 @@
 """Batches: a function of (seed, step), each example where it belongs, whatever the processes."""
 
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -18,19 +20,36 @@ from paths import ROOT
 from picture_files import exif, saved
 from PIL import Image
 from raw_data import noise
+from small import make_config
 
-from contrastseg_jax.data import augment, images, pipeline
+from contrastseg_jax.data import images, pipeline, preprocess
+from contrastseg_jax.data.augment import Augmentation
 from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import Decoding, encode_png
 from contrastseg_jax.data.labels import LabelMap, default_palette
-from contrastseg_jax.data.pipeline import eval_batches, eval_groups, train_batches
+from contrastseg_jax.data.pipeline import (
+    Loading,
+    Shard,
+    eval_batches,
+    eval_groups,
+    loading_settings,
+    train_batches,
+)
+from contrastseg_jax.data.preprocess import Preprocessing
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 
 LABEL_MAP = LabelMap(("a", "b"), default_palette(2), {0: 0, 1: 1, 9: IGNORE_LABEL})
 PAD_COLOR = (1, 2, 3)
 SIZES = [(20, 30), (31, 24), (32, 32), (8, 64), (20, 32), (17, 30), (40, 40)]
+# Every batch of `mixed_source`, all fields. They change with the numbers that are drawn, and how;
+# runs that are resumed rely on them.
+DIGESTS = {
+    "train": "3c30fdc3d23bd076347d696a5c4f303e0500f75d1f0cbde75e8ea1e12f0b3d98",
+    "evaluation": "a76e88683e86679db7047c8ac25b8869daec2404827a31cc1e905d24f8713d73",
+    "evaluation, short side": "658a2dc5dbad93de9b1ecb84be02beb43fa370468a2f253a1d8858f806380dfe",
+}
 
 
 def record(index, size=(20, 30)):
@@ -41,36 +60,46 @@ def record(index, size=(20, 30)):
     return {"image": encode_png(image), "label": encode_png(label), "name": name}
 
 
-def train(source, **overrides):
-    settings = dict(
-        label_map=LABEL_MAP,
-        batch_size=4,
-        start_step=0,
-        num_steps=6,
-        seed=0,
-        crop_size=(16, 24),
-        short_side=0,
-        scale_range=(0.5, 2.0),
-        aspect_range=(0.9, 1.1),
-        flip_rate=0.5,
-        brightness=10,
-        color_distortion=0.0,
-        class_uniform_rate=0.0,
-        pad_color=PAD_COLOR,
-        cache_size=0,
-        num_threads=2,
-        num_workers=0,
-        prefetch=2,
+PREPROCESSING = Preprocessing(LABEL_MAP, PAD_COLOR)
+AUGMENTATION = Augmentation(
+    crop_size=(16, 24),
+    scale_range=(0.5, 2.0),
+    aspect_range=(0.9, 1.1),
+    flip_rate=0.5,
+    brightness=10,
+    color_distortion=0.0,
+    class_uniform_rate=0.0,
+)
+LOADING = Loading(num_threads=2, num_workers=0, prefetch=2, cache_size=0)
+STILL = dict(scale_range=(1.0, 1.0), aspect_range=(1.0, 1.0), flip_rate=0.0, brightness=0)
+
+
+def structs(**settings):
+    """The structs, each with those of the settings that are fields of it."""
+    defaults = dict(preprocessing=PREPROCESSING, augmentation=AUGMENTATION, loading=LOADING)
+    changed = {name: {} for name in defaults}
+    for key, value in settings.items():
+        (owner,) = (name for name, struct in defaults.items() if hasattr(struct, key))
+        changed[owner][key] = value
+    return {name: dataclasses.replace(defaults[name], **changed[name]) for name in defaults}
+
+
+def train(source, *, batch_size=4, start_step=0, num_steps=6, seed=0, shard=(0, 1), **settings):
+    return train_batches(
+        source,
+        batch_size=batch_size,
+        steps=range(start_step, num_steps),
+        seed=seed,
+        shard=Shard(*shard),
+        **structs(**settings),
     )
-    return train_batches(source, **(settings | overrides))
 
 
-def evaluate(source, *, pad_multiple=8, **overrides):
-    settings = dict(batch_size=4, short_side=0, num_threads=2) | overrides
-    sizes = {key: settings[key] for key in ("batch_size", "short_side", "num_threads")}
-    groups = eval_groups(source, pad_multiple=pad_multiple, **sizes)
-    fixed = dict(label_map=LABEL_MAP, pad_color=PAD_COLOR, prefetch=1)
-    return eval_batches(source, groups, **fixed, **settings)
+def evaluate(source, *, pad_multiple=8, batch_size=4, shard=(0, 1), **settings):
+    shared = structs(**settings) | {"batch_size": batch_size}
+    del shared["augmentation"]
+    groups = eval_groups(source, pad_multiple=pad_multiple, **shared)
+    return eval_batches(source, groups, shard=Shard(*shard), **shared)
 
 
 def assert_equal(batches, others):
@@ -79,6 +108,17 @@ def assert_equal(batches, others):
     for batch, other in zip(batches, others, strict=True):
         for field in ("image", "label", "example_id", "valid"):
             np.testing.assert_array_equal(getattr(batch, field), getattr(other, field))
+
+
+def digest_of(batches):
+    digest = hashlib.sha256()
+    for batch in batches:
+        for field in dataclasses.fields(batch):
+            array = getattr(batch, field.name)
+            if array is not None:
+                digest.update(f"{field.name} {array.dtype} {array.shape}".encode())
+                digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def joined(parts):
@@ -115,6 +155,16 @@ def mixed_source():
     return [record(i, size) for i, size in enumerate(SIZES * 2)]
 
 
+def test_batches_are_bit_for_bit_those_of_earlier_versions(mixed_source):
+    every_augmentation = dict(short_side=18, color_distortion=1.0, class_uniform_rate=0.5)
+    digests = {
+        "train": digest_of(train(mixed_source, **every_augmentation)),
+        "evaluation": digest_of(evaluate(mixed_source)),
+        "evaluation, short side": digest_of(evaluate(mixed_source, short_side=12)),
+    }
+    assert digests == DIGESTS
+
+
 def test_train_shapes_and_types(source):
     batches = list(train(source))
     assert len(batches) == 6
@@ -136,8 +186,7 @@ def test_every_example_once_per_epoch_and_epochs_differ(source, batch_size):
 
 
 def test_rows_come_from_the_example_they_name(source):
-    still = dict(scale_range=(1.0, 1.0), aspect_range=(1.0, 1.0), flip_rate=0.0, brightness=0)
-    for batch in train(source, crop_size=(20, 30), **still):
+    for batch in train(source, crop_size=(20, 30), **STILL):
         for image, example_id in zip(batch.image, batch.example_id, strict=True):
             pixels = cv2.imdecode(np.frombuffer(source[example_id]["image"], np.uint8), 1)
             np.testing.assert_array_equal(image, pixels[..., ::-1])
@@ -164,10 +213,7 @@ def test_resuming_far_away_reads_no_earlier_record(source):
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_the_rows_of_one_batch(source, process_count):
-    parts = [
-        train(source, process_index=index, process_count=process_count)
-        for index in range(process_count)
-    ]
+    parts = [train(source, shard=(index, process_count)) for index in range(process_count)]
     assert_equal(joined(parts), train(source))
 
 
@@ -178,13 +224,13 @@ def test_threads_change_nothing(source, num_threads, prefetch):
 
 @pytest.mark.usefixtures("time_limit")
 @pytest.mark.parametrize(
-    ("num_workers", "start_step", "process"),
+    ("num_workers", "start_step", "shard"),
     [(4, 0, (0, 1)), (2, 3, (1, 2)), (1, 1, (0, 1))],
     ids=["four", "two, resumed, of a second process", "one, resumed"],
 )
-def test_workers_change_nothing(source, num_workers, start_step, process):
-    settings = dict(start_step=start_step, process_index=process[0], process_count=process[1])
-    settings |= dict(color_distortion=1.0, class_uniform_rate=0.5, cache_size=3)
+def test_workers_change_nothing(source, num_workers, start_step, shard):
+    settings = dict(start_step=start_step, shard=shard, cache_size=3)
+    settings |= dict(color_distortion=1.0, class_uniform_rate=0.5)
     with contextlib.closing(train(source, num_workers=num_workers, **settings)) as batches:
         assert_equal(batches, train(source, **settings))
     assert not multiprocessing.active_children()
@@ -252,7 +298,7 @@ def test_workers_end_with_a_killed_process(tmp_path):
             os.killpg(group.pid, signal.SIGKILL)
 
 
-def test_workers_go_on_when_all_processes_are_told_to_stop(source):
+def test_workers_go_on_when_all_processes_receive_sigterm(source):
     """A scheduler sends SIGTERM to each; the main one decides when the workers' work is done."""
     with contextlib.closing(train(source, num_workers=2, num_steps=10**6)) as batches:
         got = [next(batches)]
@@ -264,7 +310,7 @@ def test_workers_go_on_when_all_processes_are_told_to_stop(source):
     assert_equal(got, train(source, num_steps=41))
 
 
-def test_kept_examples_change_nothing(source):
+def test_caching_changes_nothing(source):
     assert_equal(train(source, cache_size=3), train(source))
 
 
@@ -287,8 +333,7 @@ def test_an_example_looks_different_every_time(source):
 
 
 def test_short_side_scales_before_the_augmentation(source):
-    still = dict(scale_range=(1.0, 1.0), aspect_range=(1.0, 1.0), flip_rate=0.0, brightness=0)
-    batch = next(train(source, short_side=10, crop_size=(20, 20), **still))
+    batch = next(train(source, short_side=10, crop_size=(20, 20), **STILL))
     inside = np.all(batch.image != PAD_COLOR, axis=-1)
     assert inside.any(axis=2).sum(axis=1).tolist() == [10] * 4
     assert inside.any(axis=1).sum(axis=1).tolist() == [15] * 4
@@ -332,10 +377,7 @@ def test_eval_has_one_shape_per_size(mixed_source):
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_eval_processes_see_the_same_number_of_batches(mixed_source, process_count):
-    parts = [
-        evaluate(mixed_source, process_index=index, process_count=process_count)
-        for index in range(process_count)
-    ]
+    parts = [evaluate(mixed_source, shard=(index, process_count)) for index in range(process_count)]
     assert_equal(joined(parts), evaluate(mixed_source))
 
 
@@ -351,32 +393,24 @@ def test_sizes_are_read_for_the_groups_alone(mixed_source, monkeypatch):
         return images.image_size(data, name, decoding)
 
     monkeypatch.setattr(pipeline, "image_size", image_size)
-    settings = dict(batch_size=4, short_side=0, num_threads=2)
+    settings = dict(preprocessing=PREPROCESSING, batch_size=4, loading=LOADING)
     groups = eval_groups(mixed_source, pad_multiple=8, **settings)
-    fixed = dict(label_map=LABEL_MAP, pad_color=PAD_COLOR, prefetch=1)
     for _ in range(2):
-        assert len(list(eval_batches(mixed_source, groups, **fixed, **settings))) == len(groups)
+        assert len(list(eval_batches(mixed_source, groups, **settings))) == len(groups)
     assert sorted(names) == sorted(f"image scene_{i}" for i in range(14))
 
 
-def test_images_are_turned_alike_in_training_and_evaluation():
-    """The mask was drawn on what viewers show; sizes of the groups are those of what is decoded."""
+def test_exif_orientation_is_applied_alike_in_training_and_evaluation():
+    """The mask was drawn on the rotated image, whose size the evaluation's groups have as well."""
     pixels, mask = noise(0, (8, 16, 3)), noise(1, (16, 8), 2)
     image = saved(Image.fromarray(pixels), exif=exif(6))
     source = [{"image": image, "label": encode_png(mask), "name": b"a"}]
-    decoding = Decoding(exif_orientation="applied")
-    settings = dict(batch_size=1, short_side=0, num_threads=1, decoding=decoding)
-    (group,) = eval_groups(source, pad_multiple=8, **settings)
-    assert (group.image_size, group.label_size) == ((16, 8), (16, 8))
-    fixed = dict(label_map=LABEL_MAP, pad_color=PAD_COLOR, prefetch=1)
-    (batch,) = eval_batches(source, [group], **fixed, **settings)
-    np.testing.assert_array_equal(batch.image[0], np.rot90(pixels, -1))
-    np.testing.assert_array_equal(batch.label[0], mask)
-    plain = dict(scale_range=(1.0, 1.0), aspect_range=(1.0, 1.0), flip_rate=0.0, brightness=0)
-    crop = dict(batch_size=1, num_steps=1, crop_size=(16, 8), decoding=decoding)
-    (batch,) = train(source, **plain, **crop)
-    np.testing.assert_array_equal(batch.image[0], np.rot90(pixels, -1))
-    np.testing.assert_array_equal(batch.label[0], mask)
+    settings = dict(batch_size=1, decoding=Decoding(exif_orientation="applied"))
+    (evaluated,) = evaluate(source, **settings)
+    (trained,) = train(source, **settings, num_steps=1, crop_size=(16, 8), **STILL)
+    for batch in (evaluated, trained):
+        np.testing.assert_array_equal(batch.image[0], np.rot90(pixels, -1))
+        np.testing.assert_array_equal(batch.label[0], mask)
 
 
 def test_eval_short_side_is_of_images_alone(mixed_source):
@@ -435,14 +469,22 @@ def test_a_value_outside_the_map_raises_on_the_first_batch_that_has_it(source):
         next(batches)
 
 
+def test_settings_are_those_of_the_config():
+    settings = ("num_threads=3", "num_workers=2", "prefetch=5", "cache_size=7")
+    config = make_config(*(f"data.{setting}" for setting in settings))
+    expected = Loading(num_threads=3, num_workers=2, prefetch=5, cache_size=7)
+    assert loading_settings(config) == expected
+    assert {field.name for field in dataclasses.fields(Augmentation)} == set(config.augment)
+
+
 @pytest.mark.parametrize("batches", [train, evaluate])
 def test_rows_must_divide_among_processes(source, batches):
-    with pytest.raises(InputError, match="batch_size = 4: no multiple of 3 processes"):
-        batches(source, process_count=3)
+    with pytest.raises(InputError, match="batch_size = 4: not a multiple of 3 processes"):
+        batches(source, shard=(0, 3))
 
 
 def test_images_that_cannot_be_evaluated_are_listed_before_any_is(monkeypatch):
-    monkeypatch.setattr(augment, "MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 64 * 64)
     source = [record(index, size) for index, size in enumerate([(3, 70), (16, 16), (90, 4)])]
     with pytest.raises(InputError) as error:
         evaluate(source, short_side=16)

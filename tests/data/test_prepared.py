@@ -145,7 +145,7 @@ def test_a_copy_with_other_times_is_read_once_and_trusted(spec, caplog, monkeypa
     shutil.rmtree(folder)
     folder.with_name("copy").rename(folder)
     caplog.clear()
-    monkeypatch.setattr(prepared, "SMALL", 0)
+    monkeypatch.setattr(prepared, "ALWAYS_HASHED_SIZE", 0)
     read, stamp = [], prepared._stamp
     monkeypatch.setattr(prepared, "_stamp", lambda path: read.append(path.name) or stamp(path))
     assert names(open_splits(spec, SPLITS)[0]) == ["a", "b", "c"]
@@ -154,7 +154,7 @@ def test_a_copy_with_other_times_is_read_once_and_trusted(spec, caplog, monkeypa
     assert len(read) == 3
 
 
-def test_the_list_has_size_time_and_digest_of_each_file(spec):
+def test_the_manifest_has_size_time_and_digest_of_each_file(spec):
     folder = folder_of(spec)
     listed = json.loads((folder / "files.json").read_text())
     assert {*listed, "files.json"} == {path.name for path in folder.iterdir()}
@@ -169,7 +169,7 @@ def test_damage_that_shows_while_reading_is_one_error_in_threads_and_workers(
     spec, root, num_workers, monkeypatch, caplog
 ):
     """Of size and time as they were, in a file that is too large to be read at each start."""
-    monkeypatch.setattr(prepared, "SMALL", 0)
+    monkeypatch.setattr(prepared, "ALWAYS_HASHED_SIZE", 0)
     (source, _) = open_splits(spec, SPLITS)
     settings = dict(label_map=label_map(spec), num_steps=4, num_workers=num_workers)
     with contextlib.closing(train(source, **settings)) as batches:
@@ -217,7 +217,7 @@ def test_records_are_a_sequence(spec):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
-def test_a_folder_of_no_permission_is_prepared_again(spec, caplog):
+def test_a_folder_without_permission_is_prepared_again(spec, caplog):
     folder = folder_of(spec)
     folder.chmod(0)
     source, _ = without_capabilities(open_splits, spec, SPLITS)
@@ -226,7 +226,7 @@ def test_a_folder_of_no_permission_is_prepared_again(spec, caplog):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
-def test_what_is_whole_can_be_read_where_nothing_may_be_written(spec):
+def test_an_undamaged_folder_can_be_read_where_nothing_may_be_written(spec):
     home = Path(spec.prepared_dir)
     files = [file_of(spec, name) for name in SPLIT_FILES]
     places = [*(path for path in home.rglob("*") if path.is_dir()), home]

@@ -42,7 +42,7 @@ def test_a_name_in_both_forms_is_a_finding(root):
         prepare(root)
 
 
-def test_a_mask_of_another_suffix_is_told_in_either_form(root):
+def test_a_mask_of_another_suffix_is_found_in_either_form(root):
     write_example(root, "train", COMPOSED, 1)
     mask = root / "labels" / "train" / f"{COMPOSED}.png"
     mask.rename(root / "labels" / "train" / "x.bmp")

@@ -15,10 +15,10 @@ from small import setup_of
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.data.audit.report import audit_run
-from contrastseg_jax.data.augment import resize_image
 from contrastseg_jax.data.dataset import open_split
 from contrastseg_jax.data.images import decode_image, decode_mask, encode_png
 from contrastseg_jax.data.labels import to_train_ids
+from contrastseg_jax.data.preprocess import resize_image
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation import evaluate as evaluate_module
 from contrastseg_jax.evaluation.evaluate import (

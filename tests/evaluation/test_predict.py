@@ -13,7 +13,7 @@ from small import make_config, setup_of
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.config.tree import replaced
-from contrastseg_jax.data import augment
+from contrastseg_jax.data import preprocess
 from contrastseg_jax.data.dataset import dataset_spec, open_split
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation import predict
@@ -145,7 +145,7 @@ def test_what_one_file_costs_does_not_end_a_folder(trained, photos, tmp_path, mo
         (photos / ("m" * 251 + suffix)).write_bytes(data)
     for name, size in (("deep", (64, 90)), ("long", (4, 1000))):
         Image.new("RGB", size).save(photos / f"{name}.png")
-    monkeypatch.setattr(augment, "MAX_PIXELS", 96 * 288)
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 96 * 288)
     resize_image = predict.resize_image
 
     def fail(image, size):

@@ -11,10 +11,16 @@ from paths import ROOT
 from small import make_config, setup_of
 
 from contrastseg_jax.config.load import load, override
+from contrastseg_jax.data.images import Decoding
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.run.compilation_cache import keep_compiled
-from contrastseg_jax.setup.resolve import build_model, image_format, num_anchors, num_cells
-from contrastseg_jax.setup.setup import pad_color
+from contrastseg_jax.setup.resolve import (
+    build_model,
+    image_format,
+    num_anchors,
+    num_cells,
+    pad_color,
+)
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state
 
@@ -169,3 +175,12 @@ def test_where_compiled_programs_are_kept(
 
 def test_padding_is_the_mean_colour():
     assert pad_color(image_format(make_config())) == (124, 116, 104)
+
+
+def test_preprocessing_is_that_of_the_config():
+    settings = ("data.short_side=17", "data.exif_orientation=applied", "data.bit_depth=12")
+    setup = setup_of(make_config(*settings, "model.image_mean=(9.6, 2.0, 3.0)"))
+    found = setup.preprocessing
+    assert (found.short_side, found.pad_color) == (17, (10, 2, 3))
+    assert found.decoding == Decoding(exif_orientation="applied", bit_depth=12)
+    assert found.label_map is setup.classes

@@ -21,8 +21,8 @@ from contrastseg_jax.setup.resolve import (
     image_format,
     initial_variables,
     log,
+    pad_color,
 )
-from contrastseg_jax.setup.setup import pad_color
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import init_state
 from contrastseg_jax.weights import pretrained

@@ -1,6 +1,6 @@
-"""One example, an image and its mask: read it, and say what is wrong with it.
+"""One example, an image and its mask: decode it, and find everything that is wrong with it.
 
-Preparing a data set and the audit both ask here, so that they cannot disagree.
+Preparing a data set and auditing it both use this, so that they cannot disagree.
 """
 
 from collections import deque
@@ -21,17 +21,18 @@ from contrastseg_jax.data.images import (
     decode_image,
     decode_mask,
     file_format,
-    is_turned,
+    has_exif_orientation,
     mask_colors,
 )
 from contrastseg_jax.data.labels import LabelMap, to_train_ids
 from contrastseg_jax.errors import InputError
 
 ReadMask = Callable[[bytes, str], UInt8[np.ndarray, "h w"]]
+ColorCounts = tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]  # 0xRRGGBB, pixels of each
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 64  # results of `in_parallel` that may wait: bounds the memory they take
+MAX_PENDING = 64  # results that `in_parallel` computes ahead: bounds the memory they take
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,32 @@ class Finding:
     kind: str  # which rule is broken, e.g. "unpaired"
     file: str
     message: str  # names the file, what was found and the rule
-    is_error: bool = True  # training would stop, or learn what is wrong; else a warning
+    is_error: bool = True  # training would stop, or learn something wrong; else a warning
 
 
 @dataclass(frozen=True)
-class Checked:
-    """An example as read, as far as it could be, and all that is wrong with it."""
+class RawFormat:
+    """How the files of a data set are read before it is prepared."""
+
+    label_map: LabelMap  # the values that masks may hold
+    read_mask: ReadMask = decode_mask  # content and name of a mask file to pixel values
+    decoding: Decoding = AS_STORED  # of images
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """The two files of an example: the content of each, or why it could not be read."""
+
+    name: str
+    image_file: str
+    mask_file: str
+    image_data: bytes | OSError
+    mask_data: bytes | OSError
+
+
+@dataclass(frozen=True)
+class CheckedExample:
+    """An example, as far as it could be decoded, and everything that is wrong with it."""
 
     name: str
     image_file: str
@@ -55,35 +76,27 @@ class Checked:
     mask_format: str = ""  # e.g. "PNG L"
     image: UInt8[np.ndarray, "h w 3"] | None = None
     mask: UInt8[np.ndarray, "h2 w2"] | None = None  # pixel values as stored
-    # Colours (0xRRGGBB) and the pixels of each, where the mask has colour channels.
-    mask_colors: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None = None
+    mask_colors: ColorCounts | None = None  # of a mask that has colour channels
     findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)
 class RawSplit:
-    """A split as it is before it is prepared."""
+    """A split before it is prepared."""
 
-    checks: Sequence[Callable[[], Checked]]  # an example each, read when called
-    findings: Sequence[Finding] = ()  # what is wrong with files that make no example
-    elsewhere: Sequence[str] = ()  # of an absent split: what lies where it may be meant
+    checks: Sequence[Callable[[], CheckedExample]]  # one per example, which is read when called
+    findings: Sequence[Finding] = ()  # files that make no example
+    hints: Sequence[str] = ()  # of an absent split: files elsewhere that may be meant for it
 
 
 Splits = Mapping[str, RawSplit]  # by name
 
 
-def check_files(
-    name: str,
-    image: Path,
-    mask: Path,
-    label_map: LabelMap,
-    read_mask: ReadMask = decode_mask,
-    decoding: Decoding = AS_STORED,
-) -> Checked:
-    """Reads the two files of an example to their ends."""
-    image_data, mask_data = _content(image), _content(mask)
-    no_image = isinstance(image_data, FileNotFoundError)
-    no_mask = isinstance(mask_data, FileNotFoundError)
+def check_files(name: str, image: Path, mask: Path, raw_format: RawFormat) -> CheckedExample:
+    """Reads and decodes the two files of an example."""
+    example = EncodedExample(name, str(image), str(mask), _content(image), _content(mask))
+    no_image = isinstance(example.image_data, FileNotFoundError)
+    no_mask = isinstance(example.mask_data, FileNotFoundError)
     if no_image and no_mask:
         missing = Finding("unpaired", str(image), f"{image}: neither it nor its mask {mask} exists")
     elif no_mask:
@@ -93,92 +106,34 @@ def check_files(
         message = f"{mask}: mask without image ({image} does not exist)"
         missing = Finding("unpaired", str(mask), message)
     else:
-        return check_encoded(
-            name, image_data, mask_data, str(image), str(mask), label_map, read_mask, decoding
-        )
-    return Checked(name, str(image), str(mask), findings=(missing,))
+        return check_encoded(example, raw_format)
+    return CheckedExample(name, str(image), str(mask), findings=(missing,))
 
 
-def check_encoded(
-    name: str,
-    image_data: bytes | OSError,
-    mask_data: bytes | OSError,
-    image_file: str,
-    mask_file: str,
-    label_map: LabelMap,
-    read_mask: ReadMask = decode_mask,
-    decoding: Decoding = AS_STORED,
-) -> Checked:
-    """Decodes an example.
-
-    Args:
-        name: of the example.
-        image_data: the image file's content, or why it could not be read.
-        mask_data: likewise the mask's.
-        image_file: what findings call the image.
-        mask_file: what findings call the mask.
-        label_map: the values that masks may hold.
-        read_mask: the mask's content and name to pixel values.
-        decoding: how images become pixels.
-    """
-    findings, image, mask, colors, turned = [], None, None, None, False
-    applied = decoding.exif_orientation == "applied"
-    try:
-        content = _readable(image_data, image_file)
-        image = decode_image(content, image_file, decoding)
-        turned = is_turned(content, image_file)
-        if turned:
-            use = "and it is turned" if applied else "but it is used as stored"
-            message = (
-                f"{image_file}: EXIF data ask viewers to turn it, {use}"
-                f" (data.exif_orientation = {decoding.exif_orientation})"
-            )
-            findings.append(Finding("turned", image_file, message, is_error=False))
-    except FormatError as error:
-        findings.append(Finding("image_format", image_file, str(error)))
-    except InputError as error:
-        findings.append(Finding(_reason(image_data), image_file, str(error)))
-    try:
-        mask = read_mask(_readable(mask_data, mask_file), mask_file)
-    except FormatError as error:
-        findings.append(Finding("mask_format", mask_file, str(error)))
-        colors = _colors(mask_data, mask_file)
-    except InputError as error:
-        findings.append(Finding(_reason(mask_data), mask_file, str(error)))
-    mask_format = "" if mask is None else _format(mask_data, mask_file)
-    if mask is not None:
-        if mask_format != "other" and is_turned(_readable(mask_data, mask_file), mask_file):
-            message = (
-                f"{mask_file}: EXIF data ask viewers to turn this mask, but masks are used as"
-                " stored; it may not have been drawn on the image as it is used"
-            )
-            findings.append(Finding("turned", mask_file, message, is_error=False))
-        try:
-            to_train_ids(mask, label_map, mask_file)
-        except InputError as error:
-            findings.append(Finding("unknown_value", mask_file, str(error)))
+def check_encoded(example: EncodedExample, raw_format: RawFormat) -> CheckedExample:
+    """Decodes an example, and compares the sizes of image and mask."""
+    image, has_orientation, findings = _check_image(example, raw_format.decoding)
+    mask, mask_format, mask_findings = _check_mask(example, raw_format)
+    findings += mask_findings
     if image is not None and mask is not None and image.shape[:2] != mask.shape:
         (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
         message = (
-            f"{mask_file}: mask of {mask_width}x{mask_height} pixels for an image of "
-            f"{width}x{height} ({image_file})"
+            f"{example.mask_file}: mask of {mask_width}x{mask_height} pixels for an image of "
+            f"{width}x{height} ({example.image_file})"
         )
-        if mask.shape == (width, height) and turned:
-            other = "stored" if applied else "applied"
-            message += (
-                f", which EXIF data ask viewers to turn: the other way round they fit,"
-                f" --config.data.exif_orientation={other}"
-            )
-        findings.append(Finding("size", mask_file, message))
-    return Checked(
-        name=name,
-        image_file=image_file,
-        mask_file=mask_file,
-        image_data=b"" if isinstance(image_data, OSError) else image_data,
+        if mask.shape == (width, height) and has_orientation:
+            message += _orientation_remedy(raw_format.decoding)
+        findings.append(Finding("size", example.mask_file, message))
+    in_color = any(finding.kind == "mask_format" for finding in mask_findings)
+    return CheckedExample(
+        name=example.name,
+        image_file=example.image_file,
+        mask_file=example.mask_file,
+        image_data=b"" if isinstance(example.image_data, OSError) else example.image_data,
         mask_format=mask_format,
         image=image,
         mask=mask,
-        mask_colors=colors,
+        mask_colors=_mask_colors(example) if in_color else None,
         findings=tuple(findings),
     )
 
@@ -195,10 +150,87 @@ def in_parallel(
     with ThreadPoolExecutor() as pool:
         for item in bar:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > AHEAD:
+            if len(waiting) > MAX_PENDING:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _check_image(
+    example: EncodedExample, decoding: Decoding
+) -> tuple[UInt8[np.ndarray, "h w 3"] | None, bool, list[Finding]]:
+    """The image, whether it has an EXIF orientation, and what is wrong with it."""
+    file = example.image_file
+    try:
+        content = _verified(example.image_data, file)
+        image = decode_image(content, file, decoding)
+        has_orientation = has_exif_orientation(content, file)
+    except InputError as error:
+        return None, False, [_decoding_finding(error, "image_format", example.image_data, file)]
+    if not has_orientation:
+        return image, False, []
+    use = "applied" if decoding.exif_orientation == "applied" else "ignored"
+    message = (
+        f"{file}: has an EXIF orientation, which is {use}"
+        f" (data.exif_orientation = {decoding.exif_orientation})"
+    )
+    return image, True, [Finding("exif_orientation", file, message, is_error=False)]
+
+
+def _check_mask(
+    example: EncodedExample, raw_format: RawFormat
+) -> tuple[UInt8[np.ndarray, "h w"] | None, str, list[Finding]]:
+    """The pixel values of the mask, the format of its file, and what is wrong with it."""
+    file = example.mask_file
+    try:
+        content = _verified(example.mask_data, file)
+        mask = raw_format.read_mask(content, file)
+    except InputError as error:
+        return None, "", [_decoding_finding(error, "mask_format", example.mask_data, file)]
+    try:
+        mask_format = file_format(content, file)
+        has_orientation = has_exif_orientation(content, file)
+    except InputError:  # not a picture, but e.g. a MATLAB file
+        mask_format, has_orientation = "other", False
+    findings = []
+    if has_orientation:
+        message = (
+            f"{file}: has an EXIF orientation, which is ignored: masks are used as stored, so it"
+            " may not fit its image"
+        )
+        findings.append(Finding("exif_orientation", file, message, is_error=False))
+    try:
+        to_train_ids(mask, raw_format.label_map, file)
+    except InputError as error:
+        findings.append(Finding("unknown_value", file, str(error)))
+    return mask, mask_format, findings
+
+
+def _decoding_finding(
+    error: InputError, format_kind: str, data: bytes | OSError, file: str
+) -> Finding:
+    """The finding that an error of reading or decoding a file makes."""
+    if isinstance(error, FormatError):
+        return Finding(format_kind, file, str(error))
+    kind = "permission" if isinstance(data, PermissionError) else "unreadable"
+    return Finding(kind, file, str(error))
+
+
+def _orientation_remedy(decoding: Decoding) -> str:
+    """What makes an image fit a mask that has its width for height."""
+    other = "stored" if decoding.exif_orientation == "applied" else "applied"
+    return (
+        "; the image has an EXIF orientation, and they fit with"
+        f" --config.data.exif_orientation={other}"
+    )
+
+
+def _mask_colors(example: EncodedExample) -> ColorCounts | None:
+    """The colours of a mask; None: it has one channel, or cannot be decoded even as colours."""
+    try:
+        return mask_colors(_verified(example.mask_data, example.mask_file), example.mask_file)
+    except InputError:
+        return None
 
 
 def _content(path: Path) -> bytes | OSError:
@@ -208,32 +240,13 @@ def _content(path: Path) -> bytes | OSError:
         return error
 
 
-def _readable(data: bytes | OSError, file: str) -> bytes:
-    """The content of a file, if there is one and it is what was written."""
+def _verified(data: bytes | OSError, file: str) -> bytes:
+    """The content of a file that could be read and whose checksums are right.
+
+    Raises:
+        InputError: otherwise.
+    """
     if isinstance(data, OSError):
         raise InputError(f"{file}: cannot be read ({data.strerror})")
     check_checksums(data, file)
     return data
-
-
-def _reason(data: bytes | OSError) -> str:
-    """The kind of finding that a file which cannot be read or decoded is."""
-    return "permission" if isinstance(data, PermissionError) else "unreadable"
-
-
-def _colors(
-    data: bytes | OSError, file: str
-) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None:
-    """Those of a mask that should have none; None: it has none, or cannot be read even for them."""
-    try:
-        return mask_colors(_readable(data, file), file)
-    except InputError:
-        return None
-
-
-def _format(data: bytes | OSError, file: str) -> str:
-    """Format and mode of a mask that could be read; "other" if it is no picture, as MATLAB's."""
-    try:
-        return file_format(_readable(data, file), file)
-    except InputError:
-        return "other"

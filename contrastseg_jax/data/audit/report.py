@@ -1,4 +1,4 @@
-"""Audits a data set: a summary to read, `audit.json` with all of it, and a sheet of examples."""
+"""The audit of a data set: a printed summary, `audit.json` in full, and a sheet of examples."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,52 +11,64 @@ import numpy as np
 
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data import pictures
-from contrastseg_jax.data.audit.examples import Finding
+from contrastseg_jax.data.audit.examples import Finding, Splits
 from contrastseg_jax.data.audit.statistics import (
-    NEEDED,
+    TRAINING_SPLITS,
     SplitAudit,
+    allow_missing_masks,
     audit_split,
     color_results,
     color_table,
+    dataset_findings,
     enet_weights,
-    examples_to_show,
-    general_findings,
     median_frequency_weights,
-    missing_splits,
-    with_optional_masks,
+    missing_split_findings,
+    sheet_examples,
 )
-from contrastseg_jax.data.augment import too_large
 from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import dataset_spec, label_map, misplaced, raw_splits
+from contrastseg_jax.data.dataset import dataset_spec, label_map, misplaced_hints, raw_splits
 from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.preprocess import too_large
 from contrastseg_jax.errors import InputError, best_effort
 from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.structs import IGNORE_LABEL
 from contrastseg_jax.text import table
 
-NUM_SHOWN = 20  # examples on the sheet
-NUM_NAMED = 3  # findings of a kind that the summary spells out
+SHEET_SIZE = 20  # examples in overlays.png
+MAX_MESSAGES = 3  # of a kind of finding, in the summary
 
-# What each kind of finding is called, and what mends it.
+# Title and remedy of each kind of finding.
 KINDS = {
-    "no_data": ("data that cannot be opened", "do what the message says"),
-    "layout": ("files that make no clear pairs", "bring the files into the layout of the data set"),
-    "permission": ("files and folders without permission", "get the right to read them"),
-    "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists anew"),
+    "no_data": ("data that cannot be opened", "do as the message says"),
+    "layout": ("files that make no clear pairs", "arrange the files in the layout of the data set"),
+    "permission": ("files and folders without permission", "obtain permission to read them"),
+    "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists again"),
     "suffix": ("files of another format than expected", "convert them; renaming does not"),
     "no_split": ("missing splits", "give each split some images; its layout is in README.md"),
-    "no_masks": ("images without any mask", "add masks; without, they can be predicted alone"),
+    "no_masks": (
+        "images without any mask",
+        "add masks; without them, images can only be predicted",
+    ),
     "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
     "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
     "image_format": ("images of unsuitable formats", "do as the message says"),
-    "mask_format": ("masks that are no index masks", "convert them as the messages say"),
+    "mask_format": ("masks that are not index masks", "convert them as the messages say"),
     "size": ("masks of another size than their image", "export them again at the image's size"),
-    "too_large": ("images too large to evaluate", "cut them into tiles, or resize them to less"),
-    "unknown_value": ("masks with values that are no class", "correct the masks"),
-    "unlabelled": ("splits without a labelled pixel", "see whether the ignored values are right"),
-    "absent_class": ("classes that never occur", "nothing can be learnt of them, or scored"),
-    "turned": ("files that viewers turn", "see in overlays.png whether image and mask fit"),
-    "duplicate": ("images in two splits", "delete one; scores on seen images are too good"),
+    "too_large": (
+        "images too large to evaluate",
+        "cut them into tiles, or resize them to fewer pixels",
+    ),
+    "unknown_value": ("masks with values that mean no class", "correct the masks"),
+    "unlabelled": ("splits without a labelled pixel", "check whether the ignored values are right"),
+    "absent_class": ("classes that never occur", "they can be neither learned nor scored"),
+    "exif_orientation": (
+        "files with an EXIF orientation",
+        "check in overlays.png that image and mask fit",
+    ),
+    "duplicate": (
+        "images in two splits",
+        "delete one; scores on images seen in training are too good",
+    ),
 }
 
 
@@ -68,54 +80,58 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
     Raises:
         InputError: training would go wrong, or there is no such split.
     """
-    spec = dataset_spec(config)
-    classes, folder = label_map(spec), workdir / "audit"
-    findings, splits = [], {}
-    try:
-        splits = raw_splits(spec)
-    except (InputError, OSError) as error:
-        findings.append(Finding("no_data", spec.root, str(error)))
-    if split is not None and splits:
-        if split not in splits:
-            raise InputError(
-                f"--split={split}: data set '{spec.name}' has only {', '.join(splits)}"
-            )
-        splits = {split: splits[split]}
-    limit = partial(
-        too_large, short_side=config.data.short_side, pad_multiple=config.eval.pad_multiple
-    )
-    audits = {
-        name: with_optional_masks(audit_split(raw, classes, name, limit), name)
-        for name, raw in splits.items()
-    }
+    spec, folder = dataset_spec(config), workdir / "audit"
+    classes = label_map(spec)
+    splits, findings = _find_splits(spec, split)
+    audits = _audit_splits(config, splits, classes)
     if split is None and not findings:
-        findings += missing_splits(audits, misplaced(spec, NEEDED))
+        findings += missing_split_findings(audits, misplaced_hints(spec, TRAINING_SPLITS))
     findings += [finding for audit in audits.values() for finding in audit.findings]
     audits = {name: audit for name, audit in audits.items() if audit.num_examples}
-    findings += general_findings(audits, classes)
-    findings = list(dict.fromkeys(findings))  # a folder that is closed is so to every split
+    findings += dataset_findings(audits, classes)
+    findings = list(dict.fromkeys(findings))  # splits may share a folder that cannot be read
 
     results = audit_results(spec, classes, audits, findings)
     write_atomically(folder / "audit.json", to_json(results) + "\n")
     sheet = folder / "overlays.png"
     sheet.unlink(missing_ok=True)  # of an earlier audit
     print("\n".join(summary(results)))
-    examples = examples_to_show(splits, audits, classes, NUM_SHOWN)
+    examples = sheet_examples(splits, audits, classes, SHEET_SIZE)
     if examples:
         with best_effort(str(sheet)):
             pictures.save_sheet(sheet, examples, classes, f"{spec.name} {spec.root}")
     print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if sheet.exists() else ""))
-    if results["num_errors"]:
-        number = results["num_errors"]
-        outlook = _outlook(findings, audits)
-        raise InputError(f"{number} error{'s' if number > 1 else ''} in the data; {outlook}")
+    if number := results["num_errors"]:
+        outcome = _outcome(findings, audits)
+        raise InputError(f"{number} error{'s' if number > 1 else ''} in the data; {outcome}")
 
 
-def _outlook(findings: Sequence[Finding], audits: Mapping[str, SplitAudit]) -> str:
+def _find_splits(spec: DatasetSpec, split: str | None) -> tuple[Splits, list[Finding]]:
+    """The splits to audit, all or one, and why there are none."""
+    try:
+        splits = raw_splits(spec)
+    except (InputError, OSError) as error:
+        return {}, [Finding("no_data", spec.root, str(error))]
+    if split is None:
+        return splits, []
+    if split not in splits:
+        raise InputError(f"--split={split}: data set '{spec.name}' has only {', '.join(splits)}")
+    return {split: splits[split]}, []
+
+
+def _audit_splits(config: Config, splits: Splits, classes: LabelMap) -> dict[str, SplitAudit]:
+    limit = partial(
+        too_large, short_side=config.data.short_side, pad_multiple=config.eval.pad_multiple
+    )
+    audits = {name: audit_split(raw, classes, name, limit) for name, raw in splits.items()}
+    return {name: allow_missing_masks(audit, name) for name, audit in audits.items()}
+
+
+def _outcome(findings: Sequence[Finding], audits: Mapping[str, SplitAudit]) -> str:
     """What the errors among the findings would stop."""
-    optional = [split for split in audits if split not in NEEDED]
-    of_optional = {found for split in optional for found in audits[split].findings}
-    if any(found.is_error and found not in of_optional for found in findings):
+    optional = [split for split in audits if split not in TRAINING_SPLITS]
+    harmless = {found for split in optional for found in audits[split].findings}
+    if any(found.is_error and found not in harmless for found in findings):
         return "training would go wrong"
     return f"evaluating {', '.join(optional)} would fail, which training does not read"
 
@@ -126,7 +142,7 @@ def audit_results(
     audits: Mapping[str, SplitAudit],
     findings: Sequence[Finding],
 ) -> dict[str, Any]:
-    """All that is in `audit.json`."""
+    """The content of `audit.json`."""
     num_errors = sum(finding.is_error for finding in findings)
     kinds = dict.fromkeys(finding.kind for finding in findings)
     results = {
@@ -149,7 +165,7 @@ def audit_results(
 
 
 def class_weights(audit: SplitAudit, split: str, num_classes: int) -> dict[str, Any]:
-    """Class weights by each rule, where at least half of the masks could be read."""
+    """Class weights by each formula, if at least half of the masks could be read."""
     num_read = audit.mask_formats.total()
     results = {"split": split, "masks_read": num_read, "masks": audit.num_examples}
     if 2 * num_read < max(audit.num_examples, 1):
@@ -162,20 +178,20 @@ def class_weights(audit: SplitAudit, split: str, num_classes: int) -> dict[str, 
 
 
 def audited_class_weights(workdir: Path, class_names: Sequence[str]) -> list[float] | None:
-    """The weights by median frequency that an audit left in a workdir; None: of these classes none.
+    """Median-frequency weights that an audit left in a workdir; None: it left none for the classes.
 
     `class_names`: in the order of their ids.
     """
     try:
         results = json.loads((workdir / "audit" / "audit.json").read_bytes())
-        of_these = list(results["classes"])[: len(class_names)] == list(class_names)
-        return results["class_weights"]["median_frequency"] if of_these else None
+        same_classes = list(results["classes"])[: len(class_names)] == list(class_names)
+        return results["class_weights"]["median_frequency"] if same_classes else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def split_results(audit: SplitAudit, classes: LabelMap) -> dict[str, Any]:
-    """Numbers of a split. Shares are those of all pixels, the ignored ones included."""
+    """The numbers of a split. Shares are of all pixels, ignored ones included."""
     num_pixels = int(audit.value_pixels.sum())
     share = audit.class_pixels / max(num_pixels, 1)
     return {
@@ -193,7 +209,7 @@ def split_results(audit: SplitAudit, classes: LabelMap) -> dict[str, Any]:
             }
             for class_id, name in [*enumerate(classes.names), (IGNORE_LABEL, "no class")]
         },
-        "mask_colors": color_results(audit) if audit.in_color else None,
+        "mask_colors": color_results(audit) if audit.color_mask_files else None,
         "values": {
             str(value): {
                 "pixels": int(audit.value_pixels[value]),
@@ -209,7 +225,7 @@ def split_results(audit: SplitAudit, classes: LabelMap) -> dict[str, Any]:
 
 
 def remedy(kind: str, spec: DatasetSpec, audits: Mapping[str, SplitAudit]) -> str:
-    """What mends findings of a kind."""
+    """How to fix findings of a kind."""
     if kind != "unknown_value" or not spec.class_names:
         return KINDS[kind][1]
     values = sorted({value for audit in audits.values() for _, value, _ in audit.unknown})
@@ -239,24 +255,26 @@ def summary(results: Mapping[str, Any]) -> list[str]:
 def _kind_lines(
     kind: str, findings: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
 ) -> list[str]:
-    """Findings of a kind, spelt out as far as they tell something new."""
+    """The title of a kind, its remedy, and the first of its messages."""
     lines = [f"  {KINDS[kind][0]}: {len(findings)}", f"  -> {results['remedies'][kind]}"]
     texts = []
     if kind == "mask_format":  # colours are those of a split, not of each mask
         colors = {split: found["mask_colors"] for split, found in results["splits"].items()}
         colors = {split: found for split, found in colors.items() if found}
         texts = [color_table(split, found) for split, found in colors.items()]
-        told = {file for found in colors.values() if found["masks"] > 1 for file in found["files"]}
-        findings = [finding for finding in findings if finding["file"] not in told]
-    texts += [finding["message"] for finding in findings[:NUM_NAMED]]
+        merged = {
+            file for found in colors.values() if found["masks"] > 1 for file in found["files"]
+        }
+        findings = [finding for finding in findings if finding["file"] not in merged]
+    texts += [finding["message"] for finding in findings[:MAX_MESSAGES]]
     lines += [f"    {line}" for text in texts for line in text.splitlines()]
-    if len(findings) > NUM_NAMED:
-        lines.append(f"    and {len(findings) - NUM_NAMED} more in audit.json")
+    if len(findings) > MAX_MESSAGES:
+        lines.append(f"    and {len(findings) - MAX_MESSAGES} more in audit.json")
     return lines
 
 
 def _weight_lines(weights: Mapping[str, Any]) -> list[str]:
-    """Class weights to paste, and of how many masks they are."""
+    """Class weights to paste, and how many masks they are computed from."""
     read, masks = weights["masks_read"], weights["masks"]
     number = "" if read == masks else f" ({read} of {masks} masks, the others could not be read)"
     lines = []
@@ -286,15 +304,15 @@ def _split_rows(splits: Mapping[str, Any]) -> list[list[str]]:
                 f"{split['num_faulty_files']}",
                 f"{split['num_pixels'] / 1e6:.3g}",
                 f"{split['ignored_share']:.1%}",
-                _most(split["image_sizes"]),
-                _most(split["mask_formats"]),
+                _most_frequent(split["image_sizes"]),
+                _most_frequent(split["mask_formats"]),
             ]
         )
     return rows
 
 
 def _class_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row per class: its mask values, and in each split share of the pixels and images."""
+    """A row per class: its mask values, and for each split its share of pixels and its images."""
     splits = results["splits"]
     rows = [["class", "mask values", *(f"{s} {x}" for s in splits for x in ("pixels", "images"))]]
     for name, values in results["classes"].items():
@@ -306,9 +324,9 @@ def _class_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _most(counts: Mapping[str, int]) -> str:
-    """The most frequent three of some names, with their numbers if there are others."""
+def _most_frequent(counts: Mapping[str, int]) -> str:
+    """The three most frequent names, with their counts unless there is only one."""
     if len(counts) == 1:
         return next(iter(counts))
-    named = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:3])
-    return f"{named}, {len(counts) - 3} more" if len(counts) > 3 else named
+    first = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:3])
+    return f"{first}, {len(counts) - 3} more" if len(counts) > 3 else first

@@ -1,9 +1,8 @@
-"""Is the data right? Every file of a data set read once, and what training will find in it."""
+"""The numbers of a split: every file of a data set read once, and what training will find in it."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import sha256
 from itertools import combinations
 from typing import Any
@@ -12,20 +11,27 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 
-from contrastseg_jax.data.audit.examples import Checked, Finding, RawSplit, Splits, in_parallel
+from contrastseg_jax.data.audit.examples import (
+    CheckedExample,
+    ColorCounts,
+    Finding,
+    RawSplit,
+    Splits,
+    in_parallel,
+)
 from contrastseg_jax.data.labels import LabelMap, train_id_table, unknown_values, value_counts
 from contrastseg_jax.structs import IGNORE_LABEL
 
-NEEDED = ("train", "val")  # splits that training reads
-NAMED = 10  # classes that a message names
-MAX_COLORS = 256  # of the masks of a split; more are no classes
-COLORS_NAMED = 30
-TILE_SIDE = 480  # pixels, the longer side of an example to show
+TRAINING_SPLITS = ("train", "val")  # that training reads
+MAX_LISTED_CLASSES = 10  # in a message
+MAX_COLORS = 256  # counted in the masks of a split; masks with more show no classes
+MAX_LISTED_COLORS = 30
+TILE_SIDE = 480  # pixels, the longer side of an example on the sheet
 
 
 @dataclass(frozen=True)
-class Examined:
-    """What stays of an example when its pixels are counted."""
+class ExampleSummary:
+    """What is kept of an example once its pixels are counted."""
 
     name: str
     image_file: str
@@ -34,35 +40,39 @@ class Examined:
     mask_format: str
     size: tuple[int, int] | None  # height, width of the image
     value_counts: Int64[np.ndarray, "256"] | None  # pixels of each mask value
-    # Colours and their pixels, of a mask that has some.
-    mask_colors: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None
+    mask_colors: ColorCounts | None
     findings: tuple[Finding, ...]
+
+
+def _zeros() -> Int64[np.ndarray, "256"]:
+    return np.zeros(256, np.int64)
 
 
 @dataclass
 class SplitAudit:
-    """What a split holds. Pixels are those of masks that could be read."""
+    """What a split holds. Pixels are those of masks that could be decoded."""
 
     num_examples: int = 0
-    value_pixels: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
-    value_images: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
-    # By class id, and at IGNORE_LABEL what has none.
-    class_pixels: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
-    class_images: Int64[np.ndarray, "256"] = field(default_factory=partial(np.zeros, 256, np.int64))
+    findings: list[Finding] = field(default_factory=list)
+    # Per mask value.
+    value_pixels: Int64[np.ndarray, "256"] = field(default_factory=_zeros)
+    value_images: Int64[np.ndarray, "256"] = field(default_factory=_zeros)
+    # Per class id; at IGNORE_LABEL the pixels without class.
+    class_pixels: Int64[np.ndarray, "256"] = field(default_factory=_zeros)
+    class_images: Int64[np.ndarray, "256"] = field(default_factory=_zeros)
     # All pixels of the images in which a class occurs.
-    pixels_around: Int64[np.ndarray, "256"] = field(
-        default_factory=partial(np.zeros, 256, np.int64)
-    )
+    class_image_pixels: Int64[np.ndarray, "256"] = field(default_factory=_zeros)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     mask_formats: Counter[str] = field(default_factory=Counter)
-    in_color: list[str] = field(default_factory=list)  # masks that have colour channels
-    color_pixels: Counter[int] = field(default_factory=Counter)  # by 0xRRGGBB, of MAX_COLORS + 1
-    color_masks: Counter[int] = field(default_factory=Counter)
-    pixels_in_color: int = 0
-    findings: list[Finding] = field(default_factory=list)
     unknown: list[tuple[str, int, int]] = field(default_factory=list)  # file, value, pixels
-    first_of: dict[bytes, str] = field(default_factory=dict)  # image's hash -> its first file
-    to_show: list[int] = field(default_factory=list)  # examples whose image and mask fit
+    # Of masks that have colour channels: the files, and per 0xRRGGBB, for MAX_COLORS + 1 at most,
+    # pixels and masks.
+    color_mask_files: list[str] = field(default_factory=list)
+    color_mask_pixels: int = 0
+    color_pixels: Counter[int] = field(default_factory=Counter)
+    color_masks: Counter[int] = field(default_factory=Counter)
+    file_by_hash: dict[bytes, str] = field(default_factory=dict)  # of an image -> its first file
+    drawable: list[int] = field(default_factory=list)  # examples whose image and mask fit
 
 
 @dataclass(frozen=True)
@@ -82,91 +92,101 @@ def audit_split(
 ) -> SplitAudit:
     """Reads every example of a split once, in threads. Memory does not grow with the images.
 
-    `too_large`: why an image of (height, width) cannot be evaluated; empty: it can. Training, which
-    takes crops, can use it all the same.
+    `too_large`: why an image of (height, width) cannot be evaluated; empty: it can. In the split to
+    train on, which is cut into crops, that is a warning.
     """
-    table, audit = train_id_table(label_map), SplitAudit(findings=[*raw.findings])
-    for index, example in enumerate(in_parallel(_examine, raw.checks, f"Reading {split}")):
+    audit, table = SplitAudit(findings=[*raw.findings]), train_id_table(label_map)
+    for index, example in enumerate(in_parallel(_summarize, raw.checks, f"Reading {split}")):
         audit.num_examples += 1
         audit.findings += example.findings
+        if example.image_hash:
+            audit.file_by_hash.setdefault(example.image_hash, example.image_file)
         if example.size:
             audit.sizes[example.size] += 1
             if problem := too_large(example.size):
                 message, is_error = f"{example.image_file}: {problem}", split != "train"
                 found = Finding("too_large", example.image_file, message, is_error=is_error)
                 audit.findings.append(found)
-        if example.image_hash:
-            audit.first_of.setdefault(example.image_hash, example.image_file)
         if example.mask_colors is not None:
-            _count_colors(audit, example.mask_file, *example.mask_colors)
-        if example.value_counts is None:
-            continue
-        audit.mask_formats[example.mask_format] += 1
-        unknown = unknown_values(example.value_counts, label_map)
-        audit.unknown += [(example.mask_file, value, unknown[value]) for value in unknown]
-        _count(audit, example.value_counts, table)
-        if example.size and not any(finding.kind == "size" for finding in example.findings):
-            audit.to_show.append(index)
+            _add_colors(audit, example.mask_file, *example.mask_colors)
+        if example.value_counts is not None:
+            audit.mask_formats[example.mask_format] += 1
+            unknown = unknown_values(example.value_counts, label_map)
+            audit.unknown += [(example.mask_file, value, unknown[value]) for value in unknown]
+            _add_pixels(audit, example.value_counts, table)
+            if example.size and not any(finding.kind == "size" for finding in example.findings):
+                audit.drawable.append(index)
     return audit
 
 
-def general_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> list[Finding]:
-    """What no single file shows: splits and classes that are empty, images in two splits.
+def dataset_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> list[Finding]:
+    """What no single file shows: splits and classes without a pixel, images in two splits."""
+    class_findings = [
+        finding
+        for split, audit in audits.items()
+        for finding in _absent_classes(split, audit, label_map)
+    ]
+    return [*class_findings, *_duplicates(audits)]
 
-    Only what is trained on or chosen by needs labels: those of a test split may be secret.
+
+def _absent_classes(split: str, audit: SplitAudit, label_map: LabelMap) -> list[Finding]:
+    """Classes that never occur in a split.
+
+    That none occurs at all is an error only in splits that training reads: the labels of a test
+    split may be secret.
     """
+    if not audit.value_pixels.any():  # no mask could be decoded, which has findings of its own
+        return []
+    num_classes = len(label_map.names)
+    absent = np.flatnonzero(audit.class_pixels[:num_classes] == 0)
+    if len(absent) == num_classes:
+        message = f"split '{split}': no pixel has a class"
+        return [Finding("unlabelled", split, message, is_error=split in TRAINING_SPLITS)]
+    if not len(absent):
+        return []
+    names = [label_map.names[class_id] for class_id in absent]
+    num_more = len(names) - MAX_LISTED_CLASSES
+    more = f" and {num_more} more" if num_more > 0 else ""
+    message = f"split '{split}': has no pixel of {', '.join(names[:MAX_LISTED_CLASSES])}{more}"
+    ignored = [
+        value
+        for value in np.flatnonzero(audit.value_pixels).tolist()
+        if label_map.train_ids.get(value) == IGNORE_LABEL
+    ]
+    if ignored:
+        message += f"; mask values that occur and mean no class: {ignored}"
+    return [Finding("absent_class", split, message, is_error=False)]
+
+
+def _duplicates(audits: Mapping[str, SplitAudit]) -> list[Finding]:
+    """Image files that two splits have in common."""
     findings = []
-    for split, audit in audits.items():
-        if not audit.value_pixels.any():  # no mask could be read, which is told
-            continue
-        num_classes = len(label_map.names)
-        absent = np.flatnonzero(audit.class_pixels[:num_classes] == 0)
-        if len(absent) == num_classes:
-            message = f"split '{split}': no pixel has a class"
-            is_error = split in NEEDED
-            findings.append(Finding("unlabelled", split, message, is_error=is_error))
-        elif len(absent):
-            names = [label_map.names[class_id] for class_id in absent]
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            message = f"split '{split}': has no pixel of {', '.join(names[:NAMED])}{more}"
-            ignored = [
-                value
-                for value in np.flatnonzero(audit.value_pixels).tolist()
-                if label_map.train_ids.get(value) == IGNORE_LABEL
-            ]
-            if ignored:
-                message += f"; mask values that occur and are no class: {ignored}"
-            findings.append(Finding("absent_class", split, message, is_error=False))
     for split, other in combinations(audits, 2):
-        first, second = audits[split].first_of, audits[other].first_of
-        findings += [
-            Finding(
-                "duplicate",
-                second[key],
-                f"{second[key]}: in '{other}', is the same file as {file} in '{split}'",
-                is_error=False,
-            )
-            for key, file in first.items()
-            if key in second
-        ]
+        first, second = audits[split].file_by_hash, audits[other].file_by_hash
+        for key in first:
+            if key in second:
+                message = (
+                    f"{second[key]}: in '{other}', is the same file as {first[key]} in '{split}'"
+                )
+                findings.append(Finding("duplicate", second[key], message, is_error=False))
     return findings
 
 
-def missing_splits(audits: Mapping[str, SplitAudit], elsewhere: Sequence[str]) -> list[Finding]:
-    """One finding for each split that training needs and that is not there.
+def missing_split_findings(audits: Mapping[str, SplitAudit], hints: Sequence[str]) -> list[Finding]:
+    """A finding for each split that training needs and that is missing.
 
-    `elsewhere`: what is found in places that may be meant for them, told with the first.
+    `hints`: files elsewhere that may be meant for them; the first finding lists them.
     """
-    missing = [split for split in NEEDED if split not in audits]
+    missing = [split for split in TRAINING_SPLITS if split not in audits]
     messages = [f"split '{split}': has no examples, training needs some" for split in missing]
-    if elsewhere and messages:
-        messages[0] = "\n".join([messages[0], *elsewhere])
+    if hints and messages:
+        messages[0] = "\n".join([messages[0], *hints])
     return [Finding("no_split", *found) for found in zip(missing, messages, strict=True)]
 
 
-def with_optional_masks(audit: SplitAudit, split: str) -> SplitAudit:
-    """The audit where a split that training does not read may lack its masks altogether."""
-    if split in NEEDED:
+def allow_missing_masks(audit: SplitAudit, split: str) -> SplitAudit:
+    """The audit, in which a split without any mask is a warning if training does not read it."""
+    if split in TRAINING_SPLITS:
         return audit
     findings = [
         replace(finding, is_error=finding.is_error and finding.kind != "no_masks")
@@ -176,32 +196,32 @@ def with_optional_masks(audit: SplitAudit, split: str) -> SplitAudit:
 
 
 def color_results(audit: SplitAudit) -> dict[str, Any]:
-    """The colours of the masks that have some, by their pixels."""
+    """What masks with colour channels hold, the most frequent colour first."""
     return {
-        "masks": len(audit.in_color),
+        "masks": len(audit.color_mask_files),
         "too_many": len(audit.color_pixels) > MAX_COLORS,
         "colors": [
             {
                 "color": [color >> 16, color >> 8 & 255, color & 255],
                 "pixels": pixels,
-                "share": pixels / audit.pixels_in_color,
+                "share": pixels / audit.color_mask_pixels,
                 "masks": audit.color_masks[color],
             }
             for color, pixels in audit.color_pixels.most_common(MAX_COLORS)
         ],
-        "files": audit.in_color,
+        "files": audit.color_mask_files,
     }
 
 
 def color_table(split: str, results: Mapping[str, Any]) -> str:
-    """What `color_results` found, to read, with what mends it."""
+    """`color_results` as text, with the remedy."""
     colors = results["colors"]
     number = f"{len(colors)} colours"
     remedy = "write the class id of each colour into one channel"
     if results["too_many"]:
         number = f"more than {MAX_COLORS} colours"
         remedy = (
-            "these are no masks of classes, or were saved as JPEG or with soft edges; export them"
+            "these are not masks of classes, or were saved as JPEG or with soft edges; export them"
             " again from their source"
         )
     elif all(len({*found["color"]}) == 1 for found in colors):
@@ -212,19 +232,19 @@ def color_table(split: str, results: Mapping[str, Any]) -> str:
     rows = [
         f"    {'({}, {}, {})'.format(*found['color']):16}{found['share']:7.2%} of the pixels, in"
         f" {found['masks']} of {results['masks']}"
-        for found in colors[:COLORS_NAMED]
+        for found in colors[:MAX_LISTED_COLORS]
     ]
-    more = len(colors) - COLORS_NAMED
+    more = len(colors) - MAX_LISTED_COLORS
     rows += [f"    and {more} more in audit.json"] if more > 0 else []
     title = f"split '{split}': {masks}, in {number}; {remedy}"
     return "\n".join([title, *rows])
 
 
-def told_once(audit: SplitAudit, split: str) -> list[Finding]:
-    """The findings of a split, those of its colour masks together as one if there are several."""
-    if len(audit.in_color) < 2:
+def merge_color_findings(audit: SplitAudit, split: str) -> list[Finding]:
+    """The findings of a split; those of several colour masks are merged into one."""
+    if len(audit.color_mask_files) < 2:
         return audit.findings
-    rest = [found for found in audit.findings if found.file not in {*audit.in_color}]
+    rest = [found for found in audit.findings if found.file not in {*audit.color_mask_files}]
     return [*rest, Finding("mask_format", split, color_table(split, color_results(audit)))]
 
 
@@ -238,7 +258,7 @@ def median_frequency_weights(audit: SplitAudit, num_classes: int) -> Float[np.nd
     occurs: Bool[np.ndarray, " k"] = pixels > 0
     weights = np.ones(num_classes)
     if occurs.any():
-        frequency = pixels[occurs] / audit.pixels_around[:num_classes][occurs]
+        frequency = pixels[occurs] / audit.class_image_pixels[:num_classes][occurs]
         weights[occurs] = np.median(frequency) / frequency
     return weights
 
@@ -252,22 +272,22 @@ def enet_weights(audit: SplitAudit, num_classes: int) -> Float[np.ndarray, " k"]
     return 1 / np.log(1.02 + pixels / max(pixels.sum(), 1))
 
 
-def examples_to_show(
+def sheet_examples(
     splits: Splits, audits: Mapping[str, SplitAudit], label_map: LabelMap, number: int
 ) -> list[Example]:
-    """At most `number` examples, as many of each split, spread evenly over its length."""
-    table, shown = train_id_table(label_map), []
+    """At most `number` examples, shared out evenly over the splits and spread evenly over each."""
+    table, examples = train_id_table(label_map), []
     parts = np.array_split(np.arange(number), len(audits)) if audits else []
     for (split, audit), part in zip(audits.items(), parts, strict=True):
-        places = np.linspace(0, len(audit.to_show) - 1, min(len(part), len(audit.to_show)))
-        chosen = sorted({audit.to_show[place] for place in places.round().astype(int)})
-        shown += [_small(splits[split].checks[index](), table, split) for index in chosen]
-    return shown
+        places = np.linspace(0, len(audit.drawable) - 1, min(len(part), len(audit.drawable)))
+        chosen = sorted({audit.drawable[place] for place in places.round().astype(int)})
+        examples += [_thumbnail(splits[split].checks[index](), table, split) for index in chosen]
+    return examples
 
 
-def _examine(check: Callable[[], Checked]) -> Examined:
+def _summarize(check: Callable[[], CheckedExample]) -> ExampleSummary:
     checked = check()
-    return Examined(
+    return ExampleSummary(
         name=checked.name,
         image_file=checked.image_file,
         mask_file=checked.mask_file,
@@ -280,7 +300,7 @@ def _examine(check: Callable[[], Checked]) -> Examined:
     )
 
 
-def _count(
+def _add_pixels(
     audit: SplitAudit, counts: Int64[np.ndarray, "256"], table: UInt8[np.ndarray, "256"]
 ) -> None:
     """Add the pixels of one mask."""
@@ -290,15 +310,15 @@ def _count(
     audit.value_images += counts > 0
     audit.class_pixels += by_class
     audit.class_images += by_class > 0
-    audit.pixels_around[by_class > 0] += counts.sum()
+    audit.class_image_pixels[by_class > 0] += counts.sum()
 
 
-def _count_colors(
+def _add_colors(
     audit: SplitAudit, file: str, colors: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]
 ) -> None:
     """Add the colours of one mask, the most frequent first, as long as they are few."""
-    audit.in_color.append(file)
-    audit.pixels_in_color += int(counts.sum())
+    audit.color_mask_files.append(file)
+    audit.color_mask_pixels += int(counts.sum())
     for i in np.argsort(-counts, kind="stable")[: MAX_COLORS + 1]:
         color = int(colors[i])
         if color in audit.color_pixels or len(audit.color_pixels) <= MAX_COLORS:
@@ -306,9 +326,9 @@ def _count_colors(
             audit.color_masks[color] += 1
 
 
-def _small(checked: Checked, table: UInt8[np.ndarray, "256"], split: str) -> Example:
+def _thumbnail(checked: CheckedExample, table: UInt8[np.ndarray, "256"], split: str) -> Example:
     if checked.image is None or checked.mask is None:
-        raise OSError(f"{checked.image_file}: could be read before, and cannot now")
+        raise OSError(f"{checked.image_file}: was readable before, and no longer is")
     height, width = checked.mask.shape
     scale = min(1, TILE_SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -12,7 +12,7 @@ FOLDERS = {
     "val": ("images/validation", "annotations/validation"),
 }
 SPLITS = tuple(FOLDERS)
-OTHER = 0  # mask value of what is none of the classes
+OTHER = 0  # mask value of pixels of no class
 # The first of each class's names in objectInfo150.txt, in its order.
 CLASSES = split_names(
     """
@@ -47,5 +47,5 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """What lies below `spec.root` for a split."""
+    """The files of a split below `spec.root`."""
     return pairs_config(Ade20k, spec, split, match_folders(spec, FOLDERS, split), label_map(spec))

@@ -1,9 +1,9 @@
 """What the builders share: the settings they read, the record they write, the checks before it.
 
 A record holds the files of a data set as they are (`image`, `label`: encoded bytes) and the image's
-`name`, its path below the split's folder without suffix. Masks keep the values of the raw data: the
-label map is applied when they are read. Only masks that are no index pictures (colours, MATLAB
-files) are turned into such.
+`name`, its path below the split's folder without suffix. Masks keep the values of the raw data; the
+label map is applied when a record is read. Only masks that are not index images (colour masks,
+MATLAB files) are converted to index PNGs.
 """
 
 import dataclasses
@@ -16,22 +16,32 @@ from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
-from contrastseg_jax.data.audit.examples import RawSplit, ReadMask, Splits, check_files
-from contrastseg_jax.data.audit.statistics import audit_split, general_findings, told_once
-from contrastseg_jax.data.builders.pairs import Found, Pair
+from contrastseg_jax.data.audit.examples import (
+    RawFormat,
+    RawSplit,
+    ReadMask,
+    Splits,
+    check_files,
+)
+from contrastseg_jax.data.audit.statistics import (
+    audit_split,
+    dataset_findings,
+    merge_color_findings,
+)
+from contrastseg_jax.data.builders.pairs import Pair, SplitFiles
 from contrastseg_jax.data.images import AS_STORED, Decoding, decode_mask, encode_png
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
 SPLITS = ("train", "val", "test")
-WARNINGS_SHOWN = 5  # when a data set is prepared
+MAX_WARNINGS = 5  # that are logged when a data set is prepared
 
 log = logging.getLogger("contrastseg_jax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Which data set, and the settings of those that have some."""
+    """Which data set, and its settings; the comments name the data sets that read them."""
 
     name: str
     prepared_dir: str = "~/.cache/contrastseg_jax"
@@ -40,40 +50,40 @@ class DatasetSpec:
     bit_depth: int = AS_STORED.bit_depth
     class_names: tuple[str, ...] = ()  # folder, tfds
     ignore_values: tuple[int, ...] = (255,)  # folder, tfds: mask values without a class
-    dataset: str = ""  # tfds: its name there
+    dataset: str = ""  # tfds: its name in TFDS
     image_feature: str = "image"  # tfds
     label_feature: str = "label"  # tfds
-    train_split: str = "train"  # tfds: what is our train
-    val_split: str = "validation"  # tfds: what is our val
+    train_split: str = "train"  # tfds: what to train on
+    val_split: str = "validation"  # tfds: what to validate on
     image_size: tuple[int, int] = (96, 128)  # synthetic: height, width
     num_classes: int = 5  # synthetic
     num_examples: tuple[int, int] = (16, 8)  # synthetic: train, val
 
     @property
     def decoding(self) -> Decoding:
-        """How its images become pixels."""
+        """How its images are decoded."""
         return Decoding(self.exif_orientation, self.bit_depth)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class SplitConfig(tfds.core.BuilderConfig):
-    """A split as it is before it is prepared.
+    """A split before it is prepared.
 
     The name is a hash of all that preparing depends on, so that a split whose files or label
-    settings changed is prepared again, in a folder of its own.
+    settings changed is prepared again, in another folder.
     """
 
     builder: type["RecordBuilder"]
     split: str
     raw: RawSplit
-    records: Callable[[], Iterable[dict]]  # what is written
+    records: Callable[[], Iterable[dict]]  # to be written
     label_map: LabelMap
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """One split of a data set. Records keep the order they are yielded in."""
+    """One split of a data set, its records in the order in which they are generated."""
 
-    VERSION = tfds.core.Version("1.0.0")  # another one when the same files give other records
+    VERSION = tfds.core.Version("1.0.0")  # to be raised when the same files give other records
     url_infos = None  # nothing is downloaded: no checksums to look for
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -108,68 +118,70 @@ def pairs_config(
     builder: type[RecordBuilder],
     spec: DatasetSpec,
     split: str,
-    found: Found,
+    files: SplitFiles,
     label_map: LabelMap,
     read_mask: ReadMask = decode_mask,
     table: Any = None,
 ) -> SplitConfig:
-    """The split whose pairs of files were found.
+    """A split of pairs of files.
 
     Args:
         builder: of the data set.
-        spec: where the files are, and how images are decoded, with which they are checked.
+        spec: where the files are, and how images are decoded to check them.
         split: its name.
-        found: what is there; sizes and times of the files are a part of the name.
+        files: the pairs; paths, sizes and times of the files go into the hash.
         label_map: the values that masks may hold.
-        read_mask: a mask file's content and name to pixel values.
-        table: what `read_mask` translates by.
+        read_mask: content and name of a mask file to pixel values.
+        table: what `read_mask` converts by, for the hash.
     """
-    stamps = [(pair.name, file_stamp(pair.image), file_stamp(pair.mask)) for pair in found.pairs]
-    check = partial(check_files, label_map=label_map, read_mask=read_mask, decoding=spec.decoding)
-    checks = [partial(check, pair.name, pair.image, pair.mask) for pair in found.pairs]
+    stamps = [(pair.name, file_stamp(pair.image), file_stamp(pair.mask)) for pair in files.pairs]
+    check = partial(check_files, raw_format=RawFormat(label_map, read_mask, spec.decoding))
+    checks = [partial(check, pair.name, pair.image, pair.mask) for pair in files.pairs]
     return SplitConfig(
         builder=builder,
-        name=name_by_hash(split, label_map, spec.decoding, table, stamps, found.findings),
+        name=name_by_hash(split, label_map, spec.decoding, table, stamps, files.findings),
         description=f"the data of {spec.root or spec.name}",
         split=split,
-        raw=RawSplit(checks, found.findings, found.elsewhere),
-        records=partial(_read_pairs, found.pairs, read_mask),
+        raw=RawSplit(checks, files.findings, files.hints),
+        records=partial(_read_pairs, files.pairs, read_mask),
         label_map=label_map,
     )
 
 
-def name_by_hash(split: str, label_map: LabelMap, *facts: Any) -> str:
-    """A name for a split that is another one where its mask values or any of the facts are."""
-    described = repr((split, sorted(label_map.train_ids.items()), *facts))
-    return f"{split}_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+def name_by_hash(split: str, label_map: LabelMap, *inputs: Any) -> str:
+    """The split's name with a hash of its mask values and of all else that preparing depends on."""
+    text = repr((split, sorted(label_map.train_ids.items()), *inputs))
+    return f"{split}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def check_splits(title: str, splits: Splits, label_map: LabelMap) -> None:
-    """Reads every example of some splits to its end; the log has what is worth a warning.
+    """Decodes every example of some splits, and logs warnings.
 
     Raises:
-        InputError: lists all that is wrong.
+        InputError: lists all errors.
     """
     audits = {name: audit_split(raw, label_map, name) for name, raw in splits.items()}
-    findings = [found for split, audit in audits.items() for found in told_once(audit, split)]
-    findings += general_findings(audits, label_map)
+    findings = [
+        finding for name, audit in audits.items() for finding in merge_color_findings(audit, name)
+    ]
+    findings += dataset_findings(audits, label_map)
     problems = dict.fromkeys(finding.message for finding in findings if finding.is_error)
     if problems:
         text = listed(title, list(problems))
-        raise InputError(f"{text}\n--mode=audit lists all, with what mends each kind")
+        raise InputError(f"{text}\n--mode=audit lists all, with a remedy for each kind")
     messages = [finding.message for finding in findings]
-    for message in messages[:WARNINGS_SHOWN]:
+    for message in messages[:MAX_WARNINGS]:
         log.warning(message)
-    if len(messages) > WARNINGS_SHOWN:
-        log.warning(f"and {len(messages) - WARNINGS_SHOWN} more warnings, see --mode=audit")
+    if len(messages) > MAX_WARNINGS:
+        log.warning(f"and {len(messages) - MAX_WARNINGS} more warnings, see --mode=audit")
 
 
 def file_stamp(path: Path) -> tuple[str, int, int]:
-    """Path, size and time of a file, which tell it from a changed one; zeros: it cannot be read."""
+    """Path, size and modification time, by which a changed file is recognised; 0: unreadable."""
     location = str(path.absolute())
     try:
         status = path.stat()
-    except OSError:  # which the checks name
+    except OSError:  # which checking the file reports
         return location, 0, 0
     return location, status.st_size, status.st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""CamVid street scenes: SegNet's index masks, or the original's colour masks in its classes."""
+"""CamVid street scenes: SegNet's index masks, or the original colour masks in SegNet's classes."""
 
 import os
 import re
@@ -17,11 +17,11 @@ from contrastseg_jax.data.builders.base import (
     pairs_config,
 )
 from contrastseg_jax.data.builders.pairs import (
-    Found,
     Pair,
+    SplitFiles,
+    find_path,
     list_files,
     match_files,
-    on_disk,
     read_lines,
 )
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
@@ -49,8 +49,8 @@ CLASSES = {
     "Pedestrian": (64, 64, 0),
     "Bicyclist": (0, 128, 192),
 }
-# The original's 32 classes: the colour of each in its masks (label_colors.txt), by what it becomes.
-# SegNet published masks, not the rule; this is that of MATLAB's example, which follows SegNet.
+# The colours of the original's 32 classes (label_colors.txt), grouped by the class they become.
+# SegNet published masks, not the mapping; this is that of MATLAB's example, which follows SegNet.
 COLORS = {
     "Sky": {"Sky": (128, 128, 128)},
     "Building": {
@@ -94,10 +94,10 @@ COLORS = {
     "Bicyclist": {"Bicyclist": (0, 128, 192), "MotorcycleScooter": (192, 0, 192)},
     "Void": {"Void": (0, 0, 0)},
 }
-# Seq05VD_f02610_L.png has 175 pixels of colours that mean nothing: 0.03 %.
-UNKNOWN_SHARE = 0.001
-# Of a list: an image and a mask. Names may have spaces, so the image ends at its suffix.
-TWO_PATHS = re.compile(
+# Seq05VD_f02610_L.png has 175 pixels of undefined colours: 0.03 %.
+MAX_UNKNOWN_SHARE = 0.001
+# A line "image mask" of a list. Names may have spaces, so the image ends at its suffix.
+IMAGE_AND_MASK = re.compile(
     rf"(.+?(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))\s+(.+)", re.IGNORECASE
 )
 
@@ -113,7 +113,7 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """What lies below `spec.root` for a split."""
+    """The files of a split below `spec.root`."""
     root = data_root(spec)
     if os.path.isdir(root / ORIGINAL_MASKS):
         found, read_mask = _find_original(root, split), read_color_mask
@@ -123,10 +123,10 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
 
 
 def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
-    """SegNet's mask values for a colour mask of the original; a few unknown colours are void.
+    """A colour mask of the original as SegNet's mask values; a few unknown colours become void.
 
     Raises:
-        InputError: it has more than a few.
+        InputError: more than `MAX_UNKNOWN_SHARE` of the pixels have an unknown colour.
     """
     red, green, blue = np.moveaxis(decode_image(data, name).astype(np.uint32), -1, 0)
     table = np.full(1 << 24, IGNORE_LABEL, np.uint8)
@@ -135,7 +135,7 @@ def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
             table[r << 16 | g << 8 | b] = value
     mask = table[red << 16 | green << 8 | blue]
     unknown = mask == IGNORE_LABEL
-    if unknown.mean() > UNKNOWN_SHARE:
+    if unknown.mean() > MAX_UNKNOWN_SHARE:
         raise InputError(
             f"{name}: {unknown.sum()} of {mask.size} pixels have a colour of none of CamVid's 32"
             " classes"
@@ -145,24 +145,21 @@ def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
 
 
 def split_of(name: str) -> str | None:
-    """The split of a frame of the original, as SegNet has it: by sequence and time.
-
-    None: the name is that of none of the four sequences.
-    """
-    found = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", name)
-    if not found:
+    """SegNet's split of a frame of the original, by sequence and time; None: not such a frame."""
+    match = re.fullmatch(r"(0001TP|0006R0|0016E5|Seq05VD)_f?(\d+)", name)
+    if not match:
         return None
-    sequence, frame = found[1], int(found[2])
+    sequence, frame = match[1], int(match[2])
     if sequence == "Seq05VD" or (sequence == "0001TP" and frame >= 8550):
         return "test"
     return "val" if sequence == "0016E5" and 7959 <= frame <= 8159 else "train"
 
 
-def _find_original(root: Path, split: str) -> Found:
+def _find_original(root: Path, split: str) -> SplitFiles:
     images, masks = root / ORIGINAL_IMAGES, root / ORIGINAL_MASKS
-    if any(os.path.exists(root / f"{listed}.txt") for listed in SPLITS):
+    if any(os.path.exists(root / f"{name}.txt") for name in SPLITS):
         listing, endings = root / f"{split}.txt", {"image_ending": ".png", "mask_ending": "_L.png"}
-        return list_files(listing, images, masks, **endings, name_of=_frame)
+        return list_files(listing, images, masks, **endings, parse_name=_frame_name)
     found = match_files(images, masks, mask_ending="_L.png")
     pairs = [pair for pair in found.pairs if split_of(pair.name) == split]
     strays = [
@@ -175,34 +172,34 @@ def _find_original(root: Path, split: str) -> Found:
         for pair in found.pairs
         if split_of(pair.name) is None
     ]
-    # What is of no split is told with the first.
+    # Findings that belong to no split are reported with the first.
     findings = [
         finding
         for finding in (*found.findings, *strays)
         if split == (split_of(Path(finding.file).stem.removesuffix("_L")) or SPLITS[0])
     ]
-    return Found(pairs, findings)
+    return SplitFiles(pairs, findings)
 
 
-def _find_segnet(root: Path, split: str) -> Found:
+def _find_segnet(root: Path, split: str) -> SplitFiles:
     listing = root / f"{split}.txt"
     if not os.path.exists(listing):
         return match_files(root / split, root / f"{split}annot")
     pairs, (lines, findings) = [], read_lines(listing)
     for number, line in enumerate(lines, start=1):
-        paths = TWO_PATHS.fullmatch(line)
+        paths = IMAGE_AND_MASK.fullmatch(line)
         if paths:
             image, mask = (
-                on_disk(root, path.removeprefix(HISTORICAL_PREFIX)) for path in paths.groups()
+                find_path(root, path.removeprefix(HISTORICAL_PREFIX)) for path in paths.groups()
             )
             pairs.append(Pair(image.stem, image, mask))
         elif line:
             message = f'{listing}, line {number}: "image mask" is expected, found "{line}"'
             findings.append(Finding("layout", str(listing), message))
-    return Found(pairs, findings)
+    return SplitFiles(pairs, findings)
 
 
-def _frame(line: str) -> str:
-    """The name in a line of a list; SegNet's lists "image mask" serve as well."""
-    paths = TWO_PATHS.fullmatch(line)
+def _frame_name(line: str) -> str:
+    """The name in a line of a list, which may be a line "image mask" of SegNet's lists."""
+    paths = IMAGE_AND_MASK.fullmatch(line)
     return Path(paths[1] if paths else line).stem

@@ -1,7 +1,7 @@
-"""Cityscapes street scenes: gtFine, and train_extra of gtCoarse where it is.
+"""Cityscapes street scenes: gtFine, and train_extra of gtCoarse where present.
 
-The published masks of `test` have no class at all (ids 0 to 3), so a score on it is NaN: what the
-benchmark's server takes are the masks that `--mode=predict` writes, which hold label ids.
+The published masks of `test` hold no class (ids 0 to 3 only), so its scores are NaN. To the
+benchmark's server one submits the masks that `--mode=predict` writes, which hold label ids.
 """
 
 import os
@@ -14,7 +14,7 @@ from contrastseg_jax.data.builders.base import (
     data_root,
     pairs_config,
 )
-from contrastseg_jax.data.builders.pairs import Found, match_files
+from contrastseg_jax.data.builders.pairs import SplitFiles, match_files
 from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -44,7 +44,7 @@ CLASSES = {
     "motorcycle": (32, (0, 0, 230)),
     "bicycle": (33, (119, 11, 32)),
 }
-# Licence plates have the id -1. The official tools draw none of them; others store 255.
+# Licence plates have the id -1. The official tools do not draw them; others store 255.
 LABEL_IDS = (*range(34), 255)
 
 
@@ -61,16 +61,16 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """What lies below `spec.root` for a split."""
+    """The files of a split below `spec.root`."""
     found = _find(data_root(spec), split)
     return pairs_config(Cityscapes, spec, split, found, label_map(spec))
 
 
-def _find(root: Path, split: str) -> Found:
+def _find(root: Path, split: str) -> SplitFiles:
     annotation = "gtCoarse" if split == "train_extra" else "gtFine"
     images, masks = root / "leftImg8bit" / split, root / annotation / split
     if split in ("test", "train_extra") and not os.path.isdir(images):
-        return Found()  # optional, though the masks of all splits come in one archive
+        return SplitFiles()  # these are optional, though the masks of all come in one archive
     return match_files(
         images,
         masks,

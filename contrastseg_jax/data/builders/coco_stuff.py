@@ -18,7 +18,7 @@ from contrastseg_jax.data.builders.base import (
     pairs_config,
 )
 from contrastseg_jax.data.builders.folders import match_folders
-from contrastseg_jax.data.builders.pairs import Found, list_files
+from contrastseg_jax.data.builders.pairs import SplitFiles, list_files
 from contrastseg_jax.data.images import decode_mask, decode_mat
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -72,7 +72,7 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """What lies below `spec.root` for a split."""
+    """The files of a split below `spec.root`."""
     if spec.name == "coco_stuff10k":
         found, read_mask = _find_10k(data_root(spec), split), read_mat_mask
     else:
@@ -85,14 +85,14 @@ def read_mat_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
     return decode_mat(data, name, "S", NUM_LABELS).astype(np.uint8)
 
 
-def _find_10k(root: Path, split: str) -> Found:
+def _find_10k(root: Path, split: str) -> SplitFiles:
     listing = root / "imageLists" / LISTS_10K[split]
     images, masks = root / "images", root / "annotations"
     return list_files(listing, images, masks, image_ending=".jpg", mask_ending=".mat")
 
 
-def _find_164k(spec: DatasetSpec, split: str) -> Found:
+def _find_164k(spec: DatasetSpec, split: str) -> SplitFiles:
     found = match_folders(spec, FOLDERS, split)
-    # What mmsegmentation's converter writes beside the masks are none of ours.
-    ours = [pair for pair in found.pairs if not pair.name.endswith("_labelTrainIds")]
-    return replace(found, pairs=ours)
+    # Not the masks that mmsegmentation's converter writes beside them.
+    pairs = [pair for pair in found.pairs if not pair.name.endswith("_labelTrainIds")]
+    return replace(found, pairs=pairs)

@@ -23,11 +23,11 @@ class Folder(RecordBuilder):
 
 
 def label_map(spec: DatasetSpec) -> LabelMap:
-    """Class i has the i-th mask value, counting from 0 and leaving out `spec.ignore_values`.
+    """Class i has the i-th mask value, counted from 0 without those in `spec.ignore_values`.
 
     Raises:
-        InputError: no class is named, or more than there are mask values; or a value to ignore is
-            none that a mask can have.
+        InputError: no class is named, or more than there are mask values, or a value to ignore
+            lies outside 0..255.
     """
     if not all(0 <= value <= 255 for value in spec.ignore_values):
         raise InputError(f"data.ignore_values = {spec.ignore_values}: must lie in 0..255")
@@ -44,5 +44,5 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """What lies below `spec.root` for a split."""
+    """The files of a split below `spec.root`."""
     return pairs_config(Folder, spec, split, match_folders(spec, FOLDERS, split), label_map(spec))

@@ -1,4 +1,4 @@
-"""Data sets of two folders per split: what is in them, and what lies elsewhere by mistake."""
+"""Data sets of two folders per split: their pairs, and hints on files in the wrong folder."""
 
 import os
 import shlex
@@ -7,65 +7,71 @@ from dataclasses import replace
 from pathlib import Path
 
 from contrastseg_jax.data.builders.base import DatasetSpec, data_root
-from contrastseg_jax.data.builders.pairs import Found, match_files
+from contrastseg_jax.data.builders.pairs import SplitFiles, match_files
 from contrastseg_jax.data.images import IMAGE_SUFFIXES
 
-Folders = Mapping[str, tuple[str, str]]  # of each split: images, masks, below the root
+Folders = Mapping[str, tuple[str, str]]  # by split: images, masks, below the root
 
-IMAGES, MASKS = BOTH = (0, 1)  # places in a pair of folders
-# What people call these folders, and those of splits: beginnings, in lower case.
-SIDES = (
+IMAGES, MASKS = BOTH = (0, 1)  # indices in a pair of folders
+# How names of such folders begin, and those of splits, in lower case.
+SIDE_PREFIXES = (
     ("image", "img", "jpegimages", "leftimg8bit", "photo", "picture", "rgb", "input"),
     ("label", "mask", "annot", "gt", "ground", "segm", "target"),
 )
-STEMS = {"train": ("train", "trn"), "val": ("val", "dev", "eval"), "test": ("test", "tst")}
-DEPTH = 2  # of the folders that are looked through for what is misplaced
-MANY = 200  # folders, of which no more are looked through
+SPLIT_PREFIXES = {"train": ("train", "trn"), "val": ("val", "dev", "eval"), "test": ("test", "tst")}
+MAX_DEPTH = 2  # of the folders that are searched for misplaced files
+MAX_FOLDERS = 200  # that are searched
 
 
-def match_folders(spec: DatasetSpec, folders: Folders, split: str) -> Found:
-    """The pairs of a split; where images or masks are absent, what lies where they may be meant."""
+def match_folders(spec: DatasetSpec, folders: Folders, split: str) -> SplitFiles:
+    """The pairs of a split; where images or masks are absent, hints on files elsewhere."""
     root = data_root(spec)
     images, masks = folders[split]
     found = match_files(root / images, root / masks)
     if not found.pairs and not found.findings:
-        return replace(found, elsewhere=_misplaced(root, folders, split, BOTH))
-    side_of = {str(root / images): IMAGES, str(root / masks): MASKS}
+        return replace(found, hints=_misplaced_hints(root, folders, split, BOTH))
+    sides = {str(root / images): IMAGES, str(root / masks): MASKS}
     findings = []
     for finding in found.findings:
-        side, message = side_of.get(finding.file), finding.message
+        side, message = sides.get(finding.file), finding.message
         if side is not None and finding.kind in ("no_masks", "unpaired"):
-            message = "\n".join([message, *_misplaced(root, folders, split, (side,))])
+            message = "\n".join([message, *_misplaced_hints(root, folders, split, (side,))])
         findings.append(replace(finding, message=message))
     return replace(found, findings=findings)
 
 
-def _misplaced(root: Path, folders: Folders, split: str, sides: tuple[int, ...]) -> list[str]:
-    """A line for each folder whose files may be those of the split."""
-    lines, flat = [], set()
-    for path, number in _folders_of_files(root):
+def _misplaced_hints(root: Path, folders: Folders, split: str, sides: tuple[int, ...]) -> list[str]:
+    """A line for each folder whose files may be meant for the split."""
+    lines, unsplit_sides = [], set()
+    for path, number in _image_folders(root):
         below = path.relative_to(root).parts
-        side = next((s for part in below for s in BOTH if _is_called(part, SIDES[s])), None)
-        theirs = next((s for part in below for s in STEMS if _is_called(part, STEMS[s])), None)
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        files = f"{number} {'masks' if side == MASKS else 'images'} lie in {shown}"
-        if theirs is None and (side in sides or side is None and sides == BOTH):
-            flat.add(side)
+        names = [part.lower() for part in below]
+        side = next((s for n in names for s in BOTH if n.startswith(SIDE_PREFIXES[s])), None)
+        named_split = next(
+            (s for n in names for s in SPLIT_PREFIXES if n.startswith(SPLIT_PREFIXES[s])), None
+        )
+        text = os.fsencode(path).decode(errors="backslashreplace")
+        files = f"{number} {'masks' if side == MASKS else 'images'} lie in {text}"
+        if named_split is None and (side in sides or side is None and sides == BOTH):
+            unsplit_sides.add(side)
             expected = " and ".join(folders[s][side or IMAGES] for s in folders if s != "test")
             lines.append(f"{files} itself; they must lie in {expected}")
-        elif theirs == split and side in sides and below != Path(folders[split][side]).parts:
+        elif named_split == split and side in sides and below != Path(folders[split][side]).parts:
             lines.append(f"{files}; did you mean {folders[split][side]}?")
-        elif theirs == split and side is None and IMAGES in sides:
+        elif named_split == split and side is None and IMAGES in sides:
             lines.append(f"{files}; images must lie in {folders[split][IMAGES]}")
-    if flat == {*BOTH}:
-        lines += ["To take every tenth for val and the others for train:", *_example(root, folders)]
+    if unsplit_sides == {*BOTH}:
+        lines += [
+            "To take every tenth for val and the others for train:",
+            *_split_commands(root, folders),
+        ]
     return lines
 
 
-def _folders_of_files(root: Path) -> Iterator[tuple[Path, int]]:
-    """Folders with the number of images that lie in each itself; they may be masks as well."""
+def _image_folders(root: Path) -> Iterator[tuple[Path, int]]:
+    """Folders that hold images, which may be masks, and how many each holds directly."""
     waiting, seen = [(root, 0)], 0
-    while waiting and seen < MANY:
+    while waiting and seen < MAX_FOLDERS:
         (folder, depth), seen = waiting.pop(0), seen + 1
         try:
             names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -74,21 +80,17 @@ def _folders_of_files(root: Path) -> Iterator[tuple[Path, int]]:
         number = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
         if number:
             yield folder, number
-        if depth < DEPTH:
+        if depth < MAX_DEPTH:
             waiting += [(folder / n, depth + 1) for n in names if os.path.isdir(folder / n)]
 
 
-def _is_called(part: str, stems: tuple[str, ...]) -> bool:
-    return part.lower().startswith(stems)
-
-
-def _example(root: Path, folders: Folders) -> list[str]:
-    """Two lines for a shell that deal out pairs which lie in one folder of images, one of masks."""
+def _split_commands(root: Path, folders: Folders) -> list[str]:
+    """Shell commands that split the pairs of one folder of images and one of masks."""
     (images, train), (masks, _) = (Path(path).parts for path in folders["train"])
     val = Path(folders["val"][0]).name
-    made = " ".join(f"{side}/{split}" for side in (images, masks) for split in (train, val))
+    new_folders = " ".join(f"{side}/{split}" for side in (images, masks) for split in (train, val))
     return [
-        f"  cd {shlex.quote(str(root))} && mkdir -p {made} && i=0",
+        f"  cd {shlex.quote(str(root))} && mkdir -p {new_folders} && i=0",
         f"  for m in {masks}/*.png; do s={train}; [ $((i % 10)) -eq 0 ] && s={val}; i=$((i + 1));"
         f' mv {images}/"$(basename "$m" .png)".* {images}/$s/; mv "$m" {masks}/$s/; done',
     ]

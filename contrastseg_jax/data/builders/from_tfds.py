@@ -1,7 +1,7 @@
-"""Any data set of TFDS that has an image and a mask, by its name there.
+"""Any data set of TFDS that has an image and a mask, by its name in TFDS.
 
-Its examples are copied as they are, still encoded, under the names of the record that all data sets
-have. Classes are named in the config, as for `folder`.
+Its examples are copied still encoded into the records that all data sets have. Classes are named in
+the config, as for `folder`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,14 @@ from typing import cast
 
 import tensorflow_datasets as tfds
 
-from contrastseg_jax.data.audit.examples import Checked, Finding, RawSplit, check_encoded
+from contrastseg_jax.data.audit.examples import (
+    CheckedExample,
+    EncodedExample,
+    Finding,
+    RawFormat,
+    RawSplit,
+    check_encoded,
+)
 from contrastseg_jax.data.builders import folder
 from contrastseg_jax.data.builders.base import (
     DatasetSpec,
@@ -22,8 +29,6 @@ from contrastseg_jax.data.builders.base import (
     file_stamp,
     name_by_hash,
 )
-from contrastseg_jax.data.images import Decoding
-from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.errors import InputError, listed
 
 SPLITS = ("train", "val")
@@ -35,63 +40,65 @@ class FromTfds(RecordBuilder, skip_registration=True):
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """A split of `spec.dataset`, which TFDS keeps in `spec.root` or its own folder.
+    """A split of `spec.dataset`, which TFDS keeps in `spec.root` or in its default folder.
 
     Raises:
-        InputError: there is no such data set or split, it cannot be prepared or read here, or has
-            no such image or mask.
+        InputError: there is no such data set or split, it cannot be prepared or read, or it has no
+            such image or mask.
     """
     source = _prepared_source(spec)
     check_features(spec, source)
-    theirs = {"train": spec.train_split, "val": spec.val_split}[split]
-    encoded = dict.fromkeys(_pictures(source), tfds.decode.SkipDecoding())
-    with _named_errors(f"{_title(source)}, {theirs}"):
-        examples = source.as_data_source(theirs, decoders=encoded)  # pyright: ignore[reportCallIssue]
+    source_split = {"train": spec.train_split, "val": spec.val_split}[split]
+    encoded = dict.fromkeys(_image_features(source), tfds.decode.SkipDecoding())
+    with _named_errors(f"{_title(source)}, {source_split}"):
+        examples = source.as_data_source(source_split, decoders=encoded)  # pyright: ignore[reportCallIssue]
     stamps = [file_stamp(path) for path in sorted(Path(source.data_dir).iterdir())]
     features = spec.image_feature, spec.label_feature
-    title, classes = f"{source.info.full_name} {theirs}", label_map(spec)
-    check = partial(_check, examples, *features, title, classes, spec.decoding)
+    title, classes = f"{source.info.full_name} {source_split}", label_map(spec)
+    raw_format = RawFormat(classes, decoding=spec.decoding)
+    check = partial(_check, examples, features=features, title=title, raw_format=raw_format)
     return SplitConfig(
         builder=FromTfds,
         name=name_by_hash(
-            *(split, classes, source.info.full_name, theirs, features, spec.decoding, stamps)
+            *(split, classes, source.info.full_name, source_split, features, spec.decoding, stamps)
         ),
         description=_title(source),
         split=split,
         raw=RawSplit([partial(check, index) for index in range(len(examples))]),
-        records=partial(_copy, examples, *features),
+        records=partial(_copy, examples, features=features),
         label_map=classes,
     )
 
 
 def check_features(spec: DatasetSpec, source: tfds.core.DatasetBuilder) -> None:
-    """Raise an error that lists the features that are missing or no pictures."""
-    pictures = _pictures(source)
+    """Raise an error that lists the chosen features that are missing or are not images."""
+    image_features = _image_features(source)
     chosen = {"image": spec.image_feature, "label": spec.label_feature}
     problems = [
-        f"data.tfds.{setting}_feature = '{key}': must be one of its pictures, {', '.join(pictures)}"
+        f"data.tfds.{setting}_feature = '{key}': must be one of its pictures,"
+        f" {', '.join(image_features)}"
         for setting, key in chosen.items()
-        if key not in pictures
+        if key not in image_features
     ]
     if problems:
         raise listed(_title(source), problems)
 
 
 def _prepared_source(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
-    """The data set as TFDS has prepared it, now if need be. What is damaged is left as it is."""
+    """The data set as prepared by TFDS, which is done now if necessary; damage is not repaired."""
     title = f"data.tfds.dataset = '{spec.dataset}'"
     try:
         source = tfds.builder(spec.dataset, data_dir=data_root(spec) if spec.root else None)
     except tfds.core.DatasetNotFoundError as error:
         raise InputError(f"{title}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # of several classes, where a file of it is garbled
+    except Exception as error:  # of several classes, where one of its files is malformed
         where = spec.root or "TFDS's own folder"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{title}: what TFDS has of it in {where} is damaged: {reason}") from error
     with _named_errors(_title(source)):
         if not source.is_prepared():
             source.download_and_prepare(file_format="array_record")
-    if not source.is_prepared():  # TFDS takes a folder for prepared that holds nothing
+    if not source.is_prepared():  # TFDS skips preparing where the folder exists, even empty
         raise InputError(
             f"{_title(source)}: {source.data_dir} lacks its json files; delete that folder to have"
             " it prepared again"
@@ -101,7 +108,7 @@ def _prepared_source(spec: DatasetSpec) -> tfds.core.DatasetBuilder:
 
 @contextmanager
 def _named_errors(title: str) -> Iterator[None]:
-    """What TFDS raises where it cannot prepare or read, as an error that says of what."""
+    """Errors of TFDS while preparing or reading, as an InputError that names the data set."""
     try:
         yield
     except ImportError as error:
@@ -119,33 +126,32 @@ def _title(source: tfds.core.DatasetBuilder) -> str:
 
 def _check(
     examples: Sequence,
-    image_feature: str,
-    label_feature: str,
-    title: str,
-    classes: LabelMap,
-    decoding: Decoding,
     index: int,
-) -> Checked:
+    *,
+    features: tuple[str, str],
+    title: str,
+    raw_format: RawFormat,
+) -> CheckedExample:
     name = f"{index:06d}"
     title = f"{title}, example {name}"
     image_file, mask_file = f"{title}, image", f"{title}, mask"
     try:
         example = examples[index]
-    except Exception as error:  # of several classes, whose texts are those of C++
+    except Exception as error:  # of several classes, with messages from C++
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"{title}: cannot be read, what TFDS has prepared is damaged: {reason}"
         finding = Finding("unreadable", title, message)
-        return Checked(name, image_file, mask_file, findings=(finding,))
-    image, label = example[image_feature], example[label_feature]
-    return check_encoded(name, image, label, image_file, mask_file, classes, decoding=decoding)
+        return CheckedExample(name, image_file, mask_file, findings=(finding,))
+    image, label = (example[feature] for feature in features)
+    return check_encoded(EncodedExample(name, image_file, mask_file, image, label), raw_format)
 
 
-def _copy(examples: Sequence, image_feature: str, label_feature: str) -> Iterator[dict]:
+def _copy(examples: Sequence, features: tuple[str, str]) -> Iterator[dict]:
     for index, example in enumerate(examples):
-        image, label = example[image_feature], example[label_feature]
+        image, label = (example[feature] for feature in features)
         yield {"image": image, "label": label, "name": f"{index:06d}"}
 
 
-def _pictures(source: tfds.core.DatasetBuilder) -> list[str]:
+def _image_features(source: tfds.core.DatasetBuilder) -> list[str]:
     features = cast(tfds.features.FeaturesDict, source.info.features)
     return [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]

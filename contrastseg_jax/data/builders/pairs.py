@@ -1,6 +1,6 @@
-"""Which image file and which mask file of a data set belong together, and which to no other.
+"""Pairs the image files and the mask files of a split, and finds files that make no clear pair.
 
-Files are found by their names, in folders or in lists; none is opened but the lists.
+Files are found by their names, in folders or in lists; only the lists are opened.
 """
 
 import os
@@ -16,7 +16,7 @@ from contrastseg_jax.data.walk import files_below, unreadable
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and its mask file, as they should be: one of them may be missing."""
+    """The paths of an image file and its mask file; one of the files may be missing."""
 
     name: str
     image: Path
@@ -24,12 +24,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The files of a split: clear pairs, and what is wrong with those that make none."""
+class SplitFiles:
+    """The files of a split: clear pairs, and what is wrong with files that make none."""
 
     pairs: list[Pair] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)  # of none: what lies where it may be meant
+    hints: list[str] = field(
+        default_factory=list
+    )  # if there are no files: others that may be meant
 
 
 def match_files(
@@ -38,43 +40,34 @@ def match_files(
     *,
     image_endings: tuple[str, ...] = IMAGE_SUFFIXES,
     mask_ending: str = ".png",
-) -> Found:
+) -> SplitFiles:
     """Pairs of equal path without ending below the two folders, sorted by that path.
 
-    Letters with accents may be written in one character or in two (Unicode's NFC and NFD): for
-    names these are the same. Links to folders are followed, hidden files and folders left out.
-    An image or mask alone is a pair too, whose other file will be found missing. What makes no pair
-    is a finding: folders that are absent or cannot be read, images none of which has a mask, names
-    that two images share or that are no UTF-8, files of another suffix where one is missing.
+    Names that differ only in their Unicode form (NFC, NFD) are the same. Links to folders are
+    followed, hidden files and folders left out. An image or mask alone is a pair too, whose other
+    file will be found missing. Findings are folders that are absent or cannot be read, images of
+    which none has a mask, names that two images share or that are not UTF-8, and files of another
+    suffix where one is missing.
     """
     findings: list[Finding] = []
-    of_images = _read_side("images", images, image_endings, findings)
-    of_masks = _read_side("masks", masks, (mask_ending,), findings)
-    names = of_images.files.keys() | of_masks.files.keys()
-    convertible = of_masks.others.keys() & of_images.files.keys()
-    if of_images.files and not (findings or of_masks.files or convertible):
-        first = masks / f"{min(of_images.files)}{mask_ending}"
-        state = f"holds none such as {first}" if masks.is_dir() else "no such folder"
-        message = (
-            f"{masks}: {state}, for the masks of {images}; images without masks can be predicted,"
-            " not trained on or scored"
-        )
-        return Found(findings=[Finding("no_masks", str(masks), message)])
-    if findings:  # what is missing may lie in a folder that cannot be read
-        names = of_images.files.keys() & of_masks.files.keys()
-    if names and not findings and not images.is_dir():
-        message = f"{images}: no such folder, for the images of {masks}"
-        return Found(findings=[Finding("unpaired", str(images), message)])
-    missing = image_endings[0] if len(image_endings) == 1 else ".*"
+    image_side = _read_side("images", images, image_endings, findings)
+    mask_side = _read_side("masks", masks, (mask_ending,), findings)
+    if findings:  # a missing file may lie in a folder that cannot be read
+        names = image_side.files.keys() & mask_side.files.keys()
+    else:
+        names = image_side.files.keys() | mask_side.files.keys()
+        if missing := _missing_folder(image_side, mask_side):
+            return SplitFiles(findings=[missing])
     pairs = []
+    image_ending = image_endings[0] if len(image_endings) == 1 else ".*"
     for name in sorted(names):
-        faults = _faults(name, of_images, of_masks)
+        faults = _name_findings(name, image_side, mask_side)
         if not faults:
-            image = of_images.files.get(name, [images / f"{name}{missing}"])[0]
-            mask = of_masks.files.get(name, [masks / f"{name}{mask_ending}"])[0]
+            image = image_side.files.get(name, [images / f"{name}{image_ending}"])[0]
+            mask = mask_side.files.get(name, [masks / f"{name}{mask_ending}"])[0]
             pairs.append(Pair(name, image, mask))
         findings += faults
-    return Found(pairs, findings)
+    return SplitFiles(pairs, findings)
 
 
 def list_files(
@@ -84,24 +77,24 @@ def list_files(
     *,
     image_ending: str,
     mask_ending: str,
-    name_of: Callable[[str], str] = str,
-) -> Found:
-    """The pairs whose names a list has, in its order; `name_of` is the name in a line."""
+    parse_name: Callable[[str], str] = str,
+) -> SplitFiles:
+    """The pairs whose names a list has, in its order; `parse_name` finds the name in a line."""
     lines, findings = read_lines(listing)
-    names = [name_of(line) for line in lines if line]
+    names = [parse_name(line) for line in lines if line]
     pairs = [
         Pair(
             unicodedata.normalize("NFC", name),
-            on_disk(images, f"{name}{image_ending}"),
-            on_disk(masks, f"{name}{mask_ending}"),
+            find_path(images, f"{name}{image_ending}"),
+            find_path(masks, f"{name}{mask_ending}"),
         )
         for name in names
     ]
-    return Found(pairs, findings)
+    return SplitFiles(pairs, findings)
 
 
-def on_disk(folder: Path, name: str) -> Path:
-    """The file of a name in a list, which may be written in another Unicode form than on disk."""
+def find_path(folder: Path, name: str) -> Path:
+    """The path of a name in a list, whose Unicode form (NFC, NFD) may differ from the file's."""
     path = folder / name
     if name.isascii() or os.path.exists(path):
         return path
@@ -113,8 +106,8 @@ def on_disk(folder: Path, name: str) -> Path:
 
 
 def read_lines(path: Path) -> tuple[list[str], list[Finding]]:
-    """The lines of a list of files, and why it cannot be read; neither if there is no such list."""
-    try:  # with or without the mark that some editors put first
+    """The lines of a list, and why it cannot be read; neither if there is no such list."""
+    try:  # with or without a byte order mark
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines()], []
     except (FileNotFoundError, NotADirectoryError):
         return [], []
@@ -129,16 +122,16 @@ def read_lines(path: Path) -> tuple[list[str], list[Finding]]:
 class _Side:
     """The images of a split, or its masks."""
 
-    what: str  # "images" or "masks"
+    kind: str  # "images" or "masks"
     folder: Path
     endings: tuple[str, ...]
-    files: dict[str, list[Path]]  # by path below the folder without ending; more than one: unclear
-    others: dict[str, Path]  # of another suffix
+    files: dict[str, list[Path]]  # by path below the folder without ending; several: ambiguous
+    others: dict[str, Path]  # files of another suffix
 
 
-def _read_side(what: str, folder: Path, endings: tuple[str, ...], findings: list[Finding]) -> _Side:
-    """Sorts the files below a folder; appends to `findings`."""
-    side = _Side(what, folder, endings, {}, {})
+def _read_side(kind: str, folder: Path, endings: tuple[str, ...], findings: list[Finding]) -> _Side:
+    """The files below a folder by name; appends to `findings`."""
+    side = _Side(kind, folder, endings, {}, {})
     for path in files_below(folder, findings):
         below = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
         ending = next((e for e in endings if below.lower().endswith(e.lower())), "")
@@ -152,22 +145,40 @@ def _read_side(what: str, folder: Path, endings: tuple[str, ...], findings: list
     return side
 
 
-def _faults(name: str, *sides: _Side) -> list[Finding]:
+def _missing_folder(image_side: _Side, mask_side: _Side) -> Finding | None:
+    """The finding where images have no masks at all, or masks no folder of images."""
+    images, masks = image_side.folder, mask_side.folder
+    convertible = mask_side.others.keys() & image_side.files.keys()
+    if image_side.files and not (mask_side.files or convertible):
+        first = masks / f"{min(image_side.files)}{mask_side.endings[0]}"
+        state = f"holds none such as {first}" if masks.is_dir() else "no such folder"
+        message = (
+            f"{masks}: {state}, for the masks of {images}; images without masks can be predicted,"
+            " not trained on or scored"
+        )
+        return Finding("no_masks", str(masks), message)
+    if mask_side.files and not images.is_dir():
+        message = f"{images}: no such folder, for the images of {masks}"
+        return Finding("unpaired", str(images), message)
+    return None
+
+
+def _name_findings(name: str, *sides: _Side) -> list[Finding]:
     """Why the files of a name make no clear pair."""
     if name.encode(errors="ignore").decode() != name:
         files = [file for side in sides for file in side.files.get(name, [])]
-        shown = [os.fsencode(file).decode(errors="backslashreplace") for file in files]
-        return [Finding("encoding", file, f"{file}: the name must be UTF-8") for file in shown]
-    faults = []
+        texts = [os.fsencode(file).decode(errors="backslashreplace") for file in files]
+        return [Finding("encoding", text, f"{text}: the name must be UTF-8") for text in texts]
+    findings = []
     for side in sides:
         files = side.files.get(name, [])
         for file in files[1:]:
             message = f"{file}: same name without suffix as {files[0]}"
             if file.with_suffix("") != files[0].with_suffix(""):
                 message = f"{file}: same name as {files[0]} in another Unicode form (NFC, NFD)"
-            faults.append(Finding("layout", str(file), message))
+            findings.append(Finding("layout", str(file), message))
         if not files and name in side.others:
             file = side.others[name]
-            message = f"{file}: is a {file.suffix}; {side.what} must be {', '.join(side.endings)}"
-            faults.append(Finding("suffix", str(file), message))
-    return faults
+            message = f"{file}: is a {file.suffix}; {side.kind} must be {', '.join(side.endings)}"
+            findings.append(Finding("suffix", str(file), message))
+    return findings

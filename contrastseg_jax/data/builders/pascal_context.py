@@ -1,9 +1,9 @@
 """PASCAL-Context: the whole scenes of VOC2010's photographs, in the 59 most frequent labels.
 
-Masks are either PNGs of 59 classes (SegmentationClassContext, as mmsegmentation has them and the
-paper's code: 0 is background, classes count from 1 in alphabetical order) or the official MATLAB
-files of all 459 labels, which are turned into such PNGs. PNGs that count in the order of the
-official 59_labels.txt (59_context_labels) do not fit: it is another order.
+Masks are either PNGs of 59 classes (SegmentationClassContext, as in mmsegmentation and the paper's
+code: 0 is background, classes count from 1 in alphabetical order) or the official MATLAB files of
+all 459 labels, which are converted to such PNGs. PNGs in the order of the official 59_labels.txt
+(59_context_labels) are not supported, because that order is another one.
 """
 
 import os
@@ -19,7 +19,7 @@ from contrastseg_jax.data.builders.base import (
     data_root,
     pairs_config,
 )
-from contrastseg_jax.data.builders.pairs import Found, list_files
+from contrastseg_jax.data.builders.pairs import SplitFiles, list_files
 from contrastseg_jax.data.images import decode_mask, decode_mat
 from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -29,8 +29,8 @@ names in train.txt, val.txt below ImageSets/SegmentationContext/ or else ImageSe
 SPLITS = ("train", "val")
 NUM_LABELS = 459
 BACKGROUND = 0
-# The classes by their number among the 459 labels (labels.txt). By name alone one does not get from
-# there to 59_labels.txt, which calls table, bedclothes and cloth otherwise.
+# The classes with their numbers among the 459 labels (labels.txt). They cannot be matched to
+# 59_labels.txt by name, because that has other names for table, bedclothes and cloth.
 NUMBERED = split_names(
     """
 aeroplane 2, bag 9, bed 18, bedclothes 19, bench 22, bicycle 23, bird 25, boat 31, book 33,
@@ -57,7 +57,7 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """What lies below `spec.root`, which is the folder VOC2010, for a split."""
+    """The files of a split below `spec.root`, which is the folder VOC2010."""
     root = data_root(spec)
     read_mask = decode_mask if _has_pngs(root) else read_mat_mask
     found = _find(root, split)
@@ -73,7 +73,7 @@ def read_mat_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
     return table[decode_mat(data, name, "LabelMap", NUM_LABELS)]
 
 
-def _find(root: Path, split: str) -> Found:
+def _find(root: Path, split: str) -> SplitFiles:
     lists = root / "ImageSets" / "SegmentationContext"
     if not os.path.isdir(lists):
         lists = root / "ImageSets" / "Main"

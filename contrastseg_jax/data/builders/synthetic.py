@@ -7,7 +7,13 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.audit.examples import Checked, RawSplit, check_encoded
+from contrastseg_jax.data.audit.examples import (
+    CheckedExample,
+    EncodedExample,
+    RawFormat,
+    RawSplit,
+    check_encoded,
+)
 from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, SplitConfig
 from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.data.labels import LabelMap, default_palette
@@ -28,7 +34,7 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """The scenes of a split; one depends on split, index, size and the number of classes."""
+    """The scenes of a split, each a function of split, index, size and number of classes."""
     seed = SPLITS.index(split)
     count, (height, width) = spec.num_examples[seed], spec.image_size
     check = partial(_check, spec, seed)
@@ -82,9 +88,10 @@ def _record(spec: DatasetSpec, seed: int, index: int) -> dict:
     return {"image": encode_png(image), "label": encode_png(label), "name": f"{index:06d}"}
 
 
-def _check(spec: DatasetSpec, seed: int, index: int) -> Checked:
+def _check(spec: DatasetSpec, seed: int, index: int) -> CheckedExample:
     record = _record(spec, seed, index)
     name = record["name"]
-    return check_encoded(
-        name, record["image"], record["label"], f"image {name}", f"mask {name}", label_map(spec)
+    example = EncodedExample(
+        name, f"image {name}", f"mask {name}", record["image"], record["label"]
     )
+    return check_encoded(example, RawFormat(label_map(spec)))
