@@ -12,21 +12,16 @@ from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
-from contrastseg_jax.models.backbones.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.models.zoo import NETWORKS
 from contrastseg_jax.setup.setup import image_format
-from contrastseg_jax.structs import IMAGENET, ImageFormat
+from contrastseg_jax.structs import ImageFormat
 from contrastseg_jax.weights import parity, pretrained
 from contrastseg_jax.weights.load import load_run
 from contrastseg_jax.weights.pretrained import Weights
 from contrastseg_jax.weights.recognize import Recognized, recognize
 from contrastseg_jax.weights.torch_files import Tensors, read_tensors
 from contrastseg_jax.weights.torch_names import flax_paths, flax_variables, unused
-
-# The original reads images as BGR, and normalises HRNet's with statistics in the order of RGB.
-ORIGINAL_HRNET = ImageFormat(IMAGENET.mean[::-1], IMAGENET.std[::-1], "BGR")
-ORIGINAL_RESNET = ImageFormat((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), "BGR")
 
 ROUNDING = 1e-4  # of the largest value; what a hundred layers make of rounding is 4e-6
 
@@ -100,15 +95,10 @@ def _write(output: Path, weights: Weights, variables: Variables, remarks: list[s
 
 
 def _image_format(recognized: Recognized, tensors: Tensors) -> ImageFormat:
-    """How the weights were trained to take images: the original's read BGR, all others RGB.
-
-    The original's are those of its stem, and HRNets that are part of a whole network.
-    """
+    """How the weights were trained to take images: as a part of a network, or on ImageNet."""
     backbone = NETWORKS[recognized.networks[0]].backbone
-    if isinstance(backbone, ResNetSpec):
-        return ORIGINAL_RESNET if backbone.stem == "deep" else IMAGENET
     is_part = any("backbone." in key for key in tensors)
-    return ORIGINAL_HRNET if is_part else IMAGENET
+    return backbone.whole_format if is_part else backbone.image_format
 
 
 def _require_sound(tensors: Tensors, source: Path) -> None:

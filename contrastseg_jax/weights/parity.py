@@ -13,12 +13,9 @@ import numpy as np
 from jaxtyping import Float
 
 from contrastseg_jax.models import zoo
-from contrastseg_jax.models.backbones.hrnet import HRNetSpec
+from contrastseg_jax.models.backbones.contract import Peer
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.weights import torch_names
-
-# Ours, and timm's where it is another one.
-HRNETS_OF_TIMM = {"hrnet_w18_small": "hrnet_w18_small_v2"}
 
 
 def peer_output(
@@ -26,9 +23,9 @@ def peer_output(
 ) -> Float[np.ndarray, "b hs ws c"] | None:
     """What PyTorch computes with a state dict, in evaluation; None where there is no peer.
 
-    Of a backbone its last features: for HRNet all branches at stride 4, for ResNet those of layer4
-    at the stride of the first of `networks`. Of torchvision's FCN and DeepLabV3 the logits before
-    they are resized to the image.
+    Of a backbone its last features, at the stride of the first of `networks`; several maps at the
+    size of the first. Of torchvision's FCN and DeepLabV3 the logits before they are resized to the
+    image.
 
     `networks`: those that the state dict fits. `tensors`: in PyTorch's names and layouts, with or
     without what `weights.UNUSED` describes. `image`: normalised, float32, of any size.
@@ -41,7 +38,7 @@ def peer_output(
     is_backbone = all(path[1] == "backbone" for path in paths.values())
     if is_backbone:
         state = {name.removeprefix("backbone."): array for name, array in state.items()}
-        model = _timm_backbone(networks[0])
+        model = _peer_backbone(zoo.NETWORKS[networks[0]].backbone.peer)
     else:
         model = _torchvision_network(networks[0], state)
     if model is None:
@@ -82,28 +79,16 @@ def own_output(
         return np.asarray(quick(jax.device_get(variables), image))
 
 
-def _timm_backbone(network: str) -> Any:
-    """The backbone in timm, as a list of maps; torchvision's ResNet-18 cannot be dilated."""
-    timm = _imported("timm")
-    if timm is None:
+def _peer_backbone(peer: Peer | None) -> Any:
+    """A backbone of another library, as a module that returns a list of maps."""
+    library = _imported(peer.library) if peer else None
+    if not peer or library is None or not library.is_model(peer.name):
         return None
-    spec = zoo.NETWORKS[network].backbone
-    if isinstance(spec, HRNetSpec):
-        name = network.removesuffix("_ocr")
-        name = HRNETS_OF_TIMM.get(name, name)
-        if not timm.is_model(name):
-            return None
-        settings = {"feature_location": "", "out_indices": (1, 2, 3, 4)}  # as they leave stage4
-        model = timm.create_model(name, features_only=True, **settings)
-        for module in model.modules():
-            if hasattr(module, "fuse_layers"):
-                module.register_forward_pre_hook(_fuse_bilinearly)
-        return model
-    if spec.stem == "deep" or spec.ceil_mode:
-        return None
-    name = f"resnet{network.removesuffix('_torchvision').rpartition('_r')[2]}"
-    settings = {"output_stride": spec.output_stride, "out_indices": (4,)}
-    return timm.create_model(name, features_only=True, **settings)
+    model = library.create_model(peer.name, features_only=True, **peer.settings)
+    for module in model.modules():
+        if hasattr(module, "fuse_layers"):
+            module.register_forward_pre_hook(_fuse_bilinearly)
+    return model
 
 
 def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:

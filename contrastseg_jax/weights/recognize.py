@@ -8,8 +8,6 @@ import numpy as np
 
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.models import segmenter, zoo
-from contrastseg_jax.models.backbones.hrnet import HRNetSpec
-from contrastseg_jax.models.backbones.resnet import ResNetSpec
 from contrastseg_jax.models.zoo import NETWORKS
 from contrastseg_jax.weights import torch_names
 
@@ -35,12 +33,14 @@ def recognize(tensors: Mapping[str, np.ndarray], *, source: str) -> Recognized:
             file it names.
     """
     shapes = torch_names.flax_shapes(tensors)
-    candidates = [name for name, spec in NETWORKS.items() if _has_stages(spec.backbone, shapes)]
+    of_backbone = {path[2:]: shape for path, shape in shapes.items() if path[1] == "backbone"}
+    candidates = [name for name, spec in NETWORKS.items() if spec.backbone.recognizes(of_backbone)]
     if not candidates:
         names = ", ".join(sorted(tensors)[:5])
+        *families, last = (family.family for family in zoo.backbone_families())
         raise InputError(
             f"{source}: its tensors ({names}, …) are of no backbone that is known here, which are"
-            " HRNetV2 and ResNet as the README lists them"
+            f" {', '.join(families)} and {last} as the README lists them"
         )
     last = [
         shapes.get(("params", "cls_head", layer, "kernel")) for layer in torch_names.LAST_LAYERS
@@ -58,26 +58,6 @@ def recognize(tensors: Mapping[str, np.ndarray], *, source: str) -> Recognized:
         raise listed(f"{source}, read as {network}", problems)
     networks = (network,) if num_classes else zoo.sharing_backbone(network)
     return Recognized(networks, num_classes, proj_dim)
-
-
-def _has_stages(spec: HRNetSpec | ResNetSpec, shapes: Shapes) -> bool:
-    """Whether a backbone has as many blocks as this one, and of its kind."""
-    modules = {path[2] for path in shapes if path[1] == "backbone"}
-
-    def count(stage: str) -> int:
-        return sum(module.startswith(f"{stage}_") for module in modules)
-
-    def width(*module: str) -> int:
-        return shapes.get(("params", "backbone", *module, "kernel"), (0,))[-1]
-
-    if isinstance(spec, HRNetSpec):
-        found = count("stage2"), count("stage3"), count("stage4")
-        branch = width("stage4_0", "branches_0_0", "conv1")
-        return (found, branch) == (spec.num_modules, spec.widths[0])
-    found = count("layer1"), count("layer2"), count("layer3"), count("layer4")
-    is_deep, is_bottleneck = "resinit" in modules, width("layer1_0", "conv3") > 0
-    expected = spec.num_blocks, spec.stem == "deep", spec.block == "bottleneck"
-    return (found, is_deep, is_bottleneck) == expected
 
 
 def _expected(network: str, num_classes: int, proj_dim: int, shapes: Shapes) -> Any:

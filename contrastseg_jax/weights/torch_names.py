@@ -1,11 +1,12 @@
 """PyTorch state dicts as Flax variables: which name there is which here.
 
 Backbones carry the names of their state dicts, indices joined by `_`: `backbone.layer1.0.conv1` is
-`backbone/layer1_0/conv1`. The tables below are for what stands on them.
+`backbone/layer1_0/conv1`. What else is to be known of them their files say, as `TorchNames`; the
+tables below are for what stands on them.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from contrastseg_jax.errors import listed
+from contrastseg_jax.models import zoo
+from contrastseg_jax.models.backbones.contract import Table, TorchNames
 
 Path = tuple[str, ...]  # collection, modules, leaf
-Table = tuple[tuple[str, str], ...]  # patterns of PyTorch's modules, and their names here
 
 # The BN of a `BNReLU` is element 0 of an element, hence `.1.0`.
 ORIGINAL: Table = (
@@ -71,36 +73,43 @@ LAST_LAYERS = ("classifier", "refine_2", "conv3", "conv2")
 # module's network, and of the original's model with memory.
 WRAPPERS = re.compile(r"((module|_orig_mod|model|net|network|encoder_q)\.)*")
 
-# What has no place here by rule: counters, ImageNet classifiers, the original's memory.
+# What has no place here by rule, of any backbone: counters, ImageNet classifiers, the original's
+# memory.
 UNUSED = re.compile(
-    r".*\.num_batches_tracked|(fc|classifier)\.(weight|bias)"
-    r"|(incre_modules|downsamp_modules|final_layer)\..*|(segment|pixel)_queue(_ptr)?"
+    r".*\.num_batches_tracked|(fc|classifier)\.(weight|bias)|(segment|pixel)_queue(_ptr)?"
 )
 
-# A backbone that was saved on its own.
-BARE_BACKBONE = re.compile(r"(conv[123]|bn[123]|resinit|layer\d|stage\d|transition\d)\..*")
+
+def family_of(names: Collection[str]) -> TorchNames:
+    """The family of backbones to whose modules most of the tensors belong."""
+    bare = [name.removeprefix("backbone.") for name in names]
+    return max(
+        zoo.backbone_families(),
+        key=lambda family: sum(family.modules.fullmatch(name) is not None for name in bare),
+    )
 
 
 def flax_paths(shapes: Mapping[str, Sequence[int]]) -> dict[str, Path]:
-    """Where each tensor of a state dict lives, but for those that are UNUSED.
+    """Where each tensor of a state dict lives, but for those that are unused.
 
     A tensor that no table knows keeps its name, under which no network has a place for it.
     """
-    names = {key: WRAPPERS.sub("", key, count=1) for key in shapes}
-    table = ORIGINAL
-    if any(name.startswith("classifier.0.") for name in names.values()):
-        is_deeplab = any(name.startswith("classifier.0.convs.") for name in names.values())
-        table = TORCHVISION_DEEPLAB if is_deeplab else TORCHVISION_FCN
-    # An ImageNet file of the original's deep stem has its three convolutions at the top.
-    stem = "backbone.resinit." if "conv3.weight" in names.values() else "backbone."
+    left_out = unused(shapes)
+    names = {key: WRAPPERS.sub("", key, count=1) for key in shapes if key not in left_out}
+    family = family_of(names.values())
+    renamed = family.renamed(names.values())
+    heads = _table_of_heads(names.values())
     paths = {}
     for key, name in names.items():
-        if UNUSED.fullmatch(name):
-            continue
-        if BARE_BACKBONE.fullmatch(name):
-            name = (stem if name.startswith(("conv", "bn")) else "backbone.") + name
+        is_bare = family.modules.fullmatch(name) is not None
         module, _, tensor = name.rpartition(".")
-        paths[key] = _leaf_path(_module_name(module, table), tensor, len(shapes[key]))
+        if is_bare:
+            module = f"backbone.{_module_name(module, renamed)}"
+        if module.startswith("backbone."):
+            module = re.sub(r"\.(\d+)", r"_\1", module)
+        else:
+            module = _module_name(module, heads)
+        paths[key] = _leaf_path(module, tensor, len(shapes[key]))
     return paths
 
 
@@ -111,12 +120,13 @@ def flax_shapes(tensors: Mapping[str, np.ndarray]) -> dict[Path, tuple[int, ...]
 
 
 def unused(keys: Iterable[str]) -> dict[str, str]:
-    """The tensors of a state dict that are UNUSED, each with the name of its kind."""
+    """The tensors of a state dict that have no place by rule, each with the name of its kind."""
     names = {key: WRAPPERS.sub("", key, count=1) for key in keys}
+    family = family_of(names.values())
     return {
         key: "num_batches_tracked" if name.endswith("num_batches_tracked") else name.split(".")[0]
         for key, name in names.items()
-        if UNUSED.fullmatch(name)
+        if UNUSED.fullmatch(name) or family.unused.fullmatch(name)
     }
 
 
@@ -196,9 +206,16 @@ def merge(
     return unflatten_dict(merged), kept
 
 
+def _table_of_heads(names: Iterable[str]) -> Table:
+    """The original's names, or torchvision's."""
+    of_classifier = [name for name in names if name.startswith("classifier.0.")]
+    if not of_classifier:
+        return ORIGINAL
+    is_deeplab = any(name.startswith("classifier.0.convs.") for name in of_classifier)
+    return TORCHVISION_DEEPLAB if is_deeplab else TORCHVISION_FCN
+
+
 def _module_name(module: str, table: Table) -> str:
-    if module.startswith("backbone."):
-        return re.sub(r"\.(\d+)", r"_\1", module)
     for pattern, name in table:
         match = re.fullmatch(pattern, module)
         if match:
