@@ -8,12 +8,14 @@ from functools import partial
 import flax.linen as nn
 
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.models.backbones import hrnet, resnet
+from contrastseg_jax.models.backbones import convnext, hrnet, resnet
 from contrastseg_jax.models.backbones.contract import Backbone, TorchNames
+from contrastseg_jax.models.backbones.convnext import CONVNEXT_SPECS, ConvNeXtSpec
 from contrastseg_jax.models.backbones.hrnet import HRNET_SPECS, HRNetSpec
 from contrastseg_jax.models.backbones.resnet import RESNET_SPECS, ResNetSpec
 from contrastseg_jax.models.heads.deeplab import DeepLabV3Head, DeepLabV3PlusHead, DeepLabV3PlusNeck
 from contrastseg_jax.models.heads.fcn import FCNHead
+from contrastseg_jax.models.heads.fusion import FusionNeck
 from contrastseg_jax.models.heads.ocr import OCRHead
 from contrastseg_jax.models.segmenter import Segmenter
 
@@ -24,9 +26,9 @@ class NetworkSpec:
 
     backbone: Backbone
     cls_head: Callable[..., nn.Module] = FCNHead
-    neck: Callable[[], nn.Module] | None = None  # joins layer1 to what both heads read
+    neck: Callable[[], nn.Module] | None = None  # makes one map of the features of several layers
     aux_head: Callable[..., nn.Module] | None = None
-    aux_input: str = "last"  # the features that the auxiliary head reads
+    aux_input: str = "last"  # the features that the auxiliary head reads; or "neck"
     dropout_rate: float = 0.1  # in front of the logits, as the network's original has it
     aux_dropout: float = 0.0  # the auxiliary head's share of it
     aux_guides: bool = False  # cls_head reads the auxiliary logits too
@@ -82,11 +84,33 @@ def _of_resnet(name: str, spec: ResNetSpec) -> dict[str, NetworkSpec]:
     }
 
 
+def _of_convnext(name: str, spec: ConvNeXtSpec) -> dict[str, NetworkSpec]:
+    """Heads at stride 4, for the last features are of stride 32, which no dilation refines."""
+    backbone, ocr_aux = convnext.backbone(spec), partial(FCNHead, use_bias=(True, True))
+    # Rates for output stride 32: half of those for 16.
+    joined = partial(DeepLabV3PlusNeck, rates=(3, 6, 9))
+    return {
+        f"fcn_{name}": NetworkSpec(backbone, neck=FusionNeck),
+        f"deeplabv3plus_{name}": NetworkSpec(backbone, DeepLabV3PlusHead, neck=joined),
+        f"ocr_{name}": NetworkSpec(
+            backbone,
+            OCRHead,
+            neck=FusionNeck,
+            aux_head=ocr_aux,
+            aux_input="neck",
+            aux_guides=True,
+            dropout_rate=0.05,
+        ),
+    }
+
+
 NETWORKS: dict[str, NetworkSpec] = {}
 for _name, _spec in HRNET_SPECS.items():
     NETWORKS |= _of_hrnet(_name, _spec)
 for _name, _spec in RESNET_SPECS.items():
     NETWORKS |= _of_resnet(_name, _spec)
+for _name, _spec in CONVNEXT_SPECS.items():
+    NETWORKS |= _of_convnext(_name, _spec)
 
 
 def model_names() -> tuple[str, ...]:

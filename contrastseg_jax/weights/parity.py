@@ -81,10 +81,27 @@ def own_output(
 
 def _peer_backbone(peer: Peer | None) -> Any:
     """A backbone of another library, as a module that returns a list of maps."""
-    library = _imported(peer.library) if peer else None
-    if not peer or library is None or not library.is_model(peer.name):
+    if peer is None:
         return None
-    model = library.create_model(peer.name, features_only=True, **peer.settings)
+    return {"timm": _timm_backbone, "torchvision": _torchvision_backbone}[peer.library](peer)
+
+
+def _torchvision_backbone(peer: Peer) -> Any:
+    models = _imported("torchvision.models")
+    extraction = _imported("torchvision.models.feature_extraction")
+    if models is None or extraction is None:
+        return None
+    model = getattr(models, peer.name)(weights=None)
+    model = extraction.create_feature_extractor(model, **peer.settings)
+    model.register_forward_hook(lambda _module, _inputs, maps: list(maps.values()))
+    return model
+
+
+def _timm_backbone(peer: Peer) -> Any:
+    timm = _imported("timm")
+    if timm is None or not timm.is_model(peer.name):
+        return None
+    model = timm.create_model(peer.name, features_only=True, **peer.settings)
     for module in model.modules():
         if hasattr(module, "fuse_layers"):
             module.register_forward_pre_hook(_fuse_bilinearly)

@@ -80,6 +80,11 @@ UNUSED = re.compile(
 )
 
 
+# PyTorch's axes in the order they have here, by their number: kernels of convolutions (depthwise
+# ones too), scales of the channels of a map, kernels of linear layers.
+CHANNELS_LAST = {4: (2, 3, 1, 0), 3: (1, 2, 0), 2: (1, 0)}
+
+
 def family_of(names: Collection[str]) -> TorchNames:
     """The family of backbones to whose modules most of the tensors belong."""
     bare = [name.removeprefix("backbone.") for name in names]
@@ -121,7 +126,7 @@ def flax_shapes(tensors: Mapping[str, np.ndarray]) -> dict[Path, tuple[int, ...]
 
 def unused(keys: Iterable[str]) -> dict[str, str]:
     """The tensors of a state dict that have no place by rule, each with the name of its kind."""
-    names = {key: WRAPPERS.sub("", key, count=1) for key in keys}
+    names = {key: WRAPPERS.sub("", key, count=1).removeprefix("backbone.") for key in keys}
     family = family_of(names.values())
     return {
         key: "num_batches_tracked" if name.endswith("num_batches_tracked") else name.split(".")[0]
@@ -227,7 +232,7 @@ def _leaf_path(module: str, tensor: str, ndim: int) -> Path:
     modules = tuple(module.split("."))
     if tensor.startswith("running_"):
         return "batch_stats", *modules, tensor.removeprefix("running_")
-    weight = "kernel" if ndim == 4 else "scale"
+    weight = "kernel" if ndim > 1 else "scale"
     return "params", *modules, weight if tensor == "weight" else tensor
 
 
@@ -240,9 +245,10 @@ def _torch_name(path: Path) -> str:
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(shape)
+    axes = CHANNELS_LAST.get(len(shape), range(len(shape)))
+    return tuple(size for _, size in sorted(zip(axes, shape, strict=True)))
 
 
 def _flax_layout(array: np.ndarray) -> Float[np.ndarray, "..."]:
     array = array.astype(np.float32, copy=False)
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+    return array.transpose(CHANNELS_LAST.get(array.ndim, range(array.ndim)))

@@ -42,6 +42,14 @@ def main():
         name = "torchvision_deeplabv3_resnet101"
         write(name, model, (1, 1, 1), logits=logits, aux_logits=aux_logits)
 
+    # A multiple of 32: of other sides torchvision leaves out the pixels that make no whole patch.
+    image = torch.tensor(to_torch(recipe.image()[:, :64, :64])).requires_grad_()
+    model = filled(torchvision.models.convnext_tiny(weights=None))
+    features = model.features(image)
+    features.square().mean().backward()
+    outputs = {"features": features.detach(), "gradient": image.grad}
+    write("torchvision_convnext_tiny", model, (3, 2, 2), **outputs)
+
     # As it stands timm's HRNet does not take this image, and fuses otherwise: see peers.py.
     model = timm.create_model("hrnet_w18")
     tensors = recipe.recipe_tensors(shapes_of(model))

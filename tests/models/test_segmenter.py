@@ -58,15 +58,17 @@ def output_shapes(name, *image_shape, train=True):
         *("hrnet_tiny", "hrnet_w18_small", "hrnet_w48", "hrnet_tiny_ocr"),
         *("fcn_r34", "deeplabv3_r50", "deeplabv3_r152_torchvision", "ocr_r18"),
         *("deeplabv3plus_r18", "deeplabv3plus_r101"),
+        *("fcn_convnext_tiny", "deeplabv3plus_convnext_small", "ocr_convnext_tiny"),
     ],
 )
 def test_a_network_gives_logits_and_embeddings_of_one_size(name):
     logits, aux_logits, embedding = output_shapes(name, 2, 65, 97)
     # 65x97 is 17x25 at stride 4 and 9x13 at stride 8, whatever the max-pool's rounding.
-    size = (17, 25) if "hrnet" in name or "plus" in name else (9, 13)
+    is_fine = any(part in name for part in ("hrnet", "plus", "convnext"))
+    size = (17, 25) if is_fine else (9, 13)
     assert logits == (2, *size, 19)
     assert embedding == (2, *size, 256)
-    has_aux = "ocr" in name or name.startswith(("fcn", "deeplabv3_"))
+    has_aux = "ocr" in name or name.startswith(("fcn_r", "deeplabv3_"))
     assert aux_logits == (logits if has_aux else None)
 
 

@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from paths import STORED
+from recipe import recipe_tensors
 from safetensors.numpy import save_file
 from state_dicts import backbone_of, tiny
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.setup.setup import build_model
 from contrastseg_jax.structs import IMAGENET
 from contrastseg_jax.weights import parity, pretrained
@@ -110,6 +113,32 @@ def of_torchvisions_fcn(width, num_classes):
     shapes |= {f"1.{name}": (width,) for name in ("weight", "bias", "running_mean", "running_var")}
     shapes["4.bias"] = (num_classes,)
     return {f"classifier.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+
+
+def test_a_convnext_is_converted_without_its_classifier(tmp_path, capsys):
+    """Names and shapes are torchvision's own."""
+    with np.load(STORED / "peers" / "torchvision_convnext_tiny.npz") as arrays:
+        tensors = recipe_tensors(json.loads(str(arrays["meta"]))["shapes"])
+    convert(source_of(tmp_path, tensors), tmp_path / "out")
+    said = capsys.readouterr().out
+    networks = ("fcn_convnext_tiny", "deeplabv3plus_convnext_tiny", "ocr_convnext_tiny")
+    assert f"x.safetensors: the backbone of {', '.join(networks)}" in said
+    assert "left out: 4 classifier" in said and "parameters: 27,818,592" in said
+    weights = pretrained.read(tmp_path / "out", "ocr_convnext_tiny")
+    assert (weights.networks, weights.image_format) == (networks, IMAGENET)
+
+    model = zoo.build("fcn_convnext_tiny", num_classes=3, proj_dim=4, dropout_rate=0.0)
+    fresh = segmenter.init_variables(model, 0)
+    started = pretrained.start_from(
+        tmp_path / "out", "fcn_convnext_tiny", ("a", "b", "c"), fresh, whole=False
+    )
+    assert jax.tree.structure(started) == jax.tree.structure(fresh)
+    block = started["params"]["backbone"]["features_5_8"]
+    kernel = tensors["features.5.8.block.3.weight"]
+    np.testing.assert_array_equal(block["block_3"]["kernel"], kernel.T)
+    scale = tensors["features.5.8.layer_scale"]
+    np.testing.assert_array_equal(block["layer_scale"].ravel(), scale.ravel())
+    np.testing.assert_array_equal(started["params"]["neck"]["fuse_1"]["scale"], 1)
 
 
 def test_whole_numbers_are_no_weights(tmp_path):

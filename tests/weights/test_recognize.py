@@ -1,5 +1,7 @@
 """What a state dict is of; where nothing fits, what keeps the nearest from fitting."""
 
+import re
+
 import golden
 import numpy as np
 import pytest
@@ -40,11 +42,15 @@ def test_number_of_classes_and_length_of_embeddings_are_those_of_the_file():
         ("fcn_r50", ("fcn_r50", "deeplabv3_r50_torchvision", "deeplabv3plus_r50")),
         ("fcn_r34", ("fcn_r34", "deeplabv3_r34_torchvision", "deeplabv3plus_r34")),
         ("ocr_r101", ("deeplabv3_r101", "ocr_r101")),
+        (
+            "fcn_convnext_tiny",
+            ("fcn_convnext_tiny", "deeplabv3plus_convnext_tiny", "ocr_convnext_tiny"),
+        ),
     ],
 )
 def test_a_backbone_is_of_all_networks_that_stand_on_it(name, networks):
     tensors = spelt_out(name, bare_name)
-    tensors = {key: array for key, array in tensors.items() if "_head" not in key}
+    tensors = {key: array for key, array in tensors.items() if not re.match(r"\w+_head|neck", key)}
     tensors["fc.weight"] = state_dicts.empty((), (1000, 2048))
     assert recognize(tensors, source="x.pth") == Recognized(networks, 0, 0)
 

@@ -1,5 +1,7 @@
 """PyTorch state dicts: a place for every tensor, a tensor for every leaf."""
 
+import re
+
 import golden
 import jax
 import numpy as np
@@ -114,6 +116,8 @@ BACKBONES = [
     ("deeplabv3_r101", lambda path: path.removeprefix("resinit.")),  # its ImageNet file
     ("deeplabv3_r101", lambda path: path),
     ("hrnet_w18", lambda path: path),
+    ("fcn_convnext_small", lambda path: path),
+    ("fcn_convnext_tiny", lambda path: f"backbone.{path}"),
 ]
 
 
@@ -123,14 +127,18 @@ def test_a_bare_backbone_fills_the_backbone(name, renamed):
         return renamed(bare_name(path))
 
     tensors = spelt_out(name, rename)
-    tensors = {key: array for key, array in tensors.items() if "_head" not in key}
+    tensors = {key: array for key, array in tensors.items() if not re.search("_head|neck", key)}
     of_classifier = {"fc.weight": empty((1000, 2048)), "fc.bias": empty((1000,))}
     of_classifier["bn1.num_batches_tracked"] = empty(())
     if name.startswith("hrnet"):
         of_classifier["incre_modules.0.0.conv1.weight"] = empty((32, 18, 1, 1))
+    if "convnext" in name:
+        of_classifier["classifier.0.weight"] = of_classifier["classifier.0.bias"] = empty((768,))
+        of_classifier["backbone.classifier.2.weight"] = empty((1000, 768))
     expected = {
         collection: {"backbone": parts["backbone"]}
         for collection, parts in expected_of(name).items()
+        if "backbone" in parts
     }
     filled(tensors | of_classifier, expected)
 
@@ -147,6 +155,27 @@ def test_kernels_are_transposed_and_the_rest_is_as_it_was():
     np.testing.assert_array_equal(backbone["bn1"]["scale"], scale.astype(np.float32))
     var = variables["batch_stats"]["backbone"]["bn1"]["var"]
     np.testing.assert_array_equal(var, (scale + 1).astype(np.float32))
+
+
+def test_layouts_of_linear_layers_depthwise_kernels_and_scales():
+    rng = np.random.default_rng(0)
+    linear, scale, kernel = (rng.normal(size=s) for s in ((6, 2), (6, 1, 1), (6, 1, 3, 4)))
+    block = "features.1.0"
+    tensors = {f"{block}.block.3.weight": linear, f"{block}.layer_scale": scale}
+    tensors[f"{block}.block.0.weight"] = kernel
+    block = torch_names.flax_variables(tensors)["params"]["backbone"]["features_1_0"]
+    np.testing.assert_array_equal(block["block_3"]["kernel"], linear.T.astype(np.float32))
+    np.testing.assert_array_equal(block["layer_scale"], scale.reshape(1, 1, 6).astype(np.float32))
+    assert block["block_0"]["kernel"].shape == (3, 4, 1, 6)
+    assert block["block_0"]["kernel"][1, 2, 0, 5] == np.float32(kernel[5, 0, 1, 2])
+
+    expected = {"params": {"backbone": {"features_1_0": block}}}
+    assert torch_names.misfits(tensors, expected) == []
+    del tensors["features.1.0.block.3.weight"], tensors["features.1.0.layer_scale"]
+    assert sorted(torch_names.misfits(tensors, expected)) == [
+        "+ backbone.features.1.0.block.3.weight (6, 2): no tensor fills it",
+        "+ backbone.features.1.0.layer_scale (6, 1, 1): no tensor fills it",
+    ]
 
 
 def test_all_that_does_not_fit_is_listed_at_once():

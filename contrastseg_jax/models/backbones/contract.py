@@ -34,7 +34,9 @@ class Peer:
 
     library: str  # "timm" or "torchvision"
     name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of timm's `create_model`
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # timm's of `create_model`, torchvision's of `create_feature_extractor`
 
 
 @dataclass(frozen=True)
