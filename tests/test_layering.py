@@ -39,7 +39,7 @@ def imports_of(path):
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-UNSORTED = {"weights/load.py", "weights/convert.py", "weights/torch_names.py"}  # rooms still mixed
+UNSORTED = {"weights/load.py", "weights/convert.py"}  # rooms still mixed
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) != FACE)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -10,12 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from contrastseg_jax.models.heads.projection import ProjectionHead
 from contrastseg_jax.structs import SegmentationOutput
 
 Variables = dict[str, Any]  # what a network's `apply` takes: params and batch_stats
+LeafPath = tuple[str, ...]  # collection, modules, leaf
 
 # What leaves that are no kernels start from; others, biases and means, from 0. The blocks of a
 # ConvNeXt add next to nothing at first.
@@ -59,6 +61,16 @@ class Segmenter(nn.Module):
         if self.proj_dim and training:
             embedding = ProjectionHead(self.proj_dim, name="proj_head")(x, train=train)
         return SegmentationOutput(logits=logits, embedding=embedding, aux_logits=aux_logits)
+
+
+def flatten(variables: Variables) -> dict[LeafPath, Any]:
+    """Each leaf of a network's variables by its path."""
+    return flatten_dict(variables)
+
+
+def unflatten(leaves: Mapping[LeafPath, Any]) -> Variables:
+    """The variables of which these are the leaves."""
+    return unflatten_dict(leaves)
 
 
 def variable_shapes(model: nn.Module) -> Any:

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from contrastseg_jax.models import zoo
 from contrastseg_jax.models.backbones.contract import Peer
 from contrastseg_jax.models.segmenter import Variables
-from contrastseg_jax.weights import torch_names
+from contrastseg_jax.weights.torch_names import StateDict
 
 
 def peer_output(
-    networks: Sequence[str], tensors: Mapping[str, np.ndarray], image: Float[np.ndarray, "b h w 3"]
+    networks: Sequence[str], state: StateDict, image: Float[np.ndarray, "b h w 3"]
 ) -> Float[np.ndarray, "b hs ws c"] | None:
     """What PyTorch computes with a state dict, in evaluation; None where there is no peer.
 
@@ -27,25 +27,23 @@ def peer_output(
     size of the first. Of torchvision's FCN and DeepLabV3 the logits before they are resized to the
     image.
 
-    `networks`: those that the state dict fits. `tensors`: in PyTorch's names and layouts, with or
-    without what `weights.UNUSED` describes. `image`: normalised, float32, of any size.
+    `networks`: those that the state dict fits. `image`: normalised, float32, of any size.
 
     Raises:
         RuntimeError: the peer has other tensors, or of other shapes (PyTorch lists them).
     """
-    paths = torch_names.flax_paths({key: array.shape for key, array in tensors.items()})
-    state = {torch_names.WRAPPERS.sub("", key, count=1): tensors[key] for key in paths}
-    is_backbone = all(path[1] == "backbone" for path in paths.values())
+    tensors = {state.names[key]: array for key, array in state.tensors.items()}
+    is_backbone = all(path[1] == "backbone" for path in state.paths.values())
     if is_backbone:
-        state = {name.removeprefix("backbone."): array for name, array in state.items()}
+        tensors = {name.removeprefix("backbone."): array for name, array in tensors.items()}
         model = _peer_backbone(zoo.NETWORKS[networks[0]].backbone.peer)
     else:
-        model = _torchvision_network(networks[0], state)
+        model = _torchvision_network(networks[0], tensors)
     if model is None:
         return None
 
     torch: Any = importlib.import_module("torch")
-    model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    model.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
     model.eval()
     with torch.inference_mode():
         x = torch.tensor(image.transpose(0, 3, 1, 2))
@@ -121,10 +119,10 @@ def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:
                 layer.mode, layer.align_corners = "bilinear", True
 
 
-def _torchvision_network(network: str, state: Mapping[str, np.ndarray]) -> Any:
+def _torchvision_network(network: str, tensors: Mapping[str, np.ndarray]) -> Any:
     """The whole network in torchvision, which has FCN and DeepLabV3 on ResNet-50 and 101."""
     segmentation = _imported("torchvision.models.segmentation")
-    if segmentation is None or "classifier.4.weight" not in state:
+    if segmentation is None or "classifier.4.weight" not in tensors:
         return None
     head, _, depth = network.removesuffix("_torchvision").rpartition("_r")
     make = getattr(segmentation, f"{head}_resnet{depth}", None)
@@ -133,8 +131,8 @@ def _torchvision_network(network: str, state: Mapping[str, np.ndarray]) -> Any:
     return make(
         weights=None,
         weights_backbone=None,
-        num_classes=len(state["classifier.4.weight"]),
-        aux_loss=any(name.startswith("aux_classifier.") for name in state),
+        num_classes=len(tensors["classifier.4.weight"]),
+        aux_loss=any(name.startswith("aux_classifier.") for name in tensors),
     )
 
 

@@ -7,17 +7,15 @@ tables below are for what stands on them.
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from contrastseg_jax.errors import listed
 from contrastseg_jax.models import zoo
 from contrastseg_jax.models.backbones.contract import Table, TorchNames
-
-Path = tuple[str, ...]  # collection, modules, leaf
+from contrastseg_jax.models.segmenter import LeafPath, Variables, flatten, unflatten
 
 # The BN of a `BNReLU` is element 0 of an element, hence `.1.0`.
 ORIGINAL: Table = (
@@ -79,81 +77,62 @@ UNUSED = re.compile(
     r".*\.num_batches_tracked|(fc|classifier)\.(weight|bias)|(segment|pixel)_queue(_ptr)?"
 )
 
-
 # PyTorch's axes in the order they have here, by their number: kernels of convolutions (depthwise
 # ones too), scales of the channels of a map, kernels of linear layers.
 CHANNELS_LAST = {4: (2, 3, 1, 0), 3: (1, 2, 0), 2: (1, 0)}
 
 
-def family_of(names: Collection[str]) -> TorchNames:
-    """The family of backbones to whose modules most of the tensors belong."""
-    bare = [name.removeprefix("backbone.") for name in names]
-    return max(
-        zoo.backbone_families(),
-        key=lambda family: sum(family.modules.fullmatch(name) is not None for name in bare),
-    )
+@dataclass(frozen=True)
+class StateDict:
+    """What is known of the tensors of a PyTorch state dict, by the keys they have in it."""
+
+    tensors: dict[str, np.ndarray]  # all that have a place here, in PyTorch's layouts
+    names: dict[str, str]  # of each, without what wraps the model
+    paths: dict[str, LeafPath]  # of each, where it lives among a network's variables
+    leaves: dict[LeafPath, Float[np.ndarray, "..."]]  # what lives there, in the layouts here
+    unused: dict[str, str]  # the tensors without a place by rule, and the kind of each
 
 
-def flax_paths(shapes: Mapping[str, Sequence[int]]) -> dict[str, Path]:
-    """Where each tensor of a state dict lives, but for those that are unused.
+def locate(tensors: Mapping[str, np.ndarray]) -> StateDict:
+    """Where each tensor of a state dict lives.
 
-    A tensor that no table knows keeps its name, under which no network has a place for it.
+    One that no table knows keeps its name, under which no network has a place for it.
     """
-    left_out = unused(shapes)
-    names = {key: WRAPPERS.sub("", key, count=1) for key in shapes if key not in left_out}
-    family = family_of(names.values())
-    renamed = family.renamed(names.values())
-    heads = _table_of_heads(names.values())
+    names = {key: WRAPPERS.sub("", key, count=1) for key in tensors}
+    family = _family_of(names.values())
+    unused = {key: kind for key, name in names.items() if (kind := _unused_kind(name, family))}
+    names = {key: name for key, name in names.items() if key not in unused}
+    renamed, heads = family.renamed(names.values()), _table_of_heads(names.values())
     paths = {}
     for key, name in names.items():
-        is_bare = family.modules.fullmatch(name) is not None
-        module, _, tensor = name.rpartition(".")
-        if is_bare:
+        module, _, leaf = name.rpartition(".")
+        if family.modules.fullmatch(name):
             module = f"backbone.{_module_name(module, renamed)}"
         if module.startswith("backbone."):
             module = re.sub(r"\.(\d+)", r"_\1", module)
         else:
             module = _module_name(module, heads)
-        paths[key] = _leaf_path(module, tensor, len(shapes[key]))
-    return paths
+        paths[key] = _leaf_path(module, leaf, tensors[key].ndim)
+    return StateDict(
+        tensors={key: tensors[key] for key in paths},
+        names=names,
+        paths=paths,
+        leaves={path: _flax_layout(tensors[key]) for key, path in paths.items()},
+        unused=unused,
+    )
 
 
-def flax_shapes(tensors: Mapping[str, np.ndarray]) -> dict[Path, tuple[int, ...]]:
-    """The shapes of `flax_variables` by path."""
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
-    return {path: _flax_layout(tensors[key]).shape for key, path in paths.items()}
-
-
-def unused(keys: Iterable[str]) -> dict[str, str]:
-    """The tensors of a state dict that have no place by rule, each with the name of its kind."""
-    names = {key: WRAPPERS.sub("", key, count=1).removeprefix("backbone.") for key in keys}
-    family = family_of(names.values())
-    return {
-        key: "num_batches_tracked" if name.endswith("num_batches_tracked") else name.split(".")[0]
-        for key, name in names.items()
-        if UNUSED.fullmatch(name) or family.unused.fullmatch(name)
-    }
-
-
-def flax_variables(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The variables that a state dict's tensors are; OIHW kernels become HWIO."""
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
-    return unflatten_dict({path: _flax_layout(tensors[key]) for key, path in paths.items()})
-
-
-def misfits(tensors: Mapping[str, np.ndarray], expected: Any) -> list[str]:
+def misfits(state: StateDict, expected: Variables) -> list[str]:
     """Every leaf that is not filled, every tensor without a place, every shape that is another one.
 
     In PyTorch's layouts and names; only of heads, whose names there are many, leaves have ours.
 
     `expected`: arrays or shapes, as `segmenter.variable_shapes` gives them.
     """
-    filled: dict[Path, str] = {}
-    problems = []
-    wanted: dict[Path, Any] = dict(flatten_dict(expected))
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
-    for key, path in paths.items():
-        shape = tensors[key].shape
+    filled: dict[LeafPath, str] = {}
+    problems, wanted = [], flatten(expected)
+    for key, path in state.paths.items():
+        shape = state.tensors[key].shape
         if path not in wanted:
             problems.append(f"- {key} {shape}: the network has no place for it")
         elif path in filled:
@@ -169,8 +148,8 @@ def misfits(tensors: Mapping[str, np.ndarray], expected: Any) -> list[str]:
 
 
 def merge(
-    given: Any, fresh: Any, *, parts: Sequence[str] | None, source: str
-) -> tuple[dict[str, Any], dict[str, str]]:
+    given: Variables, fresh: Variables, *, parts: Sequence[str] | None, source: str
+) -> tuple[Variables, dict[str, str]]:
     """`fresh` variables with the values `given`, and by name and reason what stayed fresh.
 
     `parts`: the parts of a network (backbone, cls_head, …) to take; None: all that both have. A
@@ -180,14 +159,10 @@ def merge(
     Raises:
         InputError: any other difference; it lists them all. `source` is the folder it names.
     """
-    known: dict[Path, Any] = {
-        path: array
-        for path, array in flatten_dict(given).items()
-        if parts is None or path[1] in parts
-    }
-    taken, kept, problems = {path[1] for path in known}, {}, []
-    there = {path[1] for path in flatten_dict(given)}
-    merged: dict[Path, Any] = dict(flatten_dict(fresh))
+    there, merged = flatten(given), flatten(fresh)
+    known = {path: x for path, x in there.items() if parts is None or path[1] in parts}
+    parts_there, taken = {path[1] for path in there}, {path[1] for path in known}
+    kept, problems = {}, []
     for path, leaf in merged.items():
         part, name = path[1], "/".join(path)
         shape = known[path].shape if path in known else None
@@ -195,7 +170,7 @@ def merge(
         if shape == leaf.shape:
             merged[path] = known[path]
         elif shape is None and part not in taken and part != "backbone":
-            kept[part] = "there of another network" if part in there else "not there"
+            kept[part] = "there of another network" if part in parts_there else "not there"
         elif shape is not None and is_last and shape[:-1] == leaf.shape[:-1]:
             kept["/".join(path[1:-1])] = f"{leaf.shape[-1]} wide, there {shape[-1]}"
         else:
@@ -208,7 +183,25 @@ def merge(
     ]
     if problems:
         raise listed(source, problems)
-    return unflatten_dict(merged), kept
+    return unflatten(merged), kept
+
+
+def _family_of(names: Collection[str]) -> TorchNames:
+    """The family of backbones to whose modules most of the tensors belong."""
+    bare = [name.removeprefix("backbone.") for name in names]
+    return max(
+        zoo.backbone_families(),
+        key=lambda family: sum(family.modules.fullmatch(name) is not None for name in bare),
+    )
+
+
+def _unused_kind(name: str, family: TorchNames) -> str:
+    """What kind of tensor it is if it has no place by rule, else nothing."""
+    name = name.removeprefix("backbone.")
+    if not (UNUSED.fullmatch(name) or family.unused.fullmatch(name)):
+        return ""
+    is_counter = name.endswith("num_batches_tracked")
+    return "num_batches_tracked" if is_counter else name.split(".")[0]
 
 
 def _table_of_heads(names: Iterable[str]) -> Table:
@@ -228,7 +221,7 @@ def _module_name(module: str, table: Table) -> str:
     return module
 
 
-def _leaf_path(module: str, tensor: str, ndim: int) -> Path:
+def _leaf_path(module: str, tensor: str, ndim: int) -> LeafPath:
     modules = tuple(module.split("."))
     if tensor.startswith("running_"):
         return "batch_stats", *modules, tensor.removeprefix("running_")
@@ -236,7 +229,7 @@ def _leaf_path(module: str, tensor: str, ndim: int) -> Path:
     return "params", *modules, weight if tensor == "weight" else tensor
 
 
-def _torch_name(path: Path) -> str:
+def _torch_name(path: LeafPath) -> str:
     _, part, *modules, leaf = path
     names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
     if part == "backbone":

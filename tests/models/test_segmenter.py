@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from recipe import recipe_array
+from state_dicts import flax_variables
 
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.heads.projection import ProjectionHead
-from contrastseg_jax.weights.torch_names import flax_paths, flax_variables
+from contrastseg_jax.weights.torch_names import locate
 
 TINY = zoo.build("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.5)
 
@@ -374,7 +375,7 @@ def test_training_is_that_of_the_original(trained, tensors, stored, case):
     subset = golden.to_torch(output.embedding)[:, :, ::5, ::5]
     np.testing.assert_allclose(subset, stored["train_embed_sub"], rtol=0, atol=of_embedding)
 
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
+    paths = locate(tensors).paths
     keys = [key for key in paths if "running" in key]
     updates = flatten_dict(updates)
     lengths = np.array([np.linalg.norm(updates[paths[key]]) for key in keys])
@@ -400,7 +401,7 @@ def test_gradients_are_those_of_the_original(trained, tensors, stored, case):
     np.testing.assert_allclose(
         subset, expected, rtol=0, atol=3 * of_gradient * np.abs(expected).max()
     )
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
+    paths = locate(tensors).paths
     by_params = flatten_dict({"params": by_params})
     lengths = [
         np.linalg.norm(by_params[path]) for key, path in paths.items() if "running" not in key

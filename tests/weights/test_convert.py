@@ -12,7 +12,7 @@ import pytest
 from paths import STORED
 from recipe import recipe_tensors
 from safetensors.numpy import save_file
-from state_dicts import backbone_of, tiny
+from state_dicts import backbone_of, flax_variables, tiny
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.errors import InputError
@@ -22,7 +22,6 @@ from contrastseg_jax.structs import IMAGENET
 from contrastseg_jax.weights import parity, pretrained
 from contrastseg_jax.weights.convert import convert, convert_run
 from contrastseg_jax.weights.load import initial_variables, load_run
-from contrastseg_jax.weights.torch_names import flax_variables
 
 
 def source_of(folder, tensors):
@@ -166,8 +165,8 @@ def test_what_is_in_the_output_is_not_overwritten(tmp_path):
     [(1.0, r"\d$"), (1.01, ", which is more than rounding$")],
 )
 def test_the_report_judges_the_difference_to_a_peer(tmp_path, monkeypatch, factor, verdict):
-    def peer_output(networks, tensors, pixels):
-        variables = flax_variables(tensors)
+    def peer_output(networks, state, pixels):
+        variables = segmenter.unflatten(state.leaves)
         return factor * parity.own_output(networks[0], 0, variables, pixels)
 
     monkeypatch.setattr(parity, "peer_output", peer_output)

@@ -14,13 +14,14 @@ import pytest
 import recipe
 import small
 from paths import STORED
-from state_dicts import filled
+from state_dicts import filled, flax_variables
 
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.backbones import convnext
 from contrastseg_jax.models.backbones.convnext import CONVNEXT_SPECS
 from contrastseg_jax.models.backbones.resnet import RESNET_SPECS, ResNet
-from contrastseg_jax.weights import parity, torch_names
+from contrastseg_jax.weights import parity
+from contrastseg_jax.weights.torch_names import locate
 
 DATA = STORED / "peers"
 
@@ -53,7 +54,7 @@ def build(network):
     return zoo.build(network, num_classes=21, proj_dim=0, dropout_rate=0.0)
 
 
-# --- Against what is stored (tests/make_peers.py) -------------------------------------------------
+# --- Against what is stored (tests/helpers/make_peers.py) -----------------------------------------
 
 
 def test_hrnet_is_timms():
@@ -147,16 +148,16 @@ def test_our_network_computes_what_its_peer_does(library, name, network, num_cla
     shapes = {f"module.{key}": tuple(value.shape) for key, value in model.state_dict().items()}
     tensors = recipe.recipe_tensors(shapes)
     image = whole_patches() if "convnext" in name else recipe.image()
-    expected = parity.peer_output((network,), tensors, image)
-    variables = torch_names.flax_variables(tensors)
+    expected = parity.peer_output((network,), locate(tensors), image)
+    variables = flax_variables(tensors)
     result = parity.own_output(network, num_classes, variables, image)
     assert result.dtype == expected.dtype == np.float32
     assert_close(result, golden.to_torch(expected))
 
     # What has no place in a network makes no difference.
-    used = {key: tensors[key] for key in torch_names.flax_paths(shapes)}
+    used = locate(tensors).tensors
     assert len(used) < len(tensors)
-    again = parity.peer_output((network,), used, image)
+    again = parity.peer_output((network,), locate(used), image)
     np.testing.assert_array_equal(again, expected)
 
 
@@ -173,7 +174,7 @@ def test_our_network_computes_what_its_peer_does(library, name, network, num_cla
 )
 def test_some_networks_have_no_peer(network, tensor):
     tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
-    assert parity.peer_output((network,), tensors, recipe.image()) is None
+    assert parity.peer_output((network,), locate(tensors), recipe.image()) is None
 
 
 @pytest.mark.parametrize("tensor", ["conv1.weight", "classifier.4.weight"])
@@ -183,7 +184,7 @@ def test_a_library_that_cannot_be_imported_is_no_peer(tensor, monkeypatch):
 
     monkeypatch.setattr(parity.importlib, "import_module", fail)
     tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
-    assert parity.peer_output(("fcn_r50",), tensors, recipe.image()) is None
+    assert parity.peer_output(("fcn_r50",), locate(tensors), recipe.image()) is None
 
 
 @pytest.mark.parametrize("tensor", ["conv1.weight", "classifier.4.weight"])
@@ -191,4 +192,4 @@ def test_without_the_libraries_there_is_no_peer(tensor, monkeypatch):
     for library in ("torch", "torchvision", "torchvision.models.segmentation", "timm"):
         monkeypatch.setitem(sys.modules, library, None)
     tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
-    assert parity.peer_output(("fcn_r50",), tensors, recipe.image()) is None
+    assert parity.peer_output(("fcn_r50",), locate(tensors), recipe.image()) is None
