@@ -39,7 +39,6 @@ def imports_of(path):
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-UNSORTED = {"weights/torch_names.py"}  # rooms still mixed
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) != FACE)
 
 
@@ -49,8 +48,6 @@ def test_every_room_has_its_place():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_room_sees_what_stands_below_it(path):
-    if str(path.relative_to(PACKAGE)) in UNSORTED:
-        pytest.skip("what is in it moves next")
     room = room_of(path)
     for name in imports_of(path):
         library, _, rest = name.partition(".")

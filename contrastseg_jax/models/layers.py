@@ -76,6 +76,14 @@ def batch_norm(x: Float[Array, "b h w c"], *, train: bool, name: str) -> Float[A
         return layer(x)
 
 
+def layer_norm(x: Float[Array, "b h w c"], *, name: str) -> Float[Array, "b h w c"]:
+    """LayerNorm over each pixel's channels, with ConvNeXt's epsilon."""
+    # A variance as the mean of squares less the squared mean would lose digits.
+    layer = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=x.dtype, name=name)
+    with jax.numpy_dtype_promotion("standard"):  # as in BatchNorm
+        return layer(x)
+
+
 def conv_bn(
     x: Float[Array, "b h w c"],
     features: int,

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -10,12 +10,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from contrastseg_jax.models.heads.projection import ProjectionHead
 from contrastseg_jax.structs import SegmentationOutput
 
 Variables = dict[str, Any]  # what a network's `apply` takes: params and batch_stats
+LeafPath = tuple[str, ...]  # collection, modules, leaf
+
+# What leaves that are no kernels start from; others, biases and means, from 0. The blocks of a
+# ConvNeXt add next to nothing at first.
+CONSTANTS = {"scale": 1.0, "var": 1.0, "layer_scale": 1e-6}
 
 
 class Segmenter(nn.Module):
@@ -46,9 +52,9 @@ class Segmenter(nn.Module):
         """
         training = train or self.is_initializing()
         features = self.backbone(image.astype(self.dtype), train=train)
-        x = features["last"]
         if self.neck is not None:
-            x = self.neck(x, features["layer1"], train=train)
+            features = features | {"neck": self.neck(features, train=train)}
+        x = features["last" if self.neck is None else "neck"]
         aux_logits = embedding = None
         if self.aux_head is not None and (training or self.aux_guides):
             aux_logits = self.aux_head(features[self.aux_input], train=train).astype(jnp.float32)
@@ -57,6 +63,16 @@ class Segmenter(nn.Module):
         if self.proj_dim and (training or embed):
             embedding = ProjectionHead(self.proj_dim, name="proj_head")(x, train=train)
         return SegmentationOutput(logits=logits, embedding=embedding, aux_logits=aux_logits)
+
+
+def flatten(variables: Variables) -> dict[LeafPath, Any]:
+    """Each leaf of a network's variables by its path."""
+    return flatten_dict(variables)
+
+
+def unflatten(leaves: Mapping[LeafPath, Any]) -> Variables:
+    """The variables of which these are the leaves."""
+    return unflatten_dict(leaves)
 
 
 def variable_shapes(model: nn.Module) -> Any:
@@ -98,9 +114,9 @@ def training_shapes(model: Segmenter, image_shape: tuple[int, int, int]) -> Trai
 def init_variables(model: nn.Module, seed: int) -> Variables:
     """Fresh variables as NumPy arrays, for the caller to place on devices.
 
-    He's normal distribution over the fan-in for kernels, 1 for scales and variances, 0 for biases
-    and means. (The original's DeepLab decoder and projection head have it; its HRNet leaves
-    PyTorch's defaults, to be overwritten by ImageNet weights.)
+    He's normal distribution over the fan-in for kernels, CONSTANTS for the rest. (The original's
+    DeepLab decoder and projection head have it; its HRNet leaves PyTorch's defaults, to be
+    overwritten by ImageNet weights.)
 
     Drawn on the host because compiling a generator for each kernel takes 43 s for HRNet-W48.
     Each array has its own stream, so that networks share the values of the parts they share.
@@ -108,8 +124,7 @@ def init_variables(model: nn.Module, seed: int) -> Variables:
 
     def initial(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if path[-1].key != "kernel":
-            ones = path[-1].key in ("scale", "var")
-            return np.full(leaf.shape, 1.0 if ones else 0.0, leaf.dtype)
+            return np.full(leaf.shape, CONSTANTS.get(path[-1].key, 0.0), leaf.dtype)
         stream = zlib.crc32(jax.tree_util.keystr(path).encode())
         kernel = np.random.default_rng((seed, stream)).standard_normal(leaf.shape, leaf.dtype)
         return kernel * np.float32(math.sqrt(2 / math.prod(leaf.shape[:-1])))

@@ -8,10 +8,14 @@ from functools import partial
 import flax.linen as nn
 
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.models.backbones.hrnet import HRNET_SPECS, HRNet, HRNetSpec
-from contrastseg_jax.models.backbones.resnet import RESNET_SPECS, ResNet, ResNetSpec
+from contrastseg_jax.models.backbones import convnext, hrnet, resnet
+from contrastseg_jax.models.backbones.contract import Backbone, TorchNames
+from contrastseg_jax.models.backbones.convnext import CONVNEXT_SPECS, ConvNeXtSpec
+from contrastseg_jax.models.backbones.hrnet import HRNET_SPECS, HRNetSpec
+from contrastseg_jax.models.backbones.resnet import RESNET_SPECS, ResNetSpec
 from contrastseg_jax.models.heads.deeplab import DeepLabV3Head, DeepLabV3PlusHead, DeepLabV3PlusNeck
 from contrastseg_jax.models.heads.fcn import FCNHead
+from contrastseg_jax.models.heads.fusion import FusionNeck
 from contrastseg_jax.models.heads.ocr import OCRHead
 from contrastseg_jax.models.segmenter import Segmenter
 
@@ -20,22 +24,22 @@ from contrastseg_jax.models.segmenter import Segmenter
 class NetworkSpec:
     """Everything in which one network differs from another: backbone and heads."""
 
-    backbone: HRNetSpec | ResNetSpec
+    backbone: Backbone
     cls_head: Callable[..., nn.Module] = FCNHead
-    neck: Callable[[], nn.Module] | None = None  # joins layer1 to what both heads read
+    neck: Callable[[], nn.Module] | None = None  # makes one map of the features of several layers
     aux_head: Callable[..., nn.Module] | None = None
-    aux_input: str = "last"  # the features that the auxiliary head reads
+    aux_input: str = "last"  # the features that the auxiliary head reads; or "neck"
     dropout_rate: float = 0.1  # in front of the logits, as the network's original has it
     aux_dropout: float = 0.0  # the auxiliary head's share of it
     aux_guides: bool = False  # cls_head reads the auxiliary logits too
 
 
 def _of_hrnet(name: str, spec: HRNetSpec) -> dict[str, NetworkSpec]:
-    ocr_aux = partial(FCNHead, use_bias=(True, True))
+    backbone, ocr_aux = hrnet.backbone(spec), partial(FCNHead, use_bias=(True, True))
     return {
-        name: NetworkSpec(spec),
+        name: NetworkSpec(backbone),
         f"{name}_ocr": NetworkSpec(
-            spec, OCRHead, aux_head=ocr_aux, aux_guides=True, dropout_rate=0.05
+            backbone, OCRHead, aux_head=ocr_aux, aux_guides=True, dropout_rate=0.05
         ),
     }
 
@@ -43,8 +47,9 @@ def _of_hrnet(name: str, spec: HRNetSpec) -> dict[str, NetworkSpec]:
 def _of_resnet(name: str, spec: ResNetSpec) -> dict[str, NetworkSpec]:
     """The original's networks, with its stem and max-pool, and the standard ones."""
     channels = 2048 if spec.block == "bottleneck" else 512
-    stride_8 = replace(spec, output_stride=8)
-    original = replace(stride_8, stem="deep", ceil_mode=True)
+    stride_8 = resnet.backbone(replace(spec, output_stride=8))
+    stride_16 = resnet.backbone(replace(spec, output_stride=16))
+    original = resnet.backbone(replace(spec, output_stride=8, stem="deep", ceil_mode=True))
     # torchvision's heads; its FCN drops single values, these whole channels.
     fcn = partial(FCNHead, width=channels // 4, use_bias=(False, True))
     fcn_aux = partial(FCNHead, width=channels // 8, use_bias=(False, True))
@@ -66,9 +71,7 @@ def _of_resnet(name: str, spec: ResNetSpec) -> dict[str, NetworkSpec]:
             dropout_rate=0.5,
             aux_dropout=0.2,
         ),
-        f"deeplabv3plus_{name}": NetworkSpec(
-            replace(spec, output_stride=16), DeepLabV3PlusHead, neck=DeepLabV3PlusNeck
-        ),
+        f"deeplabv3plus_{name}": NetworkSpec(stride_16, DeepLabV3PlusHead, neck=DeepLabV3PlusNeck),
         f"ocr_{name}": NetworkSpec(
             original,
             OCRHead,
@@ -81,11 +84,33 @@ def _of_resnet(name: str, spec: ResNetSpec) -> dict[str, NetworkSpec]:
     }
 
 
+def _of_convnext(name: str, spec: ConvNeXtSpec) -> dict[str, NetworkSpec]:
+    """Heads at stride 4, for the last features are of stride 32, which no dilation refines."""
+    backbone, ocr_aux = convnext.backbone(spec), partial(FCNHead, use_bias=(True, True))
+    # Rates for output stride 32: half of those for 16.
+    joined = partial(DeepLabV3PlusNeck, rates=(3, 6, 9))
+    return {
+        f"fcn_{name}": NetworkSpec(backbone, neck=FusionNeck),
+        f"deeplabv3plus_{name}": NetworkSpec(backbone, DeepLabV3PlusHead, neck=joined),
+        f"ocr_{name}": NetworkSpec(
+            backbone,
+            OCRHead,
+            neck=FusionNeck,
+            aux_head=ocr_aux,
+            aux_input="neck",
+            aux_guides=True,
+            dropout_rate=0.05,
+        ),
+    }
+
+
 NETWORKS: dict[str, NetworkSpec] = {}
 for _name, _spec in HRNET_SPECS.items():
     NETWORKS |= _of_hrnet(_name, _spec)
 for _name, _spec in RESNET_SPECS.items():
     NETWORKS |= _of_resnet(_name, _spec)
+for _name, _spec in CONVNEXT_SPECS.items():
+    NETWORKS |= _of_convnext(_name, _spec)
 
 
 def model_names() -> tuple[str, ...]:
@@ -95,19 +120,18 @@ def model_names() -> tuple[str, ...]:
 
 def sharing_backbone(name: str) -> tuple[str, ...]:
     """Every network whose backbone has the same weights; strides and dilations have none."""
-
-    def with_weights(spec: HRNetSpec | ResNetSpec) -> HRNetSpec | ResNetSpec:
-        if isinstance(spec, HRNetSpec):
-            return spec
-        return replace(spec, output_stride=32, ceil_mode=False, multi_grid=())
-
-    backbone = with_weights(NETWORKS[name].backbone)
-    return tuple(n for n, spec in NETWORKS.items() if with_weights(spec.backbone) == backbone)
+    weights = NETWORKS[name].backbone.weights
+    return tuple(n for n, spec in NETWORKS.items() if spec.backbone.weights == weights)
 
 
 def stage_names(name: str) -> tuple[str, ...]:
     """The stages of a network's backbone that `remat` may name."""
-    return (HRNet if isinstance(NETWORKS[name].backbone, HRNetSpec) else ResNet).STAGES
+    return NETWORKS[name].backbone.stages
+
+
+def backbone_families() -> tuple[TorchNames, ...]:
+    """Each family of backbones once."""
+    return tuple({spec.backbone.torch_names: None for spec in NETWORKS.values()})
 
 
 def build(
@@ -128,10 +152,6 @@ def build(
         near = difflib.get_close_matches(name, model_names()) or model_names()
         raise InputError(f"model.name = {name!r}: no such network; nearest: {', '.join(near)}")
     spec = NETWORKS[name]
-    if isinstance(spec.backbone, HRNetSpec):
-        backbone = HRNet(spec.backbone, remat)
-    else:
-        backbone = ResNet(spec.backbone, remat)
     neck = spec.neck() if spec.neck else None
     cls_head = spec.cls_head(num_classes=num_classes, dropout_rate=dropout_rate)
     aux_head = None
@@ -139,7 +159,7 @@ def build(
         aux_rate = spec.aux_dropout * dropout_rate
         aux_head = spec.aux_head(num_classes=num_classes, dropout_rate=aux_rate)
     return Segmenter(
-        backbone=backbone,
+        backbone=spec.backbone.build(remat),
         neck=neck,
         cls_head=cls_head,
         aux_head=aux_head,

@@ -11,21 +11,16 @@ from clu import parameter_overview
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.models.backbones.resnet import ResNetSpec
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.models.zoo import NETWORKS
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.structs import IMAGENET, ImageFormat
+from contrastseg_jax.structs import ImageFormat
 from contrastseg_jax.weights import parity, pretrained
 from contrastseg_jax.weights.load import load
 from contrastseg_jax.weights.pretrained import Weights
 from contrastseg_jax.weights.recognize import Recognized, recognize
-from contrastseg_jax.weights.torch_files import Tensors, read_tensors
-from contrastseg_jax.weights.torch_names import flax_paths, flax_variables, unused
-
-# The original reads images as BGR, and normalises HRNet's with statistics in the order of RGB.
-ORIGINAL_HRNET = ImageFormat(IMAGENET.mean[::-1], IMAGENET.std[::-1], "BGR")
-ORIGINAL_RESNET = ImageFormat((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), "BGR")
+from contrastseg_jax.weights.torch_files import read_tensors
+from contrastseg_jax.weights.torch_names import StateDict, locate
 
 ROUNDING = 1e-4  # of the largest value; what a hundred layers make of rounding is 4e-6
 
@@ -41,23 +36,23 @@ def convert(source: Path, output: Path) -> None:
             then.
     """
     _require_usable(output)
-    tensors = read_tensors(source)
-    recognized = recognize(tensors, source=str(source))
-    variables = flax_variables(tensors)
-    _require_sound(tensors, source)
+    state = locate(read_tensors(source))
+    recognized = recognize(state, source=str(source))
+    variables = segmenter.unflatten(state.leaves)
+    _require_sound(state, source)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     weights = Weights(
         **vars(recognized),
         class_names=(),
-        image_format=_image_format(recognized, tensors),
+        image_format=_image_format(recognized, state),
         source=source.name,
         sha256=digest,
     )
-    left_out = Counter(unused(tensors).values())
+    left_out = Counter(state.unused.values())
     remarks = [
         "left out: " + (", ".join(f"{n} {name}" for name, n in left_out.items()) or "nothing"),
-        _compared(weights, tensors, variables),
+        _compared(weights, state, variables),
     ]
     _write(output, weights, variables, remarks)
 
@@ -109,23 +104,17 @@ def _write(output: Path, weights: Weights, variables: Variables, remarks: list[s
     print(f"written: {output}; start from it with --config.model.init_from={output}")
 
 
-def _image_format(recognized: Recognized, tensors: Tensors) -> ImageFormat:
-    """How the weights were trained to take images: the original's read BGR, all others RGB.
-
-    The original's are those of its stem, and HRNets that are part of a whole network.
-    """
+def _image_format(recognized: Recognized, state: StateDict) -> ImageFormat:
+    """How the weights were trained to take images: as a part of a network, or on ImageNet."""
     backbone = NETWORKS[recognized.networks[0]].backbone
-    if isinstance(backbone, ResNetSpec):
-        return ORIGINAL_RESNET if backbone.stem == "deep" else IMAGENET
-    is_part = any("backbone." in key for key in tensors)
-    return ORIGINAL_HRNET if is_part else IMAGENET
+    is_part = any(name.startswith("backbone.") for name in state.names.values())
+    return backbone.whole_format if is_part else backbone.image_format
 
 
-def _require_sound(tensors: Tensors, source: Path) -> None:
+def _require_sound(state: StateDict, source: Path) -> None:
     """Raise an error for numbers that no training leaves behind."""
     problems = []
-    for key in flax_paths({key: array.shape for key, array in tensors.items()}):
-        array = tensors[key]
+    for key, array in state.tensors.items():
         if array.dtype != np.float32:
             problems.append(f"{key}: holds {array.dtype}, must hold floating-point numbers")
         elif not np.isfinite(array).all():
@@ -153,11 +142,11 @@ def _summary(weights: Weights, variables: Variables) -> list[str]:
     ]
 
 
-def _compared(weights: Weights, tensors: Tensors, variables: Variables) -> str:
+def _compared(weights: Weights, state: StateDict, variables: Variables) -> str:
     """How near the output is to that of the same network in torchvision or timm."""
     pixels = np.random.default_rng(0).standard_normal((1, 64, 96, 3)).astype(np.float32)
     try:
-        expected = parity.peer_output(weights.networks, tensors, pixels)
+        expected = parity.peer_output(weights.networks, state, pixels)
     except RuntimeError as error:  # of another version, with tensors of other names
         return f"compared: no, {str(error).splitlines()[0]}"
     if expected is None:

@@ -13,42 +13,37 @@ import numpy as np
 from jaxtyping import Float
 
 from contrastseg_jax.models import zoo
-from contrastseg_jax.models.backbones.hrnet import HRNetSpec
+from contrastseg_jax.models.backbones.contract import Peer
 from contrastseg_jax.models.segmenter import Variables
-from contrastseg_jax.weights import torch_names
-
-# Ours, and timm's where it is another one.
-HRNETS_OF_TIMM = {"hrnet_w18_small": "hrnet_w18_small_v2"}
+from contrastseg_jax.weights.torch_names import StateDict
 
 
 def peer_output(
-    networks: Sequence[str], tensors: Mapping[str, np.ndarray], image: Float[np.ndarray, "b h w 3"]
+    networks: Sequence[str], state: StateDict, image: Float[np.ndarray, "b h w 3"]
 ) -> Float[np.ndarray, "b hs ws c"] | None:
     """What PyTorch computes with a state dict, in evaluation; None where there is no peer.
 
-    Of a backbone its last features: for HRNet all branches at stride 4, for ResNet those of layer4
-    at the stride of the first of `networks`. Of torchvision's FCN and DeepLabV3 the logits before
-    they are resized to the image.
+    Of a backbone its last features, at the stride of the first of `networks`; several maps at the
+    size of the first. Of torchvision's FCN and DeepLabV3 the logits before they are resized to the
+    image.
 
-    `networks`: those that the state dict fits. `tensors`: in PyTorch's names and layouts, with or
-    without what `weights.UNUSED` describes. `image`: normalised, float32, of any size.
+    `networks`: those that the state dict fits. `image`: normalised, float32, of any size.
 
     Raises:
         RuntimeError: the peer has other tensors, or of other shapes (PyTorch lists them).
     """
-    paths = torch_names.flax_paths({key: array.shape for key, array in tensors.items()})
-    state = {torch_names.WRAPPERS.sub("", key, count=1): tensors[key] for key in paths}
-    is_backbone = all(path[1] == "backbone" for path in paths.values())
+    tensors = {state.names[key]: array for key, array in state.tensors.items()}
+    is_backbone = all(path[1] == "backbone" for path in state.paths.values())
     if is_backbone:
-        state = {name.removeprefix("backbone."): array for name, array in state.items()}
-        model = _timm_backbone(networks[0])
+        tensors = {name.removeprefix("backbone."): array for name, array in tensors.items()}
+        model = _peer_backbone(zoo.NETWORKS[networks[0]].backbone.peer)
     else:
-        model = _torchvision_network(networks[0], state)
+        model = _torchvision_network(networks[0], tensors)
     if model is None:
         return None
 
     torch: Any = importlib.import_module("torch")
-    model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+    model.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
     model.eval()
     with torch.inference_mode():
         x = torch.tensor(image.transpose(0, 3, 1, 2))
@@ -82,28 +77,33 @@ def own_output(
         return np.asarray(quick(jax.device_get(variables), image))
 
 
-def _timm_backbone(network: str) -> Any:
-    """The backbone in timm, as a list of maps; torchvision's ResNet-18 cannot be dilated."""
+def _peer_backbone(peer: Peer | None) -> Any:
+    """A backbone of another library, as a module that returns a list of maps."""
+    if peer is None:
+        return None
+    return {"timm": _timm_backbone, "torchvision": _torchvision_backbone}[peer.library](peer)
+
+
+def _torchvision_backbone(peer: Peer) -> Any:
+    models = _imported("torchvision.models")
+    extraction = _imported("torchvision.models.feature_extraction")
+    if models is None or extraction is None:
+        return None
+    model = getattr(models, peer.name)(weights=None)
+    model = extraction.create_feature_extractor(model, **peer.settings)
+    model.register_forward_hook(lambda _module, _inputs, maps: list(maps.values()))
+    return model
+
+
+def _timm_backbone(peer: Peer) -> Any:
     timm = _imported("timm")
-    if timm is None:
+    if timm is None or not timm.is_model(peer.name):
         return None
-    spec = zoo.NETWORKS[network].backbone
-    if isinstance(spec, HRNetSpec):
-        name = network.removesuffix("_ocr")
-        name = HRNETS_OF_TIMM.get(name, name)
-        if not timm.is_model(name):
-            return None
-        settings = {"feature_location": "", "out_indices": (1, 2, 3, 4)}  # as they leave stage4
-        model = timm.create_model(name, features_only=True, **settings)
-        for module in model.modules():
-            if hasattr(module, "fuse_layers"):
-                module.register_forward_pre_hook(_fuse_bilinearly)
-        return model
-    if spec.stem == "deep" or spec.ceil_mode:
-        return None
-    name = f"resnet{network.removesuffix('_torchvision').rpartition('_r')[2]}"
-    settings = {"output_stride": spec.output_stride, "out_indices": (4,)}
-    return timm.create_model(name, features_only=True, **settings)
+    model = timm.create_model(peer.name, features_only=True, **peer.settings)
+    for module in model.modules():
+        if hasattr(module, "fuse_layers"):
+            module.register_forward_pre_hook(_fuse_bilinearly)
+    return model
 
 
 def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:
@@ -119,10 +119,10 @@ def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:
                 layer.mode, layer.align_corners = "bilinear", True
 
 
-def _torchvision_network(network: str, state: Mapping[str, np.ndarray]) -> Any:
+def _torchvision_network(network: str, tensors: Mapping[str, np.ndarray]) -> Any:
     """The whole network in torchvision, which has FCN and DeepLabV3 on ResNet-50 and 101."""
     segmentation = _imported("torchvision.models.segmentation")
-    if segmentation is None or "classifier.4.weight" not in state:
+    if segmentation is None or "classifier.4.weight" not in tensors:
         return None
     head, _, depth = network.removesuffix("_torchvision").rpartition("_r")
     make = getattr(segmentation, f"{head}_resnet{depth}", None)
@@ -131,8 +131,8 @@ def _torchvision_network(network: str, state: Mapping[str, np.ndarray]) -> Any:
     return make(
         weights=None,
         weights_backbone=None,
-        num_classes=len(state["classifier.4.weight"]),
-        aux_loss=any(name.startswith("aux_classifier.") for name in state),
+        num_classes=len(tensors["classifier.4.weight"]),
+        aux_loss=any(name.startswith("aux_classifier.") for name in tensors),
     )
 
 

@@ -2,18 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.models import segmenter, zoo
-from contrastseg_jax.models.backbones.hrnet import HRNetSpec
-from contrastseg_jax.models.backbones.resnet import ResNetSpec
+from contrastseg_jax.models.segmenter import LeafPath, Variables
 from contrastseg_jax.models.zoo import NETWORKS
-from contrastseg_jax.weights import torch_names
+from contrastseg_jax.weights.torch_names import LAST_LAYERS, StateDict, misfits
 
-Shapes = Mapping[torch_names.Path, tuple[int, ...]]
+Shapes = Mapping[LeafPath, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +21,8 @@ class Recognized:
     proj_dim: int  # 0: no projection head
 
 
-def recognize(tensors: Mapping[str, np.ndarray], *, source: str) -> Recognized:
-    """The network whose leaves the tensors fill, every one of them and nothing else.
+def recognize(state: StateDict, *, source: str) -> Recognized:
+    """The network whose leaves a state dict fills, every one of them and nothing else.
 
     An auxiliary head that only training needs may be missing.
 
@@ -34,53 +30,32 @@ def recognize(tensors: Mapping[str, np.ndarray], *, source: str) -> Recognized:
         InputError: there is none; it lists what keeps the nearest from fitting. `source` is the
             file it names.
     """
-    shapes = torch_names.flax_shapes(tensors)
-    candidates = [name for name, spec in NETWORKS.items() if _has_stages(spec.backbone, shapes)]
+    shapes = {path: leaf.shape for path, leaf in state.leaves.items()}
+    of_backbone = {path[2:]: shape for path, shape in shapes.items() if path[1] == "backbone"}
+    candidates = [name for name, spec in NETWORKS.items() if spec.backbone.recognizes(of_backbone)]
     if not candidates:
-        names = ", ".join(sorted(tensors)[:5])
+        names = ", ".join(sorted([*state.tensors, *state.unused])[:5])
+        *others, last_family = (family.family for family in zoo.backbone_families())
         raise InputError(
             f"{source}: its tensors ({names}, …) are of no backbone that is known here, which are"
-            " HRNetV2 and ResNet as the README lists them"
+            f" {', '.join(others)} and {last_family} as the README lists them"
         )
-    last = [
-        shapes.get(("params", "cls_head", layer, "kernel")) for layer in torch_names.LAST_LAYERS
-    ]
+    last = [shapes.get(("params", "cls_head", layer, "kernel")) for layer in LAST_LAYERS]
     num_classes = next((shape[-1] for shape in last if shape), 0)
     proj_dim = shapes.get(("params", "proj_head", "conv2", "kernel"), (0,))[-1]
     if not num_classes:
         candidates = candidates[:1]  # they share the backbone
-    misfits = {
-        name: torch_names.misfits(tensors, _expected(name, num_classes, proj_dim, shapes))
-        for name in candidates
+    problems_of = {
+        name: misfits(state, _expected(name, num_classes, proj_dim, shapes)) for name in candidates
     }
-    network, problems = min(misfits.items(), key=lambda item: len(item[1]))
+    network, problems = min(problems_of.items(), key=lambda item: len(item[1]))
     if problems:
         raise listed(f"{source}, read as {network}", problems)
     networks = (network,) if num_classes else zoo.sharing_backbone(network)
     return Recognized(networks, num_classes, proj_dim)
 
 
-def _has_stages(spec: HRNetSpec | ResNetSpec, shapes: Shapes) -> bool:
-    """Whether a backbone has as many blocks as this one, and of its kind."""
-    modules = {path[2] for path in shapes if path[1] == "backbone"}
-
-    def count(stage: str) -> int:
-        return sum(module.startswith(f"{stage}_") for module in modules)
-
-    def width(*module: str) -> int:
-        return shapes.get(("params", "backbone", *module, "kernel"), (0,))[-1]
-
-    if isinstance(spec, HRNetSpec):
-        found = count("stage2"), count("stage3"), count("stage4")
-        branch = width("stage4_0", "branches_0_0", "conv1")
-        return (found, branch) == (spec.num_modules, spec.widths[0])
-    found = count("layer1"), count("layer2"), count("layer3"), count("layer4")
-    is_deep, is_bottleneck = "resinit" in modules, width("layer1_0", "conv3") > 0
-    expected = spec.num_blocks, spec.stem == "deep", spec.block == "bottleneck"
-    return (found, is_deep, is_bottleneck) == expected
-
-
-def _expected(network: str, num_classes: int, proj_dim: int, shapes: Shapes) -> Any:
+def _expected(network: str, num_classes: int, proj_dim: int, shapes: Shapes) -> Variables:
     """The leaves to fill: those of the backbone alone where there is no head, else of all parts."""
     model = zoo.build(network, num_classes=max(num_classes, 1), proj_dim=proj_dim, dropout_rate=0.0)
     leaves = segmenter.variable_shapes(model)

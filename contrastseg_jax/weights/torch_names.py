@@ -1,21 +1,21 @@
 """PyTorch state dicts as Flax variables: which name there is which here.
 
 Backbones carry the names of their state dicts, indices joined by `_`: `backbone.layer1.0.conv1` is
-`backbone/layer1_0/conv1`. The tables below are for what stands on them.
+`backbone/layer1_0/conv1`. What else is to be known of them their files say, as `TorchNames`; the
+tables below are for what stands on them.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from contrastseg_jax.errors import listed
-
-Path = tuple[str, ...]  # collection, modules, leaf
-Table = tuple[tuple[str, str], ...]  # patterns of PyTorch's modules, and their names here
+from contrastseg_jax.models import zoo
+from contrastseg_jax.models.backbones.contract import Table, TorchNames
+from contrastseg_jax.models.segmenter import LeafPath, Variables, flatten, unflatten
 
 # The BN of a `BNReLU` is element 0 of an element, hence `.1.0`.
 ORIGINAL: Table = (
@@ -71,74 +71,68 @@ LAST_LAYERS = ("classifier", "refine_2", "conv3", "conv2")
 # module's network, and of the original's model with memory.
 WRAPPERS = re.compile(r"((module|_orig_mod|model|net|network|encoder_q)\.)*")
 
-# What has no place here by rule: counters, ImageNet classifiers, the original's memory.
+# What has no place here by rule, of any backbone: counters, ImageNet classifiers, the original's
+# memory.
 UNUSED = re.compile(
-    r".*\.num_batches_tracked|(fc|classifier)\.(weight|bias)"
-    r"|(incre_modules|downsamp_modules|final_layer)\..*|(segment|pixel)_queue(_ptr)?"
+    r".*\.num_batches_tracked|(fc|classifier)\.(weight|bias)|(segment|pixel)_queue(_ptr)?"
 )
 
-# A backbone that was saved on its own.
-BARE_BACKBONE = re.compile(r"(conv[123]|bn[123]|resinit|layer\d|stage\d|transition\d)\..*")
+# PyTorch's axes in the order they have here, by their number: kernels of convolutions (depthwise
+# ones too), scales of the channels of a map, kernels of linear layers.
+CHANNELS_LAST = {4: (2, 3, 1, 0), 3: (1, 2, 0), 2: (1, 0)}
 
 
-def flax_paths(shapes: Mapping[str, Sequence[int]]) -> dict[str, Path]:
-    """Where each tensor of a state dict lives, but for those that are UNUSED.
+@dataclass(frozen=True)
+class StateDict:
+    """What is known of the tensors of a PyTorch state dict, by the keys they have in it."""
 
-    A tensor that no table knows keeps its name, under which no network has a place for it.
+    tensors: dict[str, np.ndarray]  # all that have a place here, in PyTorch's layouts
+    names: dict[str, str]  # of each, without what wraps the model
+    paths: dict[str, LeafPath]  # of each, where it lives among a network's variables
+    leaves: dict[LeafPath, Float[np.ndarray, "..."]]  # what lives there, in the layouts here
+    unused: dict[str, str]  # the tensors without a place by rule, and the kind of each
+
+
+def locate(tensors: Mapping[str, np.ndarray]) -> StateDict:
+    """Where each tensor of a state dict lives.
+
+    One that no table knows keeps its name, under which no network has a place for it.
     """
-    names = {key: WRAPPERS.sub("", key, count=1) for key in shapes}
-    table = ORIGINAL
-    if any(name.startswith("classifier.0.") for name in names.values()):
-        is_deeplab = any(name.startswith("classifier.0.convs.") for name in names.values())
-        table = TORCHVISION_DEEPLAB if is_deeplab else TORCHVISION_FCN
-    # An ImageNet file of the original's deep stem has its three convolutions at the top.
-    stem = "backbone.resinit." if "conv3.weight" in names.values() else "backbone."
+    names = {key: WRAPPERS.sub("", key, count=1) for key in tensors}
+    family = _family_of(names.values())
+    unused = {key: kind for key, name in names.items() if (kind := _unused_kind(name, family))}
+    names = {key: name for key, name in names.items() if key not in unused}
+    renamed, heads = family.renamed(names.values()), _table_of_heads(names.values())
     paths = {}
     for key, name in names.items():
-        if UNUSED.fullmatch(name):
-            continue
-        if BARE_BACKBONE.fullmatch(name):
-            name = (stem if name.startswith(("conv", "bn")) else "backbone.") + name
-        module, _, tensor = name.rpartition(".")
-        paths[key] = _leaf_path(_module_name(module, table), tensor, len(shapes[key]))
-    return paths
+        module, _, leaf = name.rpartition(".")
+        if family.modules.fullmatch(name):
+            module = f"backbone.{_module_name(module, renamed)}"
+        if module.startswith("backbone."):
+            module = re.sub(r"\.(\d+)", r"_\1", module)
+        else:
+            module = _module_name(module, heads)
+        paths[key] = _leaf_path(module, leaf, tensors[key].ndim)
+    return StateDict(
+        tensors={key: tensors[key] for key in paths},
+        names=names,
+        paths=paths,
+        leaves={path: _flax_layout(tensors[key]) for key, path in paths.items()},
+        unused=unused,
+    )
 
 
-def flax_shapes(tensors: Mapping[str, np.ndarray]) -> dict[Path, tuple[int, ...]]:
-    """The shapes of `flax_variables` by path."""
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
-    return {path: _flax_layout(tensors[key]).shape for key, path in paths.items()}
-
-
-def unused(keys: Iterable[str]) -> dict[str, str]:
-    """The tensors of a state dict that are UNUSED, each with the name of its kind."""
-    names = {key: WRAPPERS.sub("", key, count=1) for key in keys}
-    return {
-        key: "num_batches_tracked" if name.endswith("num_batches_tracked") else name.split(".")[0]
-        for key, name in names.items()
-        if UNUSED.fullmatch(name)
-    }
-
-
-def flax_variables(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The variables that a state dict's tensors are; OIHW kernels become HWIO."""
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
-    return unflatten_dict({path: _flax_layout(tensors[key]) for key, path in paths.items()})
-
-
-def misfits(tensors: Mapping[str, np.ndarray], expected: Any) -> list[str]:
+def misfits(state: StateDict, expected: Variables) -> list[str]:
     """Every leaf that is not filled, every tensor without a place, every shape that is another one.
 
     In PyTorch's layouts and names; only of heads, whose names there are many, leaves have ours.
 
     `expected`: arrays or shapes, as `segmenter.variable_shapes` gives them.
     """
-    filled: dict[Path, str] = {}
-    problems = []
-    wanted: dict[Path, Any] = dict(flatten_dict(expected))
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
-    for key, path in paths.items():
-        shape = tensors[key].shape
+    filled: dict[LeafPath, str] = {}
+    problems, wanted = [], flatten(expected)
+    for key, path in state.paths.items():
+        shape = state.tensors[key].shape
         if path not in wanted:
             problems.append(f"- {key} {shape}: the network has no place for it")
         elif path in filled:
@@ -154,8 +148,8 @@ def misfits(tensors: Mapping[str, np.ndarray], expected: Any) -> list[str]:
 
 
 def merge(
-    given: Any, fresh: Any, *, parts: Sequence[str] | None, source: str
-) -> tuple[dict[str, Any], dict[str, str]]:
+    given: Variables, fresh: Variables, *, parts: Sequence[str] | None, source: str
+) -> tuple[Variables, dict[str, str]]:
     """`fresh` variables with the values `given`, and by name and reason what stayed fresh.
 
     `parts`: the parts of a network (backbone, cls_head, …) to take; None: all that both have. A
@@ -165,14 +159,10 @@ def merge(
     Raises:
         InputError: any other difference; it lists them all. `source` is the folder it names.
     """
-    known: dict[Path, Any] = {
-        path: array
-        for path, array in flatten_dict(given).items()
-        if parts is None or path[1] in parts
-    }
-    taken, kept, problems = {path[1] for path in known}, {}, []
-    there = {path[1] for path in flatten_dict(given)}
-    merged: dict[Path, Any] = dict(flatten_dict(fresh))
+    there, merged = flatten(given), flatten(fresh)
+    known = {path: x for path, x in there.items() if parts is None or path[1] in parts}
+    parts_there, taken = {path[1] for path in there}, {path[1] for path in known}
+    kept, problems = {}, []
     for path, leaf in merged.items():
         part, name = path[1], "/".join(path)
         shape = known[path].shape if path in known else None
@@ -180,7 +170,7 @@ def merge(
         if shape == leaf.shape:
             merged[path] = known[path]
         elif shape is None and part not in taken and part != "backbone":
-            kept[part] = "there of another network" if part in there else "not there"
+            kept[part] = "there of another network" if part in parts_there else "not there"
         elif shape is not None and is_last and shape[:-1] == leaf.shape[:-1]:
             kept["/".join(path[1:-1])] = f"{leaf.shape[-1]} wide, there {shape[-1]}"
         else:
@@ -193,12 +183,37 @@ def merge(
     ]
     if problems:
         raise listed(source, problems)
-    return unflatten_dict(merged), kept
+    return unflatten(merged), kept
+
+
+def _family_of(names: Collection[str]) -> TorchNames:
+    """The family of backbones to whose modules most of the tensors belong."""
+    bare = [name.removeprefix("backbone.") for name in names]
+    return max(
+        zoo.backbone_families(),
+        key=lambda family: sum(family.modules.fullmatch(name) is not None for name in bare),
+    )
+
+
+def _unused_kind(name: str, family: TorchNames) -> str:
+    """What kind of tensor it is if it has no place by rule, else nothing."""
+    name = name.removeprefix("backbone.")
+    if not (UNUSED.fullmatch(name) or family.unused.fullmatch(name)):
+        return ""
+    is_counter = name.endswith("num_batches_tracked")
+    return "num_batches_tracked" if is_counter else name.split(".")[0]
+
+
+def _table_of_heads(names: Iterable[str]) -> Table:
+    """The original's names, or torchvision's."""
+    of_classifier = [name for name in names if name.startswith("classifier.0.")]
+    if not of_classifier:
+        return ORIGINAL
+    is_deeplab = any(name.startswith("classifier.0.convs.") for name in of_classifier)
+    return TORCHVISION_DEEPLAB if is_deeplab else TORCHVISION_FCN
 
 
 def _module_name(module: str, table: Table) -> str:
-    if module.startswith("backbone."):
-        return re.sub(r"\.(\d+)", r"_\1", module)
     for pattern, name in table:
         match = re.fullmatch(pattern, module)
         if match:
@@ -206,15 +221,15 @@ def _module_name(module: str, table: Table) -> str:
     return module
 
 
-def _leaf_path(module: str, tensor: str, ndim: int) -> Path:
+def _leaf_path(module: str, tensor: str, ndim: int) -> LeafPath:
     modules = tuple(module.split("."))
     if tensor.startswith("running_"):
         return "batch_stats", *modules, tensor.removeprefix("running_")
-    weight = "kernel" if ndim == 4 else "scale"
+    weight = "kernel" if ndim > 1 else "scale"
     return "params", *modules, weight if tensor == "weight" else tensor
 
 
-def _torch_name(path: Path) -> str:
+def _torch_name(path: LeafPath) -> str:
     _, part, *modules, leaf = path
     names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
     if part == "backbone":
@@ -223,9 +238,10 @@ def _torch_name(path: Path) -> str:
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(shape)
+    axes = CHANNELS_LAST.get(len(shape), range(len(shape)))
+    return tuple(size for _, size in sorted(zip(axes, shape, strict=True)))
 
 
 def _flax_layout(array: np.ndarray) -> Float[np.ndarray, "..."]:
     array = array.astype(np.float32, copy=False)
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+    return array.transpose(CHANNELS_LAST.get(array.ndim, range(array.ndim)))

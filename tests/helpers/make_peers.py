@@ -4,11 +4,11 @@ Run once, in an environment of its own (Python 3.11, on a CPU):
 
     python3 -m venv peers-env
     peers-env/bin/pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 -r requirements.txt
-    PYTHONPATH=. peers-env/bin/python tests/make_peers.py
+    PYTHONPATH=. peers-env/bin/python tests/helpers/make_peers.py
 
-One file per network: its outputs in evaluation, float32, in PyTorch's layout, of which only every
-n-th channel, row and column is kept, and a JSON string `meta`: these n, names and shapes of the
-state dict, and the versions.
+One file per network: its outputs in evaluation, of one a gradient too, float32, in PyTorch's
+layout, of which only every n-th channel, row and column is kept, and a JSON string `meta`: these n,
+names and shapes of the state dict, and the versions.
 """
 
 import json
@@ -21,6 +21,7 @@ import torchvision
 from paths import STORED
 
 from contrastseg_jax.weights import parity
+from contrastseg_jax.weights.torch_names import locate
 
 FOLDER = STORED / "peers"
 VERSIONS = {library.__name__: library.__version__ for library in (torch, torchvision, timm)}
@@ -42,10 +43,18 @@ def main():
         name = "torchvision_deeplabv3_resnet101"
         write(name, model, (1, 1, 1), logits=logits, aux_logits=aux_logits)
 
+    # A multiple of 32: of other sides torchvision leaves out the pixels that make no whole patch.
+    image = torch.tensor(to_torch(recipe.image()[:, :64, :64])).requires_grad_()
+    model = filled(torchvision.models.convnext_tiny(weights=None))
+    features = model.features(image)
+    features.square().mean().backward()
+    outputs = {"features": features.detach(), "gradient": image.grad}
+    write("torchvision_convnext_tiny", model, (3, 2, 2), **outputs)
+
     # As it stands timm's HRNet does not take this image, and fuses otherwise: see peers.py.
     model = timm.create_model("hrnet_w18")
     tensors = recipe.recipe_tensors(shapes_of(model))
-    features = parity.peer_output(("hrnet_w18",), tensors, recipe.image())
+    features = parity.peer_output(("hrnet_w18",), locate(tensors), recipe.image())
     write("timm_hrnet_w18", model, (9, 2, 2), features=to_torch(features))
 
 

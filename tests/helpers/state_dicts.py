@@ -1,12 +1,13 @@
 """PyTorch state dicts of networks here, spelt with the names that files have."""
 
+import re
 import zlib
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from contrastseg_jax.models import segmenter, zoo
-from contrastseg_jax.weights.torch_names import flax_variables, misfits
+from contrastseg_jax.weights.torch_names import locate, misfits
 
 ORIGINAL_FCN = {  # modules here and in the original's HRNet
     "cls_head/conv1": "cls_head.0",
@@ -37,8 +38,10 @@ def spelt_out(name, rename, *, num_classes=19, proj_dim=0, values=empty):
     tensors = {}
     for path, leaf in flatten_dict(segmenter.variable_shapes(model)).items():
         shape = leaf.shape
-        if path[-1] == "kernel":
+        if len(shape) == 4:
             shape = (shape[3], shape[2], shape[0], shape[1])
+        elif len(shape) > 1:  # of a linear layer, or the scale of a map's channels
+            shape = (shape[-1], *shape[:-1])
         tensor = {"kernel": "weight", "scale": "weight", "mean": "running_mean"}
         tensor = tensor.get(path[-1], path[-1].replace("var", "running_var"))
         tensors[f"{rename('/'.join(path[1:-1]))}.{tensor}"] = values(path, shape)
@@ -48,9 +51,7 @@ def spelt_out(name, rename, *, num_classes=19, proj_dim=0, values=empty):
 def bare_name(path):
     """The name of a backbone's module in a file of the backbone alone."""
     name = path.removeprefix("backbone/").replace("/", ".")
-    if any(part in name for part in ("layer", "transition", "stage", "downsample")):
-        name = name.replace("_", ".").replace("fuse.layers", "fuse_layers")
-    return name
+    return re.sub(r"_(\d)", r".\1", name)
 
 
 def original_name(path):
@@ -66,10 +67,15 @@ def tiny(**settings):
 def backbone_of(name):
     """The state dict of a backbone on its own."""
     tensors = spelt_out(name, bare_name, values=drawn)
-    return {key: array for key, array in tensors.items() if "_head" not in key}
+    return {key: array for key, array in tensors.items() if not re.match(r"\w+_head|neck", key)}
 
 
 def filled(tensors, expected):
     """The variables that a state dict is, which fill `expected`: every leaf and nothing else."""
-    assert misfits(tensors, expected) == []
+    assert misfits(locate(tensors), expected) == []
     return flax_variables(tensors)
+
+
+def flax_variables(tensors):
+    """The variables that a state dict is, whatever network they fit."""
+    return segmenter.unflatten(locate(tensors).leaves)

@@ -149,8 +149,9 @@ def test_deeplab_plus_is_the_written_out_one(features):
     torch = needs.package("torch")
     low = jnp.asarray(np.random.default_rng(3).normal(size=(2, 17, 25, 5)), jnp.float32)
     neck, head = DeepLabV3PlusNeck(rates=(1, 2, 3)), DeepLabV3PlusHead(3, 0.5)
-    of_neck = random_variables(neck, features, low)
-    joined = neck.apply(of_neck, features, low, train=False)
+    maps = {"last": features, "layer1": low}
+    of_neck = random_variables(neck, maps)
+    joined = neck.apply(of_neck, maps, train=False)
     assert joined.shape == (2, 17, 25, 304)
 
     x, y = (torch.as_tensor(np.array(v).transpose(0, 3, 1, 2)) for v in (features, low))

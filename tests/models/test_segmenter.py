@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from recipe import recipe_array
+from state_dicts import flax_variables
 
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.heads.projection import ProjectionHead
-from contrastseg_jax.weights.torch_names import flax_paths, flax_variables
+from contrastseg_jax.weights.torch_names import locate
 
 TINY = zoo.build("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.5)
 
@@ -58,15 +59,17 @@ def output_shapes(name, *image_shape, train=True):
         *("hrnet_tiny", "hrnet_w18_small", "hrnet_w48", "hrnet_tiny_ocr"),
         *("fcn_r34", "deeplabv3_r50", "deeplabv3_r152_torchvision", "ocr_r18"),
         *("deeplabv3plus_r18", "deeplabv3plus_r101"),
+        *("fcn_convnext_tiny", "deeplabv3plus_convnext_small", "ocr_convnext_tiny"),
     ],
 )
 def test_a_network_gives_logits_and_embeddings_of_one_size(name):
     logits, aux_logits, embedding = output_shapes(name, 2, 65, 97)
     # 65x97 is 17x25 at stride 4 and 9x13 at stride 8, whatever the max-pool's rounding.
-    size = (17, 25) if "hrnet" in name or "plus" in name else (9, 13)
+    is_fine = any(part in name for part in ("hrnet", "plus", "convnext"))
+    size = (17, 25) if is_fine else (9, 13)
     assert logits == (2, *size, 19)
     assert embedding == (2, *size, 256)
-    has_aux = "ocr" in name or name.startswith(("fcn", "deeplabv3_"))
+    has_aux = "ocr" in name or name.startswith(("fcn_r", "deeplabv3_"))
     assert aux_logits == (logits if has_aux else None)
 
 
@@ -372,7 +375,7 @@ def test_training_is_that_of_the_original(trained, tensors, stored, case):
     subset = golden.to_torch(output.embedding)[:, :, ::5, ::5]
     np.testing.assert_allclose(subset, stored["train_embed_sub"], rtol=0, atol=of_embedding)
 
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
+    paths = locate(tensors).paths
     keys = [key for key in paths if "running" in key]
     updates = flatten_dict(updates)
     lengths = np.array([np.linalg.norm(updates[paths[key]]) for key in keys])
@@ -398,7 +401,7 @@ def test_gradients_are_those_of_the_original(trained, tensors, stored, case):
     np.testing.assert_allclose(
         subset, expected, rtol=0, atol=3 * of_gradient * np.abs(expected).max()
     )
-    paths = flax_paths({key: array.shape for key, array in tensors.items()})
+    paths = locate(tensors).paths
     by_params = flatten_dict({"params": by_params})
     lengths = [
         np.linalg.norm(by_params[path]) for key, path in paths.items() if "running" not in key

@@ -101,12 +101,17 @@ def test_the_number_of_anchors_in_a_message_is_that_of_the_map():
         (["model.name=deeplabv3_r18"], "cls_head/aspp/b4_1", "train.batch_size to 8"),
         (["model.name=deeplabv3plus_r18"], "neck/aspp/b4_1", "train.batch_size to 8"),
         (
+            ["model.name=deeplabv3plus_convnext_tiny"],
+            "neck/aspp/b0_1 and 5 more layers",
+            "train.batch_size to 8, or augment.crop_size",
+        ),
+        (
             ["model.name=hrnet_tiny"],
             r"backbone/\S+ and \d more layers",
             "train.batch_size to 8, or augment.crop_size",
         ),
     ],
-    ids=["pooled", "pooled in the neck", "small crop"],
+    ids=["pooled", "pooled in the neck", "neck on a small crop", "small crop"],
 )
 def test_one_value_has_no_variance(overrides, layer, remedy):
     """DeepLabV3's mean over the image on crops of any size, HRNet's stride of 32 on small ones."""
@@ -127,8 +132,9 @@ def test_one_value_has_no_variance(overrides, layer, remedy):
         (["model.name=ocr_r18", "train.batch_size=1"], r"3 values .*: raise train.batch_size to 3"),
         (["model.name=deeplabv3_r18", "train.batch_size=8", "contrast.candidates=batch"], None),
         (["model.name=hrnet_tiny", "train.batch_size=2", "augment.crop_size=(64, 64)"], None),
+        (["model.name=fcn_convnext_tiny", "train.batch_size=1"], None),
     ],
-    ids=["pooled", "one vector per class", "eight images", "eight places"],
+    ids=["pooled", "one vector per class", "eight images", "eight places", "none in the backbone"],
 )
 def test_few_values_are_a_warning(overrides, said, caplog):
     check(make_config(*overrides), mode="plan", num_devices=1)

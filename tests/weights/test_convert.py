@@ -9,17 +9,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from paths import STORED
+from recipe import recipe_tensors
 from safetensors.numpy import save_file
 from small import setup_of
-from state_dicts import backbone_of, tiny
+from state_dicts import backbone_of, flax_variables, tiny
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.setup.resolve import initial_variables, load_network
 from contrastseg_jax.structs import IMAGENET
 from contrastseg_jax.weights import parity, pretrained
 from contrastseg_jax.weights.convert import convert, convert_run
-from contrastseg_jax.weights.torch_names import flax_variables
 
 
 def source_of(folder, tensors):
@@ -112,6 +114,32 @@ def of_torchvisions_fcn(width, num_classes):
     return {f"classifier.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
 
 
+def test_a_convnext_is_converted_without_its_classifier(tmp_path, capsys):
+    """Names and shapes are torchvision's own."""
+    with np.load(STORED / "peers" / "torchvision_convnext_tiny.npz") as arrays:
+        tensors = recipe_tensors(json.loads(str(arrays["meta"]))["shapes"])
+    convert(source_of(tmp_path, tensors), tmp_path / "out")
+    said = capsys.readouterr().out
+    networks = ("fcn_convnext_tiny", "deeplabv3plus_convnext_tiny", "ocr_convnext_tiny")
+    assert f"x.safetensors: the backbone of {', '.join(networks)}" in said
+    assert "left out: 4 classifier" in said and "parameters: 27,818,592" in said
+    weights = pretrained.read(tmp_path / "out", "ocr_convnext_tiny")
+    assert (weights.networks, weights.image_format) == (networks, IMAGENET)
+
+    model = zoo.build("fcn_convnext_tiny", num_classes=3, proj_dim=4, dropout_rate=0.0)
+    fresh = segmenter.init_variables(model, 0)
+    started = pretrained.start_from(
+        tmp_path / "out", "fcn_convnext_tiny", ("a", "b", "c"), fresh, whole=False
+    )
+    assert jax.tree.structure(started) == jax.tree.structure(fresh)
+    block = started["params"]["backbone"]["features_5_8"]
+    kernel = tensors["features.5.8.block.3.weight"]
+    np.testing.assert_array_equal(block["block_3"]["kernel"], kernel.T)
+    scale = tensors["features.5.8.layer_scale"]
+    np.testing.assert_array_equal(block["layer_scale"].ravel(), scale.ravel())
+    np.testing.assert_array_equal(started["params"]["neck"]["fuse_1"]["scale"], 1)
+
+
 def test_whole_numbers_are_no_weights(tmp_path):
     """But counters are whole numbers; quantised weights lack the scale that they need."""
     tensors = tiny() | {"backbone.bn1.num_batches_tracked": np.array(3)}
@@ -137,8 +165,8 @@ def test_what_is_in_the_output_is_not_overwritten(tmp_path):
     [(1.0, r"\d$"), (1.01, ", which is more than rounding$")],
 )
 def test_the_report_judges_the_difference_to_a_peer(tmp_path, monkeypatch, factor, verdict):
-    def peer_output(networks, tensors, pixels):
-        variables = flax_variables(tensors)
+    def peer_output(networks, state, pixels):
+        variables = segmenter.unflatten(state.leaves)
         return factor * parity.own_output(networks[0], 0, variables, pixels)
 
     monkeypatch.setattr(parity, "peer_output", peer_output)

@@ -14,11 +14,14 @@ import pytest
 import recipe
 import small
 from paths import STORED
-from state_dicts import filled
+from state_dicts import filled, flax_variables
 
 from contrastseg_jax.models import segmenter, zoo
+from contrastseg_jax.models.backbones import convnext
+from contrastseg_jax.models.backbones.convnext import CONVNEXT_SPECS
 from contrastseg_jax.models.backbones.resnet import RESNET_SPECS, ResNet
-from contrastseg_jax.weights import parity, torch_names
+from contrastseg_jax.weights import parity
+from contrastseg_jax.weights.torch_names import locate
 
 DATA = STORED / "peers"
 
@@ -42,11 +45,16 @@ def of_backbone(variables):
     return {collection: {"backbone": parts["backbone"]} for collection, parts in variables.items()}
 
 
+def whole_patches():
+    """The image without what is more than a multiple of 32."""
+    return recipe.image()[:, :64, :64]
+
+
 def build(network):
     return zoo.build(network, num_classes=21, proj_dim=0, dropout_rate=0.0)
 
 
-# --- Against what is stored (tests/make_peers.py) -------------------------------------------------
+# --- Against what is stored (tests/helpers/make_peers.py) -----------------------------------------
 
 
 def test_hrnet_is_timms():
@@ -97,6 +105,22 @@ def test_deeplabv3_is_torchvisions():
     assert_close(aux_logits, outputs["aux_logits"], every)
 
 
+def test_convnext_is_torchvisions():
+    """Its features of an image with sides that are multiples of 32, and their gradient."""
+    outputs, every, tensors = stored("torchvision_convnext_tiny")
+    model = convnext.backbone(CONVNEXT_SPECS["convnext_tiny"]).build(())
+    expected = {"params": {"backbone": segmenter.variable_shapes(model)["params"]}}
+    params = filled(tensors, expected)["params"]["backbone"]
+
+    def energy(image):
+        features = model.apply({"params": params}, image, train=False)["last"]
+        return small.jax.numpy.square(features).mean(), features
+
+    gradient, features = small.jax.jit(small.jax.grad(energy, has_aux=True))(whole_patches())
+    assert_close(features, outputs["features"], every)
+    assert_close(gradient, outputs["gradient"], every)
+
+
 # --- Against the libraries themselves -------------------------------------------------------------
 
 
@@ -105,6 +129,7 @@ def test_deeplabv3_is_torchvisions():
     [
         ("timm", "hrnet_w18_small_v2", "hrnet_w18_small", 0),
         ("torchvision.models", "resnet18", "fcn_r18", 0),
+        ("torchvision.models", "convnext_small", "fcn_convnext_small", 0),
         ("torchvision.models.segmentation", "fcn_resnet50", "fcn_r50", 21),
         ("torchvision.models.segmentation", "deeplabv3_resnet50", "deeplabv3_r50_torchvision", 21),
     ],
@@ -117,21 +142,22 @@ def test_our_network_computes_what_its_peer_does(library, name, network, num_cla
             weights=None, weights_backbone=None, aux_loss=True
         ),
     }
-    if num_classes == 0:  # of a backbone the peer is timm's, wherever its weights are from
+    if "resnet18" in name:  # the peer is timm's, wherever its weights are from
         needs.package("timm")
     model = make[library](needs.package(library))
     shapes = {f"module.{key}": tuple(value.shape) for key, value in model.state_dict().items()}
     tensors = recipe.recipe_tensors(shapes)
-    expected = parity.peer_output((network,), tensors, recipe.image())
-    variables = torch_names.flax_variables(tensors)
-    result = parity.own_output(network, num_classes, variables, recipe.image())
+    image = whole_patches() if "convnext" in name else recipe.image()
+    expected = parity.peer_output((network,), locate(tensors), image)
+    variables = flax_variables(tensors)
+    result = parity.own_output(network, num_classes, variables, image)
     assert result.dtype == expected.dtype == np.float32
     assert_close(result, golden.to_torch(expected))
 
     # What has no place in a network makes no difference.
-    used = {key: tensors[key] for key in torch_names.flax_paths(shapes)}
+    used = locate(tensors).tensors
     assert len(used) < len(tensors)
-    again = parity.peer_output((network,), used, recipe.image())
+    again = parity.peer_output((network,), locate(used), image)
     np.testing.assert_array_equal(again, expected)
 
 
@@ -148,7 +174,7 @@ def test_our_network_computes_what_its_peer_does(library, name, network, num_cla
 )
 def test_some_networks_have_no_peer(network, tensor):
     tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
-    assert parity.peer_output((network,), tensors, recipe.image()) is None
+    assert parity.peer_output((network,), locate(tensors), recipe.image()) is None
 
 
 @pytest.mark.parametrize("tensor", ["conv1.weight", "classifier.4.weight"])
@@ -158,7 +184,7 @@ def test_a_library_that_cannot_be_imported_is_no_peer(tensor, monkeypatch):
 
     monkeypatch.setattr(parity.importlib, "import_module", fail)
     tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
-    assert parity.peer_output(("fcn_r50",), tensors, recipe.image()) is None
+    assert parity.peer_output(("fcn_r50",), locate(tensors), recipe.image()) is None
 
 
 @pytest.mark.parametrize("tensor", ["conv1.weight", "classifier.4.weight"])
@@ -166,4 +192,4 @@ def test_without_the_libraries_there_is_no_peer(tensor, monkeypatch):
     for library in ("torch", "torchvision", "torchvision.models.segmentation", "timm"):
         monkeypatch.setitem(sys.modules, library, None)
     tensors = {tensor: np.zeros((3, 3, 3, 3), np.float32)}
-    assert parity.peer_output(("fcn_r50",), tensors, recipe.image()) is None
+    assert parity.peer_output(("fcn_r50",), locate(tensors), recipe.image()) is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from small import make_config, setup_of
-from state_dicts import backbone_of, tiny
+from state_dicts import backbone_of, flax_variables, tiny
 
 from contrastseg_jax.config.load import override
 from contrastseg_jax.errors import InputError
@@ -27,7 +27,7 @@ from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import init_state
 from contrastseg_jax.weights import pretrained
 from contrastseg_jax.weights.convert import convert
-from contrastseg_jax.weights.torch_names import flax_variables, merge
+from contrastseg_jax.weights.torch_names import merge
 
 
 def converted(folder, tensors):

@@ -1,5 +1,7 @@
 """What a state dict is of; where nothing fits, what keeps the nearest from fitting."""
 
+import re
+
 import golden
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from state_dicts import bare_name, original_name, spelt_out
 
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.weights.recognize import Recognized, recognize
+from contrastseg_jax.weights.torch_names import locate
 
 
 @pytest.mark.parametrize(
@@ -25,12 +28,12 @@ def test_the_originals_networks(original, name, proj_dim):
         f"module.{key}": state_dicts.empty((), shape)
         for key, shape in golden.shapes(original).items()
     }
-    assert recognize(tensors, source="x.pth") == Recognized((name,), 19, proj_dim)
+    assert recognize(locate(tensors), source="x.pth") == Recognized((name,), 19, proj_dim)
 
 
 def test_number_of_classes_and_length_of_embeddings_are_those_of_the_file():
     tensors = spelt_out("hrnet_tiny", original_name, num_classes=7, proj_dim=12)
-    assert recognize(tensors, source="x.pth") == Recognized(("hrnet_tiny",), 7, 12)
+    assert recognize(locate(tensors), source="x.pth") == Recognized(("hrnet_tiny",), 7, 12)
 
 
 @pytest.mark.parametrize(
@@ -40,13 +43,17 @@ def test_number_of_classes_and_length_of_embeddings_are_those_of_the_file():
         ("fcn_r50", ("fcn_r50", "deeplabv3_r50_torchvision", "deeplabv3plus_r50")),
         ("fcn_r34", ("fcn_r34", "deeplabv3_r34_torchvision", "deeplabv3plus_r34")),
         ("ocr_r101", ("deeplabv3_r101", "ocr_r101")),
+        (
+            "fcn_convnext_tiny",
+            ("fcn_convnext_tiny", "deeplabv3plus_convnext_tiny", "ocr_convnext_tiny"),
+        ),
     ],
 )
 def test_a_backbone_is_of_all_networks_that_stand_on_it(name, networks):
     tensors = spelt_out(name, bare_name)
-    tensors = {key: array for key, array in tensors.items() if "_head" not in key}
+    tensors = {key: array for key, array in tensors.items() if not re.match(r"\w+_head|neck", key)}
     tensors["fc.weight"] = state_dicts.empty((), (1000, 2048))
-    assert recognize(tensors, source="x.pth") == Recognized(networks, 0, 0)
+    assert recognize(locate(tensors), source="x.pth") == Recognized(networks, 0, 0)
 
 
 def test_what_does_not_fit_the_nearest_is_listed():
@@ -54,7 +61,7 @@ def test_what_does_not_fit_the_nearest_is_listed():
     del tensors["cls_head.1.0.bias"]
     tensors["neck.weight"] = np.zeros(3, np.float32)
     with pytest.raises(InputError) as error:
-        recognize(tensors, source="x.pth")
+        recognize(locate(tensors), source="x.pth")
     assert str(error.value).splitlines() == [
         "2 problems in x.pth, read as hrnet_tiny:",
         "  - neck.weight (3,): the network has no place for it",
@@ -76,10 +83,10 @@ def test_an_auxiliary_head_that_only_training_needs_may_be_missing():
     without = {key: array for key, array in tensors.items() if "aux" not in key}
     assert len(without) < len(tensors)
     for state in (tensors, without):
-        assert recognize(state, source="x.pth") == Recognized(("fcn_r18",), 7, 0)
+        assert recognize(locate(state), source="x.pth") == Recognized(("fcn_r18",), 7, 0)
     some = without | {key: array for key, array in tensors.items() if "aux_classifier.0" in key}
     with pytest.raises(InputError, match=r"\+ aux_head.conv2.weight \(7, 64, 1, 1\): no tensor"):
-        recognize(some, source="x.pth")
+        recognize(locate(some), source="x.pth")
 
 
 def test_an_auxiliary_head_that_guides_must_be_there():
@@ -89,10 +96,10 @@ def test_an_auxiliary_head_that_guides_must_be_there():
         if not key.startswith("aux_head")
     }
     with pytest.raises(InputError, match="aux_head.conv1.weight .*no tensor fills it"):
-        recognize(tensors, source="x.pth")
+        recognize(locate(tensors), source="x.pth")
 
 
 def test_another_architecture_is_refused():
     tensors = {"patch_embed.proj.weight": np.zeros((8, 3, 4, 4), np.float32)}
     with pytest.raises(InputError, match=r"x.pth: its tensors \(patch_embed.proj.weight, …\) are"):
-        recognize(tensors, source="x.pth")
+        recognize(locate(tensors), source="x.pth")

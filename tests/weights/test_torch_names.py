@@ -1,14 +1,17 @@
 """PyTorch state dicts: a place for every tensor, a tensor for every leaf."""
 
+import re
+
 import golden
 import jax
 import numpy as np
 import pytest
 import state_dicts
-from state_dicts import bare_name, filled, spelt_out
+from state_dicts import bare_name, filled, flax_variables, spelt_out
 
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.weights import torch_names
+from contrastseg_jax.weights.torch_names import locate
 
 # The original's name, the name here, whether it has a projection head.
 NETWORKS = [
@@ -114,6 +117,8 @@ BACKBONES = [
     ("deeplabv3_r101", lambda path: path.removeprefix("resinit.")),  # its ImageNet file
     ("deeplabv3_r101", lambda path: path),
     ("hrnet_w18", lambda path: path),
+    ("fcn_convnext_small", lambda path: path),
+    ("fcn_convnext_tiny", lambda path: f"backbone.{path}"),
 ]
 
 
@@ -123,13 +128,18 @@ def test_a_bare_backbone_fills_the_backbone(name, renamed):
         return renamed(bare_name(path))
 
     tensors = spelt_out(name, rename)
-    tensors = {key: array for key, array in tensors.items() if "_head" not in key}
+    tensors = {key: array for key, array in tensors.items() if not re.search("_head|neck", key)}
     of_classifier = {"fc.weight": empty((1000, 2048)), "fc.bias": empty((1000,))}
     of_classifier["bn1.num_batches_tracked"] = empty(())
-    of_classifier["incre_modules.0.0.conv1.weight"] = empty((32, 18, 1, 1))
+    if name.startswith("hrnet"):
+        of_classifier["incre_modules.0.0.conv1.weight"] = empty((32, 18, 1, 1))
+    if "convnext" in name:
+        of_classifier["classifier.0.weight"] = of_classifier["classifier.0.bias"] = empty((768,))
+        of_classifier["backbone.classifier.2.weight"] = empty((1000, 768))
     expected = {
         collection: {"backbone": parts["backbone"]}
         for collection, parts in expected_of(name).items()
+        if "backbone" in parts
     }
     filled(tensors | of_classifier, expected)
 
@@ -139,7 +149,7 @@ def test_kernels_are_transposed_and_the_rest_is_as_it_was():
     kernel, scale = rng.normal(size=(4, 3, 2, 1)), rng.normal(size=5)
     tensors = {"backbone.conv1.weight": kernel, "backbone.bn1.weight": scale}
     tensors["backbone.bn1.running_var"] = scale + 1
-    variables = torch_names.flax_variables(tensors)
+    variables = flax_variables(tensors)
     backbone = variables["params"]["backbone"]
     assert backbone["conv1"]["kernel"].shape == (2, 1, 3, 4)
     assert backbone["conv1"]["kernel"][1, 0, 2, 3] == np.float32(kernel[3, 2, 1, 0])
@@ -148,11 +158,32 @@ def test_kernels_are_transposed_and_the_rest_is_as_it_was():
     np.testing.assert_array_equal(var, (scale + 1).astype(np.float32))
 
 
+def test_layouts_of_linear_layers_depthwise_kernels_and_scales():
+    rng = np.random.default_rng(0)
+    linear, scale, kernel = (rng.normal(size=s) for s in ((6, 2), (6, 1, 1), (6, 1, 3, 4)))
+    block = "features.1.0"
+    tensors = {f"{block}.block.3.weight": linear, f"{block}.layer_scale": scale}
+    tensors[f"{block}.block.0.weight"] = kernel
+    block = flax_variables(tensors)["params"]["backbone"]["features_1_0"]
+    np.testing.assert_array_equal(block["block_3"]["kernel"], linear.T.astype(np.float32))
+    np.testing.assert_array_equal(block["layer_scale"], scale.reshape(1, 1, 6).astype(np.float32))
+    assert block["block_0"]["kernel"].shape == (3, 4, 1, 6)
+    assert block["block_0"]["kernel"][1, 2, 0, 5] == np.float32(kernel[5, 0, 1, 2])
+
+    expected = {"params": {"backbone": {"features_1_0": block}}}
+    assert torch_names.misfits(locate(tensors), expected) == []
+    del tensors["features.1.0.block.3.weight"], tensors["features.1.0.layer_scale"]
+    assert sorted(torch_names.misfits(locate(tensors), expected)) == [
+        "+ backbone.features.1.0.block.3.weight (6, 2): no tensor fills it",
+        "+ backbone.features.1.0.layer_scale (6, 1, 1): no tensor fills it",
+    ]
+
+
 def test_all_that_does_not_fit_is_listed_at_once():
     expected = {"params": {"cls_head": {"conv1": {"kernel": empty((3, 3, 2, 4))}}}}
     expected["params"]["cls_head"]["conv2"] = {"kernel": empty((1, 1, 4, 5))}
     tensors = {"cls_head.0.weight": empty((4, 2, 1, 1)), "module.neck.weight": empty((7, 3, 1, 1))}
-    assert torch_names.misfits(tensors, expected) == [
+    assert torch_names.misfits(locate(tensors), expected) == [
         "! cls_head.0.weight: is (4, 2, 1, 1), must be (4, 2, 3, 3)",
         "- module.neck.weight (7, 3, 1, 1): the network has no place for it",
         "+ cls_head.conv2.weight (5, 4, 1, 1): no tensor fills it",
@@ -163,7 +194,7 @@ def test_what_is_missing_of_a_backbone_has_its_name_in_pytorch():
     tensors = spelt_out("hrnet_tiny", state_dicts.original_name)
     of_backbone = sorted(key for key in tensors if key.startswith("backbone."))
     heads = {key: array for key, array in tensors.items() if key not in of_backbone}
-    problems = torch_names.misfits(heads, expected_of("hrnet_tiny"))
+    problems = torch_names.misfits(locate(heads), expected_of("hrnet_tiny"))
     assert sorted(problems) == [
         f"+ {key} {tensors[key].shape}: no tensor fills it" for key in of_backbone
     ]
@@ -181,6 +212,6 @@ def test_wrappers_of_a_model_are_taken_off(prefix):
 def test_one_leaf_is_not_filled_twice():
     expected = {"params": {"cls_head": {"conv1": {"bias": empty((4,))}}}}
     tensors = {"cls_head.0.bias": empty((4,)), "module.cls_head.0.bias": empty((4,))}
-    assert torch_names.misfits(tensors, expected) == [
+    assert torch_names.misfits(locate(tensors), expected) == [
         "- module.cls_head.0.bias: its place is that of cls_head.0.bias too"
     ]

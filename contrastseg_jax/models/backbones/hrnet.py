@@ -5,17 +5,28 @@ the original's `lib/models/backbones/hrnet/`. Submodules carry the names of the 
 dict, indices joined by `_`: `stage4.2.fuse_layers.0.3.1` is `stage4_2/fuse_layers_0_3_1`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from contrastseg_jax.models.backbones.contract import (
+    Backbone,
+    Peer,
+    Shapes,
+    TorchNames,
+    count_modules,
+    kernel_width,
+)
 from contrastseg_jax.models.backbones.resnet import BasicBlock, Bottleneck
 from contrastseg_jax.models.layers import Features, batch_norm, conv, conv_bn, maybe_remat
 from contrastseg_jax.ops.resize import resize_bilinear
+from contrastseg_jax.structs import IMAGENET, ImageFormat
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,41 @@ HRNET_SPECS = {
     "hrnet_w40": HRNetSpec((40, 80, 160, 320)),
     "hrnet_w48": HRNetSpec((48, 96, 192, 384)),
 }
+
+TORCH_NAMES = TorchNames(
+    "HRNetV2",
+    modules=re.compile(r"(conv[12]|bn[12]|layer1|stage\d|transition\d)\..*"),
+    unused=re.compile(r"(incre_modules|downsamp_modules|final_layer)\..*"),
+)
+# The original reads images as BGR, and normalises with statistics in the order of RGB.
+ORIGINAL_FORMAT = ImageFormat(IMAGENET.mean[::-1], IMAGENET.std[::-1], "BGR")
+# timm's hrnet_w18_small is smaller than the published one, its hrnet_w18_small_v2 is that one.
+OF_TIMM = {
+    HRNET_SPECS[name]: f"{name}_v2" if name.endswith("small") else name
+    for name in ("hrnet_w18_small", "hrnet_w18", "hrnet_w32", "hrnet_w40", "hrnet_w48")
+}
+
+
+def backbone(spec: HRNetSpec) -> Backbone:
+    """All that others need to know of an HRNet."""
+    # The maps of all branches as they leave stage4.
+    settings = {"feature_location": "", "out_indices": (1, 2, 3, 4)}
+    return Backbone(
+        build=partial(HRNet, spec),
+        stages=HRNet.STAGES,
+        weights=spec,
+        torch_names=TORCH_NAMES,
+        recognizes=partial(_recognizes, spec),
+        whole_format=ORIGINAL_FORMAT,
+        peer=Peer("timm", OF_TIMM[spec], settings) if spec in OF_TIMM else None,
+    )
+
+
+def _recognizes(spec: HRNetSpec, shapes: Shapes) -> bool:
+    """Whether a file has as many exchanges, and a first branch as wide."""
+    found = tuple(count_modules(shapes, stage) for stage in ("stage2", "stage3", "stage4"))
+    width = kernel_width(shapes, "stage4_0", "branches_0_0", "conv1")
+    return (found, width) == (spec.num_modules, spec.widths[0])
 
 
 class HRModule(nn.Module):

@@ -5,13 +5,26 @@ He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, in the for
 `lib/models/backbones/resnet/`.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from contrastseg_jax.models.backbones.contract import (
+    Backbone,
+    Peer,
+    Shapes,
+    Table,
+    TorchNames,
+    count_modules,
+    kernel_width,
+)
 from contrastseg_jax.models.layers import Features, batch_norm, conv, conv_bn, maybe_remat
+from contrastseg_jax.structs import IMAGENET, ImageFormat
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,50 @@ RESNET_SPECS = {
     "r101": ResNetSpec((3, 4, 23, 3)),
     "r152": ResNetSpec((3, 8, 36, 3)),
 }
+
+# The original reads images as BGR, and subtracts a mean alone.
+ORIGINAL_FORMAT = ImageFormat((122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0), "BGR")
+
+
+def _of_deep_stem(names: Collection[str]) -> Table:
+    """An ImageNet file of the original's deep stem has its three convolutions at the top."""
+    return ((r"(conv|bn)([123])", r"resinit.\1\2"),) if "conv3.weight" in names else ()
+
+
+TORCH_NAMES = TorchNames(
+    "ResNet",
+    modules=re.compile(r"(conv[123]|bn[123]|resinit|layer\d)\..*"),
+    renamed=_of_deep_stem,
+)
+
+
+def backbone(spec: ResNetSpec) -> Backbone:
+    """All that others need to know of a ResNet."""
+    is_original = spec.stem == "deep"
+    image_format = ORIGINAL_FORMAT if is_original else IMAGENET
+    depth = 2 + sum(spec.num_blocks) * (3 if spec.block == "bottleneck" else 2)
+    settings = {"output_stride": spec.output_stride, "out_indices": (4,)}
+    has_peer = not (is_original or spec.ceil_mode or spec.multi_grid)
+    return Backbone(
+        build=partial(ResNet, spec),
+        stages=ResNet.STAGES,
+        weights=replace(spec, output_stride=32, ceil_mode=False, multi_grid=()),
+        torch_names=TORCH_NAMES,
+        recognizes=partial(_recognizes, spec),
+        image_format=image_format,
+        whole_format=image_format,
+        # timm's: torchvision's ResNet-18 cannot be dilated.
+        peer=Peer("timm", f"resnet{depth}", settings) if has_peer else None,
+    )
+
+
+def _recognizes(spec: ResNetSpec, shapes: Shapes) -> bool:
+    """Whether a file has as many blocks, of the same kind, behind the same stem."""
+    found = tuple(count_modules(shapes, stage) for stage in ResNet.STAGES)
+    is_deep = any(path[0] == "resinit" for path in shapes)
+    is_bottleneck = kernel_width(shapes, "layer1_0", "conv3") > 0
+    expected = spec.num_blocks, spec.stem == "deep", spec.block == "bottleneck"
+    return (found, is_deep, is_bottleneck) == expected
 
 
 class BasicBlock(nn.Module):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.layers import batch_norm, conv, conv_bn
+from contrastseg_jax.models.layers import Features, batch_norm, conv, conv_bn
 from contrastseg_jax.ops.resize import resize_bilinear
 
 
@@ -74,12 +74,10 @@ class DeepLabV3PlusNeck(nn.Module):
     rates: tuple[int, int, int] = (6, 12, 18)  # for output stride 16
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b hs ws c"], low: Float[Array, "b h4 w4 c2"], *, train: bool
-    ) -> Float[Array, "b h4 w4 304"]:
+    def __call__(self, features: Features, *, train: bool) -> Float[Array, "b h4 w4 304"]:
         """256 channels of the ASPP beside 48 of layer1."""
-        x = ASPP(256, self.rates, 1, 0.0, name="aspp")(x, train=train)
-        low = nn.relu(conv_bn(low, 48, 1, train=train, name="low_level"))
+        x = ASPP(256, self.rates, 1, 0.0, name="aspp")(features["last"], train=train)
+        low = nn.relu(conv_bn(features["layer1"], 48, 1, train=train, name="low_level"))
         return jnp.concatenate([resize_bilinear(x, (low.shape[1], low.shape[2])), low], axis=-1)
 
 
