@@ -32,8 +32,8 @@ from contrastseg_jax.config.load import schema
 from contrastseg_jax.data import pipeline
 from contrastseg_jax.data.augment import Augmentation
 from contrastseg_jax.data.images import decode_image, decode_mask, encode_jpeg
-from contrastseg_jax.data.labels import LabelMap, default_palette
-from contrastseg_jax.data.preprocess import Preprocessing
+from contrastseg_jax.data.labels import default_palette
+from contrastseg_jax.data.spec import LabelMap, Preprocessing
 
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("decoders", False, "Time Pillow and OpenCV alone.")

@@ -17,7 +17,7 @@ import small
 from program import start_group
 from raw_data import write_example
 
-from contrastseg_jax.data.builders.base import DatasetSpec
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.training.train import train
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -23,13 +23,13 @@ from contrastseg_jax.config.rules import broken_rules
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data.image_files import check_checksums
 from contrastseg_jax.data.images import (
-    Decoding,
     decode_image,
     decode_mask,
     file_format,
     has_exif_orientation,
     image_size,
 )
+from contrastseg_jax.data.spec import Decoding
 from contrastseg_jax.errors import InputError
 
 ROUNDS = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))

@@ -1,6 +1,8 @@
 """Who may import whom, read from the source."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from paths import ROOT
@@ -57,3 +59,25 @@ def test_a_room_sees_what_stands_below_it(path):
             assert beside or LINE[room] < LINE[other], f"{room} imports {name}"
         assert room in ONLY_IN.get(library, {room}), f"{room} imports {name}"
         assert room not in NOT_IN.get(library, set()), f"{room} imports {name}"
+
+
+HEAVY = {"matplotlib", "tensorflow_datasets", "grain", "cv2", "PIL", "orbax", "tensorboardX", "clu"}
+
+
+@pytest.mark.parametrize(
+    ("module", "lacks"),
+    [
+        ("contrastseg_jax", HEAVY | {"jax", "flax", "numpy"}),
+        ("contrastseg_jax.cli", HEAVY | {"jax", "flax"}),
+        ("contrastseg_jax.contrast.loss", HEAVY | {"optax"}),
+        ("contrastseg_jax.losses.cross_entropy", HEAVY),
+        ("contrastseg_jax.training.train_step", HEAVY),
+    ],
+)
+def test_a_module_imports_what_it_computes_with(module, lacks):
+    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr
+    assert not lacks & set(result.stdout.split())

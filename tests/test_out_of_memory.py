@@ -15,7 +15,8 @@ from small import make_config, setup_of
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data import pictures
 from contrastseg_jax.data.audit import report
-from contrastseg_jax.data.labels import LabelMap, default_palette
+from contrastseg_jax.data.labels import default_palette
+from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.evaluation import evaluate, predict
 from contrastseg_jax.out_of_memory import PACKAGE, WORK, explanation
 

@@ -16,13 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from contrastseg_jax.contrast.devices import AXIS, Split
 from contrastseg_jax.contrast.pairs import Side
-from contrastseg_jax.contrast.selection import (
-    POOLED,
-    STRATEGIES,
-    RandomOrder,
-    Selection,
-    shuffle,
-)
+from contrastseg_jax.contrast.selection import POOLED, STRATEGIES, RandomOrder, Selection, shuffle
 from contrastseg_jax.contrast.streaming import Embeddings, Metrics, loss_and_gradient
 from contrastseg_jax.structs import Anchors, Candidates
 

@@ -23,14 +23,7 @@ from contrastseg_jax.contrast.devices import (
     sum_over_anchors,
     sum_over_candidates,
 )
-from contrastseg_jax.contrast.pairs import (
-    NO_CLASS,
-    Limits,
-    Rows,
-    columns_of,
-    finite,
-    sorted_rows,
-)
+from contrastseg_jax.contrast.pairs import NO_CLASS, Limits, Rows, columns_of, finite, sorted_rows
 from contrastseg_jax.contrast.selection import CandidateSets, RandomOrder, Selection, select
 from contrastseg_jax.contrast.walks import (
     NegativeSums,

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.labels import Color
 from contrastseg_jax.data.preprocess import Size, pad, resized_size
+from contrastseg_jax.data.spec import Color
 from contrastseg_jax.structs import IGNORE_LABEL
 
 Image = UInt8[np.ndarray, "h w 3"]

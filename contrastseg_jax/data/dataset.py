@@ -27,15 +27,9 @@ from contrastseg_jax.data.builders import (
     pascal_context,
     synthetic,
 )
-from contrastseg_jax.data.builders.base import (
-    DatasetSpec,
-    RecordBuilder,
-    SplitConfig,
-    check_splits,
-    data_root,
-)
-from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.builders.base import RecordBuilder, SplitConfig, check_splits, data_root
 from contrastseg_jax.data.prepared import Records, find_fault, mark_prepared, open_records, remove
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import lock
 

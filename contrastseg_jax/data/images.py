@@ -10,7 +10,6 @@ mask keeps the pixels and values that are stored.
 import io
 import sys
 import zlib
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -30,6 +29,7 @@ from contrastseg_jax.data.image_files import (
     pixel_layout,
     stored_size,
 )
+from contrastseg_jax.data.spec import AS_STORED, Decoding
 from contrastseg_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -55,17 +55,6 @@ SWAPPED_BYTE_ORDER = {
     "16B": "16L",
     "16N": "16B" if sys.byteorder == "little" else "16L",
 }
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How image files become pixels: the settings `data.exif_orientation` and `data.bit_depth`."""
-
-    exif_orientation: str = "stored"  # or "applied": rotated and mirrored as viewers do
-    bit_depth: int = 0  # of values in files with more than 8 bits per channel; 0: as the file says
-
-
-AS_STORED = Decoding()
 
 
 def decode_image(

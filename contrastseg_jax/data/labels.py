@@ -1,21 +1,18 @@
 """Label maps: from mask values to class ids and back, names and colours of classes."""
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from jaxtyping import Float32, Int64, Integer, UInt8
 
+from contrastseg_jax.data.spec import Color, LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 from contrastseg_jax.text import display_width, ljust
 
 TABLE_WIDTH = 98  # columns of a table in the log
 MAX_CLASSES = 255
-
-Color = tuple[int, int, int]  # red, green, blue
 
 BACKGROUNDS = (0, 128, 255)  # grey levels over which half-transparent colours must differ
 COLORS: tuple[Color, ...] = (
@@ -41,15 +38,6 @@ COLORS: tuple[Color, ...] = (
     (180, 210, 255),
     (105, 180, 0),
 )
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """The classes of a data set, in the order of their ids, and the mask values that mean them."""
-
-    names: tuple[str, ...]
-    palette: tuple[Color, ...]  # one per class
-    train_ids: Mapping[int, int]  # pixel value in a mask file -> class id, or IGNORE_LABEL
 
 
 def to_train_ids(

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from contrastseg_jax.data.audit.statistics import Example
-from contrastseg_jax.data.labels import LabelMap, colorize
+from contrastseg_jax.data.labels import colorize
+from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.structs import IGNORE_LABEL
 

@@ -24,9 +24,8 @@ from jaxtyping import UInt8
 
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data.augment import Augmentation, augment
-from contrastseg_jax.data.images import Decoding, image_size
+from contrastseg_jax.data.images import image_size
 from contrastseg_jax.data.preprocess import (
-    Preprocessing,
     Size,
     decode_example,
     pad,
@@ -35,6 +34,7 @@ from contrastseg_jax.data.preprocess import (
     resized_size,
     too_large,
 )
+from contrastseg_jax.data.spec import Decoding, Preprocessing
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.structs import IGNORE_LABEL, Batch
 

@@ -1,27 +1,17 @@
 """What training, evaluation and prediction do to an image alike: decode it, resize it, pad it."""
 
 import math
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 
 from contrastseg_jax.data.image_files import MAX_PIXELS
-from contrastseg_jax.data.images import AS_STORED, Decoding, decode_image, decode_mask
-from contrastseg_jax.data.labels import Color, LabelMap, to_train_ids
+from contrastseg_jax.data.images import decode_image, decode_mask
+from contrastseg_jax.data.labels import to_train_ids
+from contrastseg_jax.data.spec import Color, Preprocessing
 
 Size = tuple[int, int]  # height, width
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How the files of an example become arrays, whatever the arrays are for."""
-
-    label_map: LabelMap  # what the masks' values mean
-    pad_color: Color  # RGB around an image that is smaller than its batch
-    short_side: int = 0  # length of images' shorter side, not of labels'; 0: keep the size
-    decoding: Decoding = AS_STORED
 
 
 def decode_example(

@@ -16,21 +16,15 @@ from contrastseg_jax.data import pictures
 from contrastseg_jax.data.audit.examples import in_parallel
 from contrastseg_jax.data.images import (
     JPEG_SIDE,
-    Decoding,
     decode_image,
     encode_jpeg,
     encode_png,
     has_exif_orientation,
     image_size,
 )
-from contrastseg_jax.data.labels import LabelMap, to_mask_values
-from contrastseg_jax.data.preprocess import (
-    pad,
-    padded_size,
-    resize_image,
-    resized_size,
-    too_large,
-)
+from contrastseg_jax.data.labels import to_mask_values
+from contrastseg_jax.data.preprocess import pad, padded_size, resize_image, resized_size, too_large
+from contrastseg_jax.data.spec import Decoding, LabelMap
 from contrastseg_jax.errors import InputError, best_effort, listed
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.evaluate import compile_network

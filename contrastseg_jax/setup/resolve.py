@@ -12,7 +12,7 @@ from contrastseg_jax.config.load import filled_in
 from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
-from contrastseg_jax.data.preprocess import Preprocessing
+from contrastseg_jax.data.spec import Preprocessing
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.objectives import pixel_contrast

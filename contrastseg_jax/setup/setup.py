@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from contrastseg_jax.config.tree import Config
-from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.labels import LabelMap
-from contrastseg_jax.data.preprocess import Preprocessing
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap, Preprocessing
 from contrastseg_jax.models.segmenter import Segmenter
 from contrastseg_jax.objectives.objective import Objective
 from contrastseg_jax.structs import ImageFormat

@@ -19,9 +19,9 @@ from contrastseg_jax.data.audit.statistics import (
     median_frequency_weights,
     sheet_examples,
 )
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split, raw_splits
 from contrastseg_jax.data.images import encode_png
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.setup.preflight import check
 

@@ -12,10 +12,10 @@ from scipy.io import savemat
 from contrastseg_jax.data import dataset
 from contrastseg_jax.data.audit.statistics import audit_split, dataset_findings
 from contrastseg_jax.data.builders import coco_stuff, pascal_context
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split, open_splits, raw_splits
 from contrastseg_jax.data.images import decode_mask
 from contrastseg_jax.data.labels import to_mask_values, to_train_ids
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 

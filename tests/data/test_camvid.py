@@ -18,10 +18,10 @@ from raw_data import (
 
 from contrastseg_jax.data import dataset
 from contrastseg_jax.data.builders import camvid
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split, open_splits, raw_splits
 from contrastseg_jax.data.images import decode_image, decode_mask, encode_png
 from contrastseg_jax.data.labels import to_train_ids
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 

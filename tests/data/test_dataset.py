@@ -16,13 +16,9 @@ from raw_data import names, prepared_files, problems, write_pair
 from contrastseg_jax.data import dataset
 from contrastseg_jax.data.builders import base
 from contrastseg_jax.data.builders import folder as folder_module
-from contrastseg_jax.data.builders.base import DatasetSpec
-from contrastseg_jax.data.dataset import (
-    dataset_names,
-    open_split,
-    open_splits,
-)
+from contrastseg_jax.data.dataset import dataset_names, open_split, open_splits
 from contrastseg_jax.data.images import encode_png
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError
 
 
@@ -158,8 +154,8 @@ def test_preparing_logs_no_warning(folder, caplog):
 def test_no_tensorflow_is_imported(folder):
     code = (
         "import sys\n"
-        "from contrastseg_jax.data.builders.base import DatasetSpec\n"
-        "from contrastseg_jax.data.images import Decoding\n"
+        "from contrastseg_jax.data.spec import DatasetSpec\n"
+        "from contrastseg_jax.data.spec import Decoding\n"
         "from contrastseg_jax.data.dataset import open_split\n"
         f"open_split({folder!r}, 'train')[0]\n"
         "import contrastseg_jax.data.pipeline\n"
@@ -207,8 +203,8 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_that_counts(tmp_path):
     spec = DatasetSpec(name="landcover", prepared_dir=str(tmp_path))
     code = (
         "import resource\n"
-        "from contrastseg_jax.data.builders.base import DatasetSpec\n"
-        "from contrastseg_jax.data.images import Decoding\n"
+        "from contrastseg_jax.data.spec import DatasetSpec\n"
+        "from contrastseg_jax.data.spec import Decoding\n"
         "from contrastseg_jax.data.dataset import open_split\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         f"open_split({spec!r}, 'train')"
@@ -237,8 +233,8 @@ def test_a_killed_preparation_starts_again(folder):
     code = (
         "import time\n"
         "from contrastseg_jax.data.builders import base\n"
-        "from contrastseg_jax.data.builders.base import DatasetSpec\n"
-        "from contrastseg_jax.data.images import Decoding\n"
+        "from contrastseg_jax.data.spec import DatasetSpec\n"
+        "from contrastseg_jax.data.spec import Decoding\n"
         "from contrastseg_jax.data.dataset import open_split\n"
         "whole = base.RecordBuilder._generate_examples\n"
         "def slow(self, records):\n"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError
 
 

@@ -13,13 +13,13 @@ from raw_data import noise
 
 from contrastseg_jax.data.image_files import FormatError
 from contrastseg_jax.data.images import (
-    Decoding,
     decode_image,
     decode_mask,
     file_format,
     has_exif_orientation,
     image_size,
 )
+from contrastseg_jax.data.spec import Decoding
 from contrastseg_jax.errors import InputError
 
 APPLIED = Decoding(exif_orientation="applied")

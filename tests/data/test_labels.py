@@ -6,10 +6,8 @@ from scipy.spatial.distance import cdist, pdist
 
 from contrastseg_jax.data import pictures
 from contrastseg_jax.data.builders import coco_stuff
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map
 from contrastseg_jax.data.labels import (
-    LabelMap,
     colorize,
     default_palette,
     label_table,
@@ -17,6 +15,7 @@ from contrastseg_jax.data.labels import (
     to_mask_values,
     to_train_ids,
 )
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from contrastseg_jax.data.builders import landcover
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import open_split
 from contrastseg_jax.data.images import decode_image, decode_mask, image_size
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.structs import IGNORE_LABEL
 
 

@@ -9,8 +9,8 @@ from audited import folder_spec, prepare, run
 from raw_data import names, write, write_example, write_image, write_mask, write_pair
 
 from contrastseg_jax.data.audit import report
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import open_split, open_splits
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError
 
 # Splits nobody asked for

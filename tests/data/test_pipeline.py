@@ -24,10 +24,9 @@ from small import make_config
 
 from contrastseg_jax.data import images, pipeline, preprocess
 from contrastseg_jax.data.augment import Augmentation
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split
-from contrastseg_jax.data.images import Decoding, encode_png
-from contrastseg_jax.data.labels import LabelMap, default_palette
+from contrastseg_jax.data.images import encode_png
+from contrastseg_jax.data.labels import default_palette
 from contrastseg_jax.data.pipeline import (
     Loading,
     Shard,
@@ -36,7 +35,7 @@ from contrastseg_jax.data.pipeline import (
     loading_settings,
     train_batches,
 )
-from contrastseg_jax.data.preprocess import Preprocessing
+from contrastseg_jax.data.spec import DatasetSpec, Decoding, LabelMap, Preprocessing
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 

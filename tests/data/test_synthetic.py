@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from contrastseg_jax.data.builders import synthetic
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import decode_image, decode_mask
 from contrastseg_jax.data.labels import to_train_ids
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from contrastseg_jax.data import pictures
 from contrastseg_jax.data.audit.statistics import Example
-from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.report import curves, evaluation
 from contrastseg_jax.structs import IGNORE_LABEL
 

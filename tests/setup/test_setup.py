@@ -11,7 +11,7 @@ from paths import ROOT
 from small import make_config, setup_of
 
 from contrastseg_jax.config.load import load, override
-from contrastseg_jax.data.images import Decoding
+from contrastseg_jax.data.spec import Decoding
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.run.compilation_cache import keep_compiled
 from contrastseg_jax.setup.resolve import (

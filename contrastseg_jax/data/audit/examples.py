@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 from contrastseg_jax.data.image_files import FormatError, check_checksums
 from contrastseg_jax.data.images import (
-    AS_STORED,
-    Decoding,
     decode_image,
     decode_mask,
     file_format,
     has_exif_orientation,
     mask_colors,
 )
-from contrastseg_jax.data.labels import LabelMap, to_train_ids
+from contrastseg_jax.data.labels import to_train_ids
+from contrastseg_jax.data.spec import AS_STORED, Decoding, LabelMap
 from contrastseg_jax.errors import InputError
 
 ReadMask = Callable[[bytes, str], UInt8[np.ndarray, "h w"]]

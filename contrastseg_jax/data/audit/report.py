@@ -25,10 +25,9 @@ from contrastseg_jax.data.audit.statistics import (
     missing_split_findings,
     sheet_examples,
 )
-from contrastseg_jax.data.builders.base import DatasetSpec
 from contrastseg_jax.data.dataset import dataset_spec, label_map, misplaced_hints, raw_splits
-from contrastseg_jax.data.labels import LabelMap
 from contrastseg_jax.data.preprocess import too_large
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError, best_effort
 from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.structs import IGNORE_LABEL

@@ -19,7 +19,8 @@ from contrastseg_jax.data.audit.examples import (
     Splits,
     in_parallel,
 )
-from contrastseg_jax.data.labels import LabelMap, train_id_table, unknown_values, value_counts
+from contrastseg_jax.data.labels import train_id_table, unknown_values, value_counts
+from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
 TRAINING_SPLITS = ("train", "val")  # that training reads

@@ -1,8 +1,9 @@
 """ADE20K scene parsing: the 150 classes of the MIT challenge of 2016 (ADEChallengeData2016)."""
 
-from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, SplitConfig, pairs_config
+from contrastseg_jax.data.builders.base import RecordBuilder, SplitConfig, pairs_config
 from contrastseg_jax.data.builders.folders import match_folders
-from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
+from contrastseg_jax.data.labels import default_palette, split_names
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
 LAYOUT = """images/training/ images/validation/ (train, val) with *.jpg, annotations/training/

@@ -16,53 +16,21 @@ from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
-from contrastseg_jax.data.audit.examples import (
-    RawFormat,
-    RawSplit,
-    ReadMask,
-    Splits,
-    check_files,
-)
+from contrastseg_jax.data.audit.examples import RawFormat, RawSplit, ReadMask, Splits, check_files
 from contrastseg_jax.data.audit.statistics import (
     audit_split,
     dataset_findings,
     merge_color_findings,
 )
 from contrastseg_jax.data.builders.pairs import Pair, SplitFiles
-from contrastseg_jax.data.images import AS_STORED, Decoding, decode_mask, encode_png
-from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.images import decode_mask, encode_png
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError, listed
 
 SPLITS = ("train", "val", "test")
 MAX_WARNINGS = 5  # that are logged when a data set is prepared
 
 log = logging.getLogger("contrastseg_jax")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DatasetSpec:
-    """Which data set, and its settings; the comments name the data sets that read them."""
-
-    name: str
-    prepared_dir: str = "~/.cache/contrastseg_jax"
-    root: str = ""  # where the raw data are
-    exif_orientation: str = AS_STORED.exif_orientation
-    bit_depth: int = AS_STORED.bit_depth
-    class_names: tuple[str, ...] = ()  # folder, tfds
-    ignore_values: tuple[int, ...] = (255,)  # folder, tfds: mask values without a class
-    dataset: str = ""  # tfds: its name in TFDS
-    image_feature: str = "image"  # tfds
-    label_feature: str = "label"  # tfds
-    train_split: str = "train"  # tfds: what to train on
-    val_split: str = "validation"  # tfds: what to validate on
-    image_size: tuple[int, int] = (96, 128)  # synthetic: height, width
-    num_classes: int = 5  # synthetic
-    num_examples: tuple[int, int] = (16, 8)  # synthetic: train, val
-
-    @property
-    def decoding(self) -> Decoding:
-        """How its images are decoded."""
-        return Decoding(self.exif_orientation, self.bit_depth)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)

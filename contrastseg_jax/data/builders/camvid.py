@@ -10,7 +10,6 @@ from jaxtyping import UInt8
 from contrastseg_jax.data.audit.examples import Finding
 from contrastseg_jax.data.builders.base import (
     SPLITS,
-    DatasetSpec,
     RecordBuilder,
     SplitConfig,
     data_root,
@@ -25,7 +24,7 @@ from contrastseg_jax.data.builders.pairs import (
     read_lines,
 )
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
-from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 

@@ -7,15 +7,9 @@ benchmark's server one submits the masks that `--mode=predict` writes, which hol
 import os
 from pathlib import Path
 
-from contrastseg_jax.data.builders.base import (
-    DatasetSpec,
-    RecordBuilder,
-    SplitConfig,
-    data_root,
-    pairs_config,
-)
+from contrastseg_jax.data.builders.base import RecordBuilder, SplitConfig, data_root, pairs_config
 from contrastseg_jax.data.builders.pairs import SplitFiles, match_files
-from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
 LAYOUT = """leftImg8bit/train/CITY/*_leftImg8bit.png with gtFine/train/CITY/*_gtFine_labelIds.png,

@@ -10,17 +10,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.builders.base import (
-    DatasetSpec,
-    RecordBuilder,
-    SplitConfig,
-    data_root,
-    pairs_config,
-)
+from contrastseg_jax.data.builders.base import RecordBuilder, SplitConfig, data_root, pairs_config
 from contrastseg_jax.data.builders.folders import match_folders
 from contrastseg_jax.data.builders.pairs import SplitFiles, list_files
 from contrastseg_jax.data.images import decode_mask, decode_mat
-from contrastseg_jax.data.labels import LabelMap, default_palette, split_names
+from contrastseg_jax.data.labels import default_palette, split_names
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
 LAYOUT = """coco_stuff10k: imageLists/train.txt, imageLists/test.txt (our val) with a name per line,

@@ -1,14 +1,9 @@
 """Anyone's own images: two folders per split, classes named in the config."""
 
-from contrastseg_jax.data.builders.base import (
-    SPLITS,
-    DatasetSpec,
-    RecordBuilder,
-    SplitConfig,
-    pairs_config,
-)
+from contrastseg_jax.data.builders.base import SPLITS, RecordBuilder, SplitConfig, pairs_config
 from contrastseg_jax.data.builders.folders import match_folders
-from contrastseg_jax.data.labels import LabelMap, default_palette
+from contrastseg_jax.data.labels import default_palette
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
 

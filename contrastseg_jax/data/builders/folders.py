@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from contrastseg_jax.data.builders.base import DatasetSpec, data_root
+from contrastseg_jax.data.builders.base import data_root
 from contrastseg_jax.data.builders.pairs import SplitFiles, match_files
 from contrastseg_jax.data.images import IMAGE_SUFFIXES
+from contrastseg_jax.data.spec import DatasetSpec
 
 Folders = Mapping[str, tuple[str, str]]  # by split: images, masks, below the root
 

@@ -22,13 +22,13 @@ from contrastseg_jax.data.audit.examples import (
 )
 from contrastseg_jax.data.builders import folder
 from contrastseg_jax.data.builders.base import (
-    DatasetSpec,
     RecordBuilder,
     SplitConfig,
     data_root,
     file_stamp,
     name_by_hash,
 )
+from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError, listed
 
 SPLITS = ("train", "val")

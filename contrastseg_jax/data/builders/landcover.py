@@ -6,9 +6,9 @@ Blue Marble images and MODIS land cover, both NASA, in blocks of 512x512 pixels 
 
 from pathlib import Path
 
-from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, SplitConfig, pairs_config
+from contrastseg_jax.data.builders.base import RecordBuilder, SplitConfig, pairs_config
 from contrastseg_jax.data.builders.pairs import match_files
-from contrastseg_jax.data.labels import LabelMap
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
 FOLDER = Path(__file__).parent / "landcover_data"

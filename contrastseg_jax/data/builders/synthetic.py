@@ -14,9 +14,10 @@ from contrastseg_jax.data.audit.examples import (
     RawSplit,
     check_encoded,
 )
-from contrastseg_jax.data.builders.base import DatasetSpec, RecordBuilder, SplitConfig
+from contrastseg_jax.data.builders.base import RecordBuilder, SplitConfig
 from contrastseg_jax.data.images import encode_png
-from contrastseg_jax.data.labels import LabelMap, default_palette
+from contrastseg_jax.data.labels import default_palette
+from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
 SPLITS = ("train", "val")
