@@ -1,13 +1,10 @@
-"""Losses on logits. float32 throughout, and 0 (never NaN) where every pixel is ignored."""
+"""Cross entropy over labelled pixels, weighted by class."""
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt8
-
-from contrastseg_jax.ops.resize import resize_bilinear
-from contrastseg_jax.structs import SegmentationOutput
 
 
 def cross_entropy(
@@ -29,25 +26,3 @@ def cross_entropy(
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     total = weight.sum()
     return (weight * loss).sum() / jnp.where(total > 0, total, 1.0)
-
-
-def segmentation_loss(
-    output: SegmentationOutput,
-    label: UInt8[Array, "b h w"],
-    *,
-    class_weights: Sequence[float],
-    aux_weight: float,
-) -> Float[Array, ""]:
-    """Cross entropy of the logits brought to the label's size, plus the auxiliary head's if any.
-
-    Logits of another size are interpolated, which spreads NaN at one place over its whole image.
-    With an `aux_weight` of 0 the auxiliary logits never matter.
-
-    Original: `FSCELoss`, `FSAuxCELoss` (weight 0.4 on the auxiliary logits).
-    """
-    size = label.shape[1], label.shape[2]
-    loss = cross_entropy(resize_bilinear(output.logits, size), label, class_weights=class_weights)
-    if output.aux_logits is None or aux_weight == 0:
-        return loss
-    aux_logits = resize_bilinear(output.aux_logits, size)
-    return loss + aux_weight * cross_entropy(aux_logits, label, class_weights=class_weights)

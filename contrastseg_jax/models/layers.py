@@ -94,9 +94,8 @@ def conv_bn(
     use_bias: bool = False,
     train: bool,
     name: str,
-    first: int = 0,
 ) -> Float[Array, "b hs ws c2"]:
-    """The original's `Sequential(…, conv, bn)`: elements `first` and `first` + 1 of `name`."""
+    """The original's `Sequential(conv, bn)`: elements 0 and 1 of `name`."""
     x = conv(
         x,
         features,
@@ -104,9 +103,9 @@ def conv_bn(
         stride=stride,
         dilation=dilation,
         use_bias=use_bias,
-        name=f"{name}_{first}",
+        name=f"{name}_0",
     )
-    return batch_norm(x, train=train, name=f"{name}_{first + 1}")
+    return batch_norm(x, train=train, name=f"{name}_1")
 
 
 def maybe_remat(block: type[nn.Module], remat: bool) -> type[nn.Module]:

@@ -31,68 +31,90 @@ def pixel_contrast(
         proj_dim=proj_dim,
         dtype=memory.dtype,
     )
-    measure = partial(
-        pixel_contrast_loss,
-        temperature=contrast.temperature,
-        base_temperature=contrast.base_temperature,
-        positives=contrast.positives,
-        negatives=contrast.negatives,
-        num_positives=contrast.num_positives,
-        num_negatives=contrast.num_negatives,
-        approximate=contrast.approximate,
-        mesh=mesh,
-        split_candidates=split,
-    )
-
-    def loss(
-        bank: MemoryBank | None,
-        output: SegmentationOutput,
-        label: Label,
-        image_rng: ImageKeys,
-        rng: Key[Array, ""],
-    ) -> tuple[Float[Array, ""], Metrics]:
-        anchors = sample_anchors(
-            embedding_of(output),
-            label,
-            lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32),
-            image_rng,
-            num_classes=num_classes,
-            anchors_per_image=num_anchors(contrast.anchors_per_image, label.shape[1:]),
-            max_views=contrast.max_views,
-            strategy=contrast.anchors,
-        )
-        candidates = ()
-        if contrast.candidates in ("batch", "both"):
-            candidates += (batch_candidates(anchors),)
-        if bank is not None:
-            candidates += memory_bank.memory_candidates(bank)
-        return measure(anchors, candidates, rng)
-
-    def update(
-        bank: MemoryBank | None, output: SegmentationOutput, label: Label, image_rng: ImageKeys
-    ) -> tuple[MemoryBank | None, Metrics]:
-        if bank is None:
-            return None, {}
-        bank = enqueue_batch(
-            bank,
-            embedding_of(output),
-            label,
-            image_rng,
-            pixels_per_class=memory.pixels_per_class,
-            mesh=mesh,
-            split=split,
-        )
-        fill = memory_bank.fill_ratio(bank)
-        return bank, {"memory_fill": fill.mean(), "memory_fill_min": fill.min()}
-
     return Objective(
         loss_weight=contrast.loss_weight,
         warmup_steps=contrast.warmup_steps,
         init=init if has_bank else lambda: None,
-        loss=loss,
-        update=update,
+        loss=partial(contrast_loss, settings=contrast, mesh=mesh, split=split),
+        update=partial(
+            update_bank, pixels_per_class=memory.pixels_per_class, mesh=mesh, split=split
+        ),
         sharding=sharding.slots_sharding if split else sharding.everywhere,
     )
+
+
+def contrast_loss(
+    bank: MemoryBank | None,
+    output: SegmentationOutput,
+    label: Label,
+    image_rng: ImageKeys,
+    rng: Key[Array, ""],
+    *,
+    settings: Any,
+    mesh: Mesh,
+    split: bool,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Eq. 3 between sampled anchors and the candidates that `settings` name, and diagnostics.
+
+    `image_rng` draws the anchors, `rng` positives and negatives. `split`: each device of the mesh
+    holds a part of the bank's slots.
+    """
+    anchors = sample_anchors(
+        embedding_of(output),
+        label,
+        lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32),
+        image_rng,
+        num_classes=output.logits.shape[-1],
+        anchors_per_image=num_anchors(settings.anchors_per_image, label.shape[1:]),
+        max_views=settings.max_views,
+        strategy=settings.anchors,
+    )
+    candidates = ()
+    if settings.candidates in ("batch", "both"):
+        candidates += (batch_candidates(anchors),)
+    if bank is not None:
+        candidates += memory_bank.memory_candidates(bank)
+    return pixel_contrast_loss(
+        anchors,
+        candidates,
+        rng,
+        temperature=settings.temperature,
+        base_temperature=settings.base_temperature,
+        positives=settings.positives,
+        negatives=settings.negatives,
+        num_positives=settings.num_positives,
+        num_negatives=settings.num_negatives,
+        approximate=settings.approximate,
+        mesh=mesh,
+        split_candidates=split,
+    )
+
+
+def update_bank(
+    bank: MemoryBank | None,
+    output: SegmentationOutput,
+    label: Label,
+    image_rng: ImageKeys,
+    *,
+    pixels_per_class: int,
+    mesh: Mesh,
+    split: bool,
+) -> tuple[MemoryBank | None, Metrics]:
+    """The bank, if there is one, after this step: pixels and class means of the global batch.
+
+    `image_rng` draws the pixels. `split`: each device of the mesh holds a part of the slots.
+    """
+    if bank is None:
+        return None, {}
+    embedding, num_classes = embedding_of(output), bank.pixel.shape[0]
+    pixel = memory_bank.pixel_keys(
+        *(embedding, label, image_rng), num_classes=num_classes, pixels_per_class=pixels_per_class
+    )
+    segment = memory_bank.segment_keys(embedding, label, num_classes=num_classes)
+    rows = sharding.replicate((pixel, segment), mesh)
+    bank = memory_bank.enqueue(bank, *rows, mesh=mesh if split else None)
+    fill = memory_bank.fill_ratio(bank)
+    return bank, {"memory_fill": fill.mean(), "memory_fill_min": fill.min()}
 
 
 def num_anchors(given: int, map_size: tuple[int, ...]) -> int:
@@ -109,26 +131,3 @@ def embedding_of(output: SegmentationOutput) -> Float[Array, "b hs ws d"]:
     if output.embedding is None:
         raise ValueError("pixel contrast needs a network with a projection head")
     return output.embedding
-
-
-def enqueue_batch(
-    bank: MemoryBank,
-    embedding: Float[Array, "b hs ws d"],
-    label: Label,
-    image_rng: ImageKeys,
-    *,
-    pixels_per_class: int,
-    mesh: Mesh,
-    split: bool,
-) -> MemoryBank:
-    """The bank after this step: pixels and class means of every image of the global batch.
-
-    `split`: each device holds a part of the slots.
-    """
-    num_classes = bank.pixel.shape[0]
-    pixel = memory_bank.pixel_keys(
-        *(embedding, label, image_rng), num_classes=num_classes, pixels_per_class=pixels_per_class
-    )
-    segment = memory_bank.segment_keys(embedding, label, num_classes=num_classes)
-    rows = sharding.replicate((pixel, segment), mesh)
-    return memory_bank.enqueue(bank, *rows, mesh=mesh if split else None)

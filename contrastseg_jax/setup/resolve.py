@@ -13,6 +13,7 @@ from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.data.spec import Preprocessing
+from contrastseg_jax.losses.segmentation import PIXEL_LOSSES
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.objectives import pixel_contrast
@@ -43,6 +44,7 @@ def resolve(config: Config, devices: Sequence[Any] | None = None) -> Setup:
             classes, pad_color(images), config.data.short_side, data.decoding
         ),
         model=model,
+        pixel_loss=PIXEL_LOSSES["cross_entropy"],
         objective=build_objective(config, model, mesh),
         mesh=mesh,
     )

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from contrastseg_jax.losses.cross_entropy import segmentation_loss
+from contrastseg_jax.losses.segmentation import segmentation_loss
 from contrastseg_jax.objectives.objective import Metrics, Objective
 from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.ops.resize import label_at_stride
@@ -42,22 +42,9 @@ def train_step(
             mutable=["batch_stats"],
             rngs={"dropout": dropout_rng},
         )
-        loss = segmentation_loss(
-            output,
-            batch.label,
-            class_weights=config.loss.class_weights,
-            aux_weight=config.loss.aux_weight,
-        )
-        ignored = jnp.mean((batch.label == IGNORE_LABEL).astype(jnp.float32))
-        metrics = {"cross_entropy": loss, "ignored_pixels": ignored}
-        if objective is not None:
-            image_rng = per_image(loss_rng, batch.example_id)
-            contrast, diagnostics = objective_loss(
-                objective, state, output, batch.label, image_rng, shared_rng
-            )
-            loss += objective.loss_weight * contrast
-            metrics |= {"contrast": contrast, **diagnostics}
-        return loss, (updates["batch_stats"], output, metrics | {"loss": loss})
+        image_rng = per_image(loss_rng, batch.example_id)
+        loss, metrics = total_loss(setup, state, output, batch.label, image_rng, shared_rng)
+        return loss, (updates["batch_stats"], output, metrics)
 
     # Whole, even where each device keeps a part: batches are what devices share out. Of the
     # gradients a device then needs its part alone.
@@ -82,6 +69,32 @@ def train_step(
         memory, diagnostics = objective.update(memory, output, label, image_rng)
         metrics |= diagnostics
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema, memory), metrics
+
+
+def total_loss(
+    setup: Setup,
+    state: TrainState,
+    output: SegmentationOutput,
+    label: UInt8[Array, "b h w"],
+    image_rng: Key[Array, " b"],
+    rng: Key[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+    """Eq. 4 for what the network makes of a batch, and its parts."""
+    loss = segmentation_loss(
+        setup.pixel_loss,
+        output,
+        label,
+        class_weights=setup.config.loss.class_weights,
+        aux_weight=setup.config.loss.aux_weight,
+    )
+    ignored = jnp.mean((label == IGNORE_LABEL).astype(jnp.float32))
+    metrics = {"cross_entropy": loss, "ignored_pixels": ignored}
+    objective = setup.objective
+    if objective is not None:
+        contrast, diagnostics = objective_loss(objective, state, output, label, image_rng, rng)
+        loss += objective.loss_weight * contrast
+        metrics |= {"contrast": contrast, **diagnostics}
+    return loss, metrics | {"loss": loss}
 
 
 def objective_loss(

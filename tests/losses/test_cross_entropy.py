@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from oracles import golden_cases
 
-from contrastseg_jax.losses.cross_entropy import cross_entropy, segmentation_loss
+from contrastseg_jax.losses.cross_entropy import cross_entropy
+from contrastseg_jax.losses.segmentation import segmentation_loss
 from contrastseg_jax.structs import IGNORE_LABEL, SegmentationOutput
 
 INPUTS = next(path for path in golden_cases("seg") if path.stem.startswith("inputs"))
@@ -34,7 +35,9 @@ def test_cross_entropy_matches_the_original(path):
 
     def loss_of(logits):
         output = SegmentationOutput(logits, None, aux)
-        return segmentation_loss(output, label, class_weights=weights, aux_weight=0.4)
+        return segmentation_loss(
+            cross_entropy, output, label, class_weights=weights, aux_weight=0.4
+        )
 
     loss, grad = jax.value_and_grad(loss_of)(logits)
     if "all_ignored" in path.stem:
@@ -74,6 +77,7 @@ def test_only_pixels_that_count_can_spoil_the_loss(value):
     def loss_and_grad(logits, aux, aux_weight=0.4):
         def loss_of(logits):
             return segmentation_loss(
+                cross_entropy,
                 SegmentationOutput(logits, None, jnp.asarray(aux)),
                 jnp.asarray(label),
                 class_weights=(1.0, 2.0, 0.0),
@@ -101,7 +105,7 @@ def test_logits_are_brought_to_the_size_of_the_label():
 
     def loss_of(logits):
         output = SegmentationOutput(logits)
-        return segmentation_loss(output, label, class_weights=(), aux_weight=0.4)
+        return segmentation_loss(cross_entropy, output, label, class_weights=(), aux_weight=0.4)
 
     # The class-1 pixel is 1 of 64; on labels shrunk by 4 it would be 1 of 4.
     grad = jax.grad(loss_of)(jnp.zeros_like(output.logits))

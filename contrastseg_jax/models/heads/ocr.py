@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.layers import conv, conv_bn
+from contrastseg_jax.models.layers import batch_norm, conv
 
 
 class OCRHead(nn.Module):
@@ -37,10 +37,8 @@ class OCRHead(nn.Module):
             kernel_size: int = 1,
             first: int = 0,
         ) -> Float[Array, "b _ _ _"]:
-            x = conv_bn(
-                x, features, kernel_size, use_bias=True, train=train, name=name, first=first
-            )
-            return nn.relu(x)
+            x = conv(x, features, kernel_size, use_bias=True, name=f"{name}_{first}")
+            return nn.relu(batch_norm(x, train=train, name=f"{name}_{first + 1}"))
 
         x = layer(x, self.width, "conv3x3", kernel_size=3)
         # One row of pixels, one for each class, so that convolutions and BatchNorms apply.

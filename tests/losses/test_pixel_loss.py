@@ -1,0 +1,36 @@
+"""The contract of a pixel loss, by one of a few lines."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import make_batch, make_config, setup_of
+
+from contrastseg_jax.parallel import sharding
+from contrastseg_jax.setup.resolve import initial_variables
+from contrastseg_jax.training.optim import build_optimizer
+from contrastseg_jax.training.state import init_state
+from contrastseg_jax.training.train_step import compile_step
+
+
+def squares(logits, label, *, class_weights):
+    """The mean square of the logits of labelled pixels; 0 where there is none."""
+    labelled = (label < logits.shape[-1]).astype(jnp.float32)
+    square = jnp.square(logits).mean(-1) * labelled
+    return square.sum() / jnp.maximum(labelled.sum(), 1.0)
+
+
+@pytest.mark.parametrize("model", ["toy", "toy_ocr"])
+def test_a_step_lowers_it(model):
+    settings = "loss.aux_weight=0.5", "optim.learning_rate=0.001", "model.dropout_rate=0.0"
+    config = make_config(f"model.name={model}", *settings, variant="ce")
+    setup = dataclasses.replace(setup_of(config), pixel_loss=squares)
+    tx, _ = build_optimizer(config)
+    state = init_state(setup, tx, initial_variables(setup))
+    step_fn, batch = compile_step(setup, tx), sharding.to_devices(make_batch(), setup.mesh)
+    losses = []
+    for _ in range(4):
+        state, metrics = step_fn(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all() and losses == sorted(losses, reverse=True)
