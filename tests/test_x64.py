@@ -48,7 +48,7 @@ def test_scores_are_the_same():
             with jax.enable_x64(wide):
                 arrays = jax.tree.map(jnp.asarray, (logits, batch))
                 found.append(jax.device_get(jax.jit(score)(*arrays)))
-        for narrow, wide in zip(*found, strict=True):
+        for narrow, wide in zip(*map(jax.tree.leaves, found), strict=True):
             assert narrow.dtype == wide.dtype
             np.testing.assert_array_equal(narrow, wide)
 
