@@ -1,11 +1,12 @@
 # Everything on a machine that has only Python (3.11 or newer) and make.
 #   make quickstart   install, prepare the embedded data, train, evaluate, write pictures
 #   make test         install with the test tools, run the tests
+#   make test-fast    those that need neither processes nor minutes
 #   make lint         format, lint and type checks
 PYTHON ?= python3
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-fast lint clean
 
 quickstart: .venv/installed
 	.venv/bin/python main.py --config=configs/quickstart.py --workdir=$(RUN)
@@ -16,6 +17,9 @@ quickstart: .venv/installed
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -q
+
+test-fast: .venv/installed-dev
+	.venv/bin/python -m pytest -q -m "not slow and not multiprocess and not torch"
 
 lint: .venv/installed-dev
 	.venv/bin/ruff format --check .

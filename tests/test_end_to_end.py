@@ -16,6 +16,8 @@ from state_dicts import tiny
 
 from contrastseg_jax.data.images import encode_png
 
+pytestmark = pytest.mark.slow
+
 
 def final_state(workdir):
     """Every array of the last checkpoint, by its path."""

@@ -32,6 +32,8 @@ from contrastseg_jax.data.images import (
 from contrastseg_jax.data.spec import Decoding
 from contrastseg_jax.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
 
 

@@ -13,6 +13,8 @@ from paths import ROOT
 
 import contrastseg_jax
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = (
     "augment.crop_size=(32, 32)",
     "train.batch_size=4",

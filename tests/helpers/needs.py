@@ -22,7 +22,14 @@ def _installed(name):
     return pytest.mark.skipif(not find_spec(name), reason=REASONS[name])
 
 
-torch, libtpu = _installed("torch"), _installed("libtpu")
+libtpu = _installed("libtpu")
+
+
+def torch(test):
+    """A test that PyTorch has a part in."""
+    return pytest.mark.torch(_installed("torch")(test))
+
+
 camvid = pytest.mark.skipif(
     not REAL_CAMVID.exists(), reason="needs CamVid, SegNet's copy, in ../shared/camvid"
 )

@@ -85,6 +85,7 @@ def maps_in_torch(model, x):
     return maps
 
 
+@pytest.mark.torch
 def test_features_and_gradients_are_those_of_pytorch(image):
     torch = needs.package("torch")
     theirs = convnext_in_torch(torch, SMALL)
@@ -240,6 +241,7 @@ def test_a_single_pixel_trains_to_finite_values(name, monkeypatch):
         assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.torch
 def test_fused_features_are_the_written_out_ones():
     torch = needs.package("torch")
     rng = np.random.default_rng(0)

@@ -129,6 +129,7 @@ def aspp_in_torch(torch, variables, x, rates):
     return layers.conv_bn_relu(torch.cat(branches, 1), "project")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     "settings", [{}, {"project_size": 1, "refine_relu": True}], ids=["original", "torchvision"]
 )
@@ -145,6 +146,7 @@ def test_deeplab_head_is_the_written_out_one(features, settings):
     np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.torch
 def test_deeplab_plus_is_the_written_out_one(features):
     torch = needs.package("torch")
     low = jnp.asarray(np.random.default_rng(3).normal(size=(2, 17, 25, 5)), jnp.float32)

@@ -138,6 +138,7 @@ def test_size_of_the_features(spec, size, expected):
     assert features["layer3"].shape[3] == channels // 2
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("ceil_mode", [False, True])
 def test_max_pool_is_that_of_pytorch(ceil_mode):
     torch = needs.package("torch")

@@ -15,6 +15,8 @@ from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.heads.projection import ProjectionHead
 from contrastseg_jax.weights.torch_names import locate
 
+pytestmark = pytest.mark.slow
+
 TINY = zoo.build("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.5)
 
 

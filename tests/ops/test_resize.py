@@ -56,6 +56,7 @@ def test_agrees_with_a_loop_over_pixels(path, old, new):
     np.testing.assert_allclose(result, by_loops(x, new), rtol=0, atol=2e-6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("old", "new"), SIZES)
 def test_agrees_with_torch_in_value_and_gradient(path, old, new):
     torch = needs.package("torch")

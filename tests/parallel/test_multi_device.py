@@ -11,6 +11,8 @@ import pytest
 from paths import ROOT
 from program import TIMEOUT
 
+pytestmark = pytest.mark.multiprocess
+
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )

@@ -7,6 +7,8 @@ import pytest
 from paths import ROOT
 from program import TOY, TRAIN, command, ended, run
 
+pytestmark = pytest.mark.multiprocess
+
 
 @pytest.mark.parametrize(
     ("of_process", "message"),

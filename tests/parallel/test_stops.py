@@ -7,8 +7,11 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from program import TIMEOUT, TOY, command, ended, logged_steps, require_prompt_end, run
 from small import SETTINGS
+
+pytestmark = pytest.mark.multiprocess
 
 RUN = (
     *SETTINGS,

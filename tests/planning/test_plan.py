@@ -26,6 +26,8 @@ from contrastseg_jax.setup.preflight import check
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state
 
+pytestmark = pytest.mark.slow
+
 BANK = ("train.batch_size=8", "memory.pixel_size=64", "memory.segment_size=16")
 MAIN = (
     *(sys.executable, str(ROOT / "main.py"), "--mode=plan"),

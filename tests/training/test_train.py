@@ -23,6 +23,8 @@ from contrastseg_jax.training import train as train_module
 from contrastseg_jax.training.feed import take_steps
 from contrastseg_jax.training.start import is_due
 
+pytestmark = pytest.mark.slow
+
 
 def test_is_due_every_period_and_at_the_end():
     assert [step for step in range(1, 8) if is_due(step, 3, 7)] == [3, 6, 7]
