@@ -26,13 +26,13 @@ from absl import app, flags
 
 from contrastseg_jax import out_of_memory
 from contrastseg_jax.config.checks import is_text
-from contrastseg_jax.config.load import filled_in, load
+from contrastseg_jax.config.load import inherit_image_format, load
 from contrastseg_jax.config.rules import PHOTOGRAPHIC
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
+from contrastseg_jax.files import ORBAX_MISREADS, require_literal
 from contrastseg_jax.run.logging import start_logging
-from contrastseg_jax.run.workdir import find_run, read_config, refuse_differences
+from contrastseg_jax.run.workdir import find_run, read_config, require_same_config
 
 SETTING = "--config."
 
@@ -80,7 +80,7 @@ def run_eval(arguments: Arguments) -> None:
         setup = set_up(config, arguments)
         from contrastseg_jax.evaluation.evaluate import evaluate_run
 
-        split, output = arguments.split or "val", output_of(arguments)
+        split, output = arguments.split or "val", optional_output(arguments)
         evaluate_run(setup, arguments.workdir, arguments.checkpoint, split, output)
 
 
@@ -117,9 +117,9 @@ def run_plan(arguments: Arguments) -> None:
         topology=arguments.topology,
         quick=arguments.quick,
         time_limit=arguments.time_limit,
-        output=output_of(arguments),
+        output=optional_output(arguments),
     )
-    leave(status)
+    exit_now(status)
 
 
 def run_convert(arguments: Arguments) -> None:
@@ -157,18 +157,18 @@ def load_config(arguments: Arguments) -> Config:
     """The config of the command line, or that of the run in the workdir."""
     mode, workdir, settings = arguments.mode, arguments.workdir, arguments.settings
     named = [text.partition("=")[0] for text in settings]
-    free = [path for path in PHOTOGRAPHIC if mode == "predict" and path in named]
+    may_differ = [path for path in PHOTOGRAPHIC if mode == "predict" and path in named]
     if not arguments.config:
         if mode == "audit" and not (workdir / "config.json").exists():
             raise InputError(f"--config: required, as --workdir={workdir} holds no run")
-        return read_config(workdir, settings, free=free)
+        return read_config(workdir, settings, may_differ=may_differ)
     config = load(arguments.config, settings)
     if mode in ("eval", "predict"):
         of_init = arguments.checkpoint == "init"  # for which there need not be a run
         run = find_run(workdir) if of_init else read_config(workdir)
         if run is not None:
-            config = filled_in(config, run)
-            refuse_differences(config, run, workdir, free=free)
+            config = inherit_image_format(config, run)
+            require_same_config(config, run, workdir, may_differ=may_differ)
     return config
 
 
@@ -179,7 +179,7 @@ def joined_processes(arguments: Arguments) -> Iterator[None]:
 
     start_logging()
     which = arguments.coordinator, arguments.num_processes, arguments.process_id
-    with processes.ending_at_once():
+    with processes.exit_on_error():
         processes.start(*which, timeout=arguments.start_timeout)
         start_logging(processes.index())
         yield
@@ -194,12 +194,12 @@ def set_up(config: Config, arguments: Arguments, *, run: Config | None = None) -
     )
 
 
-def output_of(arguments: Arguments) -> Path | None:
+def optional_output(arguments: Arguments) -> Path | None:
     """--output of a mode that can do without."""
     return arguments.output if "output" in arguments.given else None
 
 
-def leave(status: int) -> None:
+def exit_now(status: int) -> None:
     """End the process at once: tearing down a compilation that goes on ends in a crash."""
     sys.stdout.flush()
     os._exit(status)
@@ -217,10 +217,12 @@ class Command:
     reads: tuple[str, ...]
 
 
-START = ("coordinator", "num_processes", "process_id", "start_timeout")
+PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "start_timeout")
 COMMANDS = {
-    "train": Command(run_train, ("config", "workdir"), ("checkpoint", *START)),
-    "eval": Command(run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *START)),
+    "train": Command(run_train, ("config", "workdir"), ("checkpoint", *PROCESS_FLAGS)),
+    "eval": Command(
+        run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *PROCESS_FLAGS)
+    ),
     "predict": Command(run_predict, ("workdir", "input", "output"), ("config", "checkpoint")),
     "audit": Command(run_audit, ("workdir",), ("config", "split")),
     "plan": Command(run_plan, ("config",), ("output", "topology", "quick", "time_limit")),
@@ -279,9 +281,9 @@ def usage(program: str) -> str:
     lines = [f"usage: {call} --mode=MODE --FLAG=VALUE ...", ""]
     for mode, command in COMMANDS.items():
         needs = " ".join(f"--{name}" for name in command.needs)
-        reads = " ".join(f"--{name}" for name in command.reads if name not in START)
+        reads = " ".join(f"--{name}" for name in command.reads if name not in PROCESS_FLAGS)
         lines.append(f"  --mode={mode:9}{needs} [{reads}]")
-    start = " ".join(f"--{name}" for name in START)
+    start = " ".join(f"--{name}" for name in PROCESS_FLAGS)
     lines += [f"  train, eval in several processes: {start}", "", "--help explains each flag.", ""]
     examples = (__doc__ or "").partition("\n\n")[2].rstrip()
     if call == program:  # from anywhere: recipes by name
@@ -337,7 +339,7 @@ def require_flags(arguments: Arguments) -> None:
 
 def require_places(arguments: Arguments) -> None:
     """Raise an error for a place that is no folder or cannot hold results, before the work."""
-    require_literal(arguments.workdir, "--workdir", OF_CHECKPOINTS)
+    require_literal(arguments.workdir, "--workdir", ORBAX_MISREADS)
     results = "output" if "output" in arguments.given else "workdir"
     for name, path in (("workdir", arguments.workdir), ("output", arguments.output)):
         if name not in arguments.given:
@@ -377,7 +379,7 @@ def main(argv: Sequence[str], settings: Sequence[str]) -> None:
     except KeyboardInterrupt:
         outlook = "; a run goes on from its last checkpoint" if FLAGS.mode == "train" else ""
         print(f"interrupted{outlook}", file=sys.stderr)
-        leave(130)
+        exit_now(130)
 
 
 def run_program() -> None:

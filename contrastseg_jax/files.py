@@ -19,8 +19,8 @@ log = logging.getLogger("contrastseg_jax")
 CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of a file system
 
 # What the libraries that write a folder do not take for letters of its path, and what they read.
-OF_CHECKPOINTS = {"\\": "/", "gs:/": "a bucket of Google's"}  # TensorStore, Orbax
-OF_PREPARED_DATA = {"?": "the end of the path"}  # TFDS
+ORBAX_MISREADS = {"\\": "/", "gs:/": "a bucket of Google's"}  # TensorStore, Orbax
+TFDS_MISREADS = {"?": "the end of the path"}  # TFDS
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -64,7 +64,7 @@ def lock(path: Path, *, wait: bool = False) -> IO[str]:
     return file
 
 
-def require_room(folder: Path, needed: int) -> None:
+def require_disk_space(folder: Path, needed: int) -> None:
     """Raise an OSError for a disk that is too full for so many bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -77,7 +77,7 @@ def require_room(folder: Path, needed: int) -> None:
 def require_literal(path: Path, name: str, misread: Mapping[str, str]) -> None:
     """Raise an InputError for a path, given as `name`, that is another one to those who write it.
 
-    `misread`: OF_CHECKPOINTS or OF_PREPARED_DATA.
+    `misread`: ORBAX_MISREADS or TFDS_MISREADS.
     """
     text = f"{path.absolute()}/"
     found = [

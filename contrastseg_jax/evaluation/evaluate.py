@@ -27,11 +27,11 @@ from contrastseg_jax.evaluation.programs import Programs
 from contrastseg_jax.evaluation.protocols import Protocol, whole_image
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.ops.normalize import normalize
-from contrastseg_jax.ops.resize import most_likely
+from contrastseg_jax.ops.resize import resized_argmax
 from contrastseg_jax.parallel import processes, sharding
 from contrastseg_jax.report import evaluation
-from contrastseg_jax.run import checkpoint
-from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.checkpoint import find_step
+from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import evaluation_folder
 from contrastseg_jax.setup.resolve import load_network
@@ -75,7 +75,7 @@ def make_evaluator(
         f"{split}: {len(source)} images are evaluated in {len(groups)} batches; the network is"
         f" compiled for {len(sizes)} size{'s' if len(sizes) > 1 else ''} of them"
     )
-    everywhere, split_rows = sharding.replicated(setup.mesh), sharding.split(setup.mesh)
+    replicated, split_rows = sharding.replicated(setup.mesh), sharding.batch_sharding(setup.mesh)
     return Evaluator(
         setup=setup,
         split=split,
@@ -83,17 +83,17 @@ def make_evaluator(
         groups=groups,
         network=compile_network(setup, protocol),
         score=programs.by_shape(
-            score, in_shardings=split_rows, out_shardings=(split_rows, everywhere)
+            score, in_shardings=split_rows, out_shardings=(split_rows, replicated)
         ),
     )
 
 
 def compile_network(setup: Setup, protocol: Protocol = whole_image) -> Programs:
     """`network_logits` on the setup's mesh, for variables and images, compiled when these come."""
-    everywhere, split_rows = sharding.replicated(setup.mesh), sharding.split(setup.mesh)
+    replicated, split_rows = sharding.replicated(setup.mesh), sharding.batch_sharding(setup.mesh)
     network = functools.partial(network_logits, setup=setup, protocol=protocol)
     return programs.by_shape(
-        network, in_shardings=(everywhere, split_rows), out_shardings=split_rows
+        network, in_shardings=(replicated, split_rows), out_shardings=split_rows
     )
 
 
@@ -124,7 +124,9 @@ def score(logits: Float[Array, "b hs ws k"], batch: Batch) -> tuple[UInt8[Array,
         image_size, label_size = (
             jnp.tile(jnp.asarray(size, jnp.int32), (len(logits), 1)) for size in (image, label)
         )
-    prediction = most_likely(logits, image_size, label_size, padded_image=image, padded_label=label)
+    prediction = resized_argmax(
+        logits, image_size, label_size, padded_image=image, padded_label=label
+    )
     counts = {
         name: metric.count(batch.label, prediction, num_classes=logits.shape[-1])
         for name, metric in METRICS.items()
@@ -139,7 +141,7 @@ def require_memory(evaluator: Evaluator, variables: Variables) -> None:
         height, width = max(group_of, key=math.prod)
         group = group_of[height, width]
         try:
-            processes.together(functools.partial(_compile, evaluator, variables, group))
+            processes.sync_errors(functools.partial(_compile, evaluator, variables, group))
         except InputError as error:
             name = evaluator.source[group.example_ids[0]]["name"].decode()
             raise InputError(
@@ -152,14 +154,14 @@ def require_memory(evaluator: Evaluator, variables: Variables) -> None:
 def _compile(evaluator: Evaluator, variables: Variables, group: EvalGroup) -> None:
     """Compile both programs for a group's sizes."""
     setup = evaluator.setup
-    num_rows, by_rows = batch_size(setup), sharding.split(setup.mesh)
-    everywhere = sharding.replicated(setup.mesh)
+    num_rows, by_rows = batch_size(setup), sharding.batch_sharding(setup.mesh)
+    replicated = sharding.replicated(setup.mesh)
 
     def rows(dtype: Any, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((num_rows, *size), dtype, sharding=by_rows)
 
     variables = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), variables
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), variables
     )
     image, label = rows(np.uint8, *group.image_size, 3), rows(np.uint8, *group.label_size)
     sizes = (rows(np.int32, 2),) * 2 if setup.config.data.short_side else ()
@@ -215,7 +217,7 @@ def evaluate(
     def write() -> None:
         evaluation.save_evaluation(folder, results, panels, advice)
 
-    processes.together(write if processes.is_first() else lambda: None)
+    processes.sync_errors(write if processes.is_first() else lambda: None)
     return results
 
 
@@ -299,23 +301,23 @@ def batch_size(setup: Setup) -> int:
 
 
 def evaluate_run(
-    setup: Setup, workdir: Path, which: str, split: str, output: Path | None = None
+    setup: Setup, workdir: Path, checkpoint: str, split: str, output: Path | None = None
 ) -> None:
     """Evaluate a checkpoint of a workdir, and print the table of its scores.
 
     `output`: where results go instead of a folder in the workdir, in which nothing is written then.
     """
-    if which != "init":  # before the data are read, which may take long
-        processes.together(lambda: checkpoint.find_step(workdir, which))
+    if checkpoint != "init":  # before the data are read, which may take long
+        processes.sync_errors(lambda: find_step(workdir, checkpoint))
     source = processes.first_then_others(lambda: open_split(setup.data, split))
-    given = {"images": len(source), "--checkpoint": which, "--split": split}
+    given = {"images": len(source), "--checkpoint": checkpoint, "--split": split}
     processes.require_same(dict(leaves(setup.config)) | given)
     log.info(f"{setup.data.name}: {len(source)} images to evaluate, of {split}")
     log.info(label_table(setup.classes))
     evaluator = make_evaluator(setup, source, split)
-    variables, step = load_network(setup, workdir, which)
+    variables, step = load_network(setup, workdir, checkpoint)
     # Makes the folder, so not before all that may be refused.
-    keep_compiled(setup.config, None if output else workdir)
+    set_compilation_cache(setup.config, None if output else workdir)
     require_memory(evaluator, variables)
     folder = output or evaluation_folder(workdir, step, split)
     results = evaluate(evaluator, variables, step, folder=folder, workdir=workdir)

@@ -48,7 +48,7 @@ def find_images(inputs: Sequence[str], output: Path) -> Inputs:
         skipped: Counter[str] = Counter()
         for path, start, suffixes in _matches(text):
             if path.is_dir():
-                _refuse_among_images(path, output)
+                _require_separate_output(path, output)
             for file in files_below(path, findings) if path.is_dir() else (path,):
                 real = Path(os.path.realpath(file.parent), file.name)
                 if any(real.is_relative_to(result) for result in results):
@@ -60,7 +60,7 @@ def find_images(inputs: Sequence[str], output: Path) -> Inputs:
                 found.setdefault(file, file.relative_to(start))
         if is_empty:
             new = findings[num_earlier:]
-            reasons = [told(skipped), *(finding.message for finding in new)]
+            reasons = [skipped_message(skipped), *(finding.message for finding in new)]
             raise InputError(
                 "; ".join(
                     [f"--input={text}: holds no image ({' '.join(IMAGE_SUFFIXES)})"]
@@ -68,13 +68,13 @@ def find_images(inputs: Sequence[str], output: Path) -> Inputs:
                 )
             )
         others += skipped
-    names = _distinct(found)
+    names = _unique_names(found)
     renamed = sum(Path(name) != found[path].with_suffix("") for name, path in names.items())
     problems = list(dict.fromkeys(finding.message for finding in findings))
     return Inputs(names, others, problems, renamed)
 
 
-def told(others: Counter[str]) -> str:
+def skipped_message(others: Counter[str]) -> str:
     """What is said of files that are no images; nothing of none."""
     if not others:
         return ""
@@ -100,7 +100,7 @@ def _matches(text: str) -> Iterator[tuple[Path, Path, tuple[str, ...]]]:
         yield start / match, start, IMAGE_SUFFIXES
 
 
-def _refuse_among_images(folder: Path, output: Path) -> None:
+def _require_separate_output(folder: Path, output: Path) -> None:
     """Raise an error for an output that is the input, or that has it for its masks."""
     for place in (output, *(output / name for name in RESULTS)):
         if os.path.realpath(place) == os.path.realpath(folder):
@@ -110,7 +110,7 @@ def _refuse_among_images(folder: Path, output: Path) -> None:
             )
 
 
-def _distinct(found: Mapping[Path, Path]) -> dict[str, Path]:
+def _unique_names(found: Mapping[Path, Path]) -> dict[str, Path]:
     """The files by the shortest of their names that no other file has."""
     shared = os.path.commonpath([path.parent for path in found])
     names = [

@@ -34,12 +34,12 @@ from contrastseg_jax.data.preprocess import (
 from contrastseg_jax.errors import InputError, best_effort, listed
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.evaluate import compile_network
-from contrastseg_jax.evaluation.inputs import RESULTS, find_images, told
+from contrastseg_jax.evaluation.inputs import RESULTS, find_images, skipped_message
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.models.segmenter import Variables
-from contrastseg_jax.ops.resize import most_likely
+from contrastseg_jax.ops.resize import resized_argmax
 from contrastseg_jax.out_of_memory import is_out_of_memory
-from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
@@ -48,11 +48,11 @@ LogitsFn = Callable[[Variables, Any], Any]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # which no other file will get either
 
-most_likely_programs = programs.by_shape(most_likely)
+argmax_programs = programs.by_shape(resized_argmax)
 
 
 def predict_run(
-    setup: Setup, workdir: Path, which: str, inputs: Sequence[str], output: Path
+    setup: Setup, workdir: Path, checkpoint: str, inputs: Sequence[str], output: Path
 ) -> None:
     """Predict files, folders and what patterns match into `output`.
 
@@ -61,15 +61,15 @@ def predict_run(
     is there, does not stop the others; all such are in the error at the end.
     """
     found = find_images(inputs, output)
-    _require_own(output)
-    variables, _ = load_network(setup, workdir, which)
-    keep_compiled(setup.config, workdir)
+    _require_own_output(output)
+    variables, _ = load_network(setup, workdir, checkpoint)
+    set_compilation_cache(setup.config, workdir)
     logits_fn = functools.partial(programs.run, compile_network(setup))
-    _begin(output, setup.classes)
-    for line in (told(found.others), _told_renamed(found.renamed)):
+    _make_folders(output, setup.classes)
+    for line in (skipped_message(found.others), _renamed_message(found.renamed)):
         if line:
             log.info(line)
-    problems, num_predicted, num_turned, num_long = [*found.problems], 0, 0, 0
+    problems, num_predicted, num_rotated, num_long = [*found.problems], 0, 0, 0
     files = _by_size(setup, found.files)
     with logging_redirect_tqdm([log]):
         for number, (name, path) in enumerate(tqdm(files, unit="image", disable=None), start=1):
@@ -86,12 +86,12 @@ def predict_run(
                 continue
             num_predicted += 1
             if setup.data.exif_orientation == "stored":
-                num_turned += has_exif_orientation(content, str(path))
+                num_rotated += has_exif_orientation(content, str(path))
             num_long += _is_long(image)
     log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
-    if num_turned:
+    if num_rotated:
         log.info(
-            f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn;"
+            f"{num_rotated} of them taken as stored, which EXIF data ask viewers to turn;"
             " --config.data.exif_orientation=applied turns them"
         )
     if num_long:
@@ -118,7 +118,7 @@ def predict_image(
     size = resized_size(own_size, short_side)
     padded = pad(resize_image(image, size), padded_size(size, multiple), color)[None]
     classes = programs.run(
-        most_likely_programs,
+        argmax_programs,
         logits_fn(variables, padded),
         *(np.array([size], np.int32), np.array([own_size], np.int32)),
         padded_image=padded.shape[1:3],
@@ -127,7 +127,7 @@ def predict_image(
     return np.asarray(classes)[0, : own_size[0], : own_size[1]].astype(np.uint8)
 
 
-def _require_own(output: Path) -> None:
+def _require_own_output(output: Path) -> None:
     """Raise an error for a folder that holds masks of something else, which would be replaced."""
     *folders, legend = RESULTS
     for name in folders:
@@ -139,7 +139,7 @@ def _require_own(output: Path) -> None:
             )
 
 
-def _begin(output: Path, classes: LabelMap) -> None:
+def _make_folders(output: Path, classes: LabelMap) -> None:
     """Makes the folders of the results, to see that they can be written."""
     *folders, legend = RESULTS
     try:
@@ -203,7 +203,7 @@ def _is_long(image: UInt8[np.ndarray, "h w 3"]) -> bool:
     return max(image.shape) > JPEG_SIDE
 
 
-def _told_renamed(number: int) -> str:
+def _renamed_message(number: int) -> str:
     if not number:
         return ""
     return f"{number} files share their names with others; their results have longer ones"

@@ -9,7 +9,9 @@ import jax
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.parallel import device_memory
 
-KEPT = 32  # programs of a function; each takes 20 MB and more, and sizes of images may be thousands
+MAX_PROGRAMS = (
+    32  # programs of a function; each takes 20 MB and more, and sizes of images may be thousands
+)
 
 Programs = Callable[..., jax.stages.Compiled]
 
@@ -17,7 +19,7 @@ Programs = Callable[..., jax.stages.Compiled]
 def by_shape(function: Callable[..., Any], **settings: Any) -> Programs:
     """What compiles a function for arguments: arrays, or their shapes; keywords are static.
 
-    The newest `KEPT` programs are kept. `settings`: of `jax.jit`.
+    The newest `MAX_PROGRAMS` programs are kept. `settings`: of `jax.jit`.
 
     Raises:
         InputError: (what it gives) the program needs more memory than is there.
@@ -29,7 +31,7 @@ def by_shape(function: Callable[..., Any], **settings: Any) -> Programs:
         shapes = [(x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in arrays]
         key = (structure, *shapes, *sorted(static.items()))
         if key not in kept:
-            if len(kept) == KEPT:
+            if len(kept) == MAX_PROGRAMS:
                 del kept[next(iter(kept))]
             # By a jit of its own: JAX holds on to what one has compiled for as long as it lives.
             jitted = jax.jit(functools.partial(function, **static), **settings)

@@ -52,7 +52,7 @@ def pixel_contrast(
         rng: Key[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
         anchors = sample_anchors(
-            embedding_of(output),
+            require_embedding(output),
             label,
             lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32),
             image_rng,
@@ -75,7 +75,7 @@ def pixel_contrast(
             return None, {}
         bank = enqueue_batch(
             bank,
-            embedding_of(output),
+            require_embedding(output),
             label,
             image_rng,
             pixels_per_class=memory.pixels_per_class,
@@ -91,7 +91,7 @@ def pixel_contrast(
         init=init if has_bank else lambda: None,
         loss=loss,
         update=update,
-        sharding=sharding.slots_sharding if split else sharding.everywhere,
+        sharding=sharding.bank_sharding if split else sharding.replicated_tree,
     )
 
 
@@ -104,7 +104,7 @@ def num_anchors(given: int, map_size: tuple[int, ...]) -> int:
     return given or min(max(math.prod(map_size) // 16, 16), 512)
 
 
-def embedding_of(output: SegmentationOutput) -> Float[Array, "b hs ws d"]:
+def require_embedding(output: SegmentationOutput) -> Float[Array, "b hs ws d"]:
     """The embeddings, which a network without a projection head does not have."""
     if output.embedding is None:
         raise ValueError("pixel contrast needs a network with a projection head")

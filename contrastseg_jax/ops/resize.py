@@ -52,7 +52,7 @@ def resize_bilinear(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[
     return x.reshape(b, h2, w2, c)
 
 
-def most_likely(
+def resized_argmax(
     logits: Float[Array, "b hs ws k"],
     image_size: Int[Array, "b 2"],
     label_size: Int[Array, "b 2"],
@@ -71,7 +71,7 @@ def most_likely(
     largest array of an evaluation.
     """
     rows, columns = (
-        _taps_of_crop(
+        _crop_taps(
             *(logits.shape[1 + axis], padded_image[axis], image_size[:, axis]),
             *(label_size[:, axis], padded_label[axis]),
         )
@@ -132,7 +132,7 @@ def _taps(size: int, new_size: int) -> Taps:
     return Taps(index.astype(np.int32), weight)
 
 
-def _taps_of_crop(
+def _crop_taps(
     size: int,
     padded: int,
     crop: Int[Array, " b"],

@@ -17,10 +17,10 @@ GROUP_FILES = {
 
 def available_bytes() -> int:
     """Memory of the machine that is available, or less where a container or batch job may not."""
-    return min([psutil.virtual_memory().available, *left_by_groups()])
+    return min([psutil.virtual_memory().available, *cgroup_available_bytes()])
 
 
-def left_by_groups(
+def cgroup_available_bytes(
     own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
     """What the memory limit of each control group around this process leaves."""

@@ -33,8 +33,10 @@ StopRequests = Callable[..., jax.Array]  # (failed=False) -> whether all are to 
 # After which the processes that are left end as well, where no collective has told them before.
 # The service looks every few seconds; README.md promises 60 s in all.
 HEARTBEAT_SECONDS = 40
-PATIENCE_MS = 7 * 24 * 3600 * 1000  # for what another process prepares; its death ends the waiting
-SHARED_SECONDS = 20  # in which a folder that hosts share shows to all what one has written
+GATHER_TIMEOUT_MS = (
+    7 * 24 * 3600 * 1000
+)  # for what another process prepares; its death ends the waiting
+SHARED_FOLDER_SECONDS = 20  # in which a folder that hosts share shows to all what one has written
 TERMINATED = 128 + signal.SIGTERM  # the exit status of a run that was told to stop
 
 
@@ -46,7 +48,7 @@ class SharedError(InputError):
     """What one process could not do, raised in all of them at the same place."""
 
 
-_questions = itertools.count()  # of `gather`; all processes ask the same ones in the same order
+_gather_ids = itertools.count()  # of `gather`; all processes ask the same ones in the same order
 
 
 def start(
@@ -65,7 +67,7 @@ def start(
     if all(value is None for value in given):
         who, where = "a process", "the coordinator that the scheduler names"
     else:
-        who, where = _checked(*given)
+        who, where = _checked_arguments(*given)
         print(f"{who}: waits for the others at {where}", file=sys.stderr, flush=True)
     # JAX's own end of waiting is an abort with the stack of its C++; so it is set to come later.
     sentence = (
@@ -73,10 +75,10 @@ def start(
         " Can it be reached from here? Was each process started, with the same number of processes"
         " and with an index of its own?"
     )
-    alarm = threading.Timer(timeout, _end, [sentence])
+    alarm = threading.Timer(timeout, _exit, [sentence])
     alarm.daemon = True
     alarm.start()
-    # It would take SIGTERM for itself; `noted_sigterm` does what it is for.
+    # It would take SIGTERM for itself; `deferred_sigterm` does what it is for.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -98,7 +100,7 @@ def start(
         jax.block_until_ready(sharding.any_process(False, sharding.make_mesh()))
 
 
-def _checked(
+def _checked_arguments(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, str]:
     """Who this process is and where it meets the others, for messages."""
@@ -121,7 +123,7 @@ def _require_same_count() -> None:
     """A coordinator that waits for fewer processes than another was told of lets it in."""
     if is_first():
         _client().key_value_set("num_processes", str(count()))
-    of_first = int(_client().blocking_key_value_get("num_processes", PATIENCE_MS))
+    of_first = int(_client().blocking_key_value_get("num_processes", GATHER_TIMEOUT_MS))
     if of_first != count():
         raise InputError(f"--num_processes={count()}: process 0 was started with {of_first}")
 
@@ -141,14 +143,14 @@ def is_first() -> bool:
     return index() == 0
 
 
-def is_of_another(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
     """Whether an error may be no more than the end of another process."""
     signs = ("Gloo", "NCCL", "oordination service", "Connection closed by peer")
     return isinstance(error, jax.errors.JaxRuntimeError) or any(s in str(error) for s in signs)
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Within, an error of one of several processes ends it with its index, waiting for no other."""
     try:
         yield
@@ -160,12 +162,12 @@ def ending_at_once() -> Iterator[None]:
         if count() == 1:
             raise
         text = out_of_memory.explanation(error) or _message(error)
-        _end(f"error: process {index()} of {count()}: {text}")
+        _exit(f"error: process {index()} of {count()}: {text}")
 
 
 def _message(error: Exception) -> str:
     """What tells the user most of an error of one among several processes."""
-    if is_of_another(error):
+    if is_peer_failure(error):
         return (
             f"{error}\nWhere one process ends, all do: the first error among them is the cause."
             " Started again, the run goes on from its last checkpoint."
@@ -175,7 +177,7 @@ def _message(error: Exception) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def _end(message: str) -> NoReturn:
+def _exit(message: str) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     if is_first() and count() > 1:
         time.sleep(1)  # all meet in this process: let the others hear what it has heard
@@ -183,7 +185,7 @@ def _end(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def noted_sigterm() -> Iterator[Callable[[], bool]]:
+def deferred_sigterm() -> Iterator[Callable[[], bool]]:
     """Within, SIGTERM does not end the process; the function says whether it has come."""
     come = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: come.set())
@@ -200,7 +202,7 @@ def stop_requests(mesh: Mesh) -> Iterator[StopRequests]:
     All processes must ask, and hear the same once it is known: whether SIGTERM has come to any of
     them, or one asks with `failed`.
     """
-    with noted_sigterm() as has_come:
+    with deferred_sigterm() as has_come:
         yield lambda failed=False: sharding.any_process(has_come() or failed, mesh)
 
 
@@ -215,13 +217,13 @@ def gather(text: str) -> list[str]:
     """The texts of all processes, in their order; waits for the slowest, however long."""
     if count() == 1:
         return [text]
-    question = f"gather/{next(_questions)}"
-    _client().key_value_set(f"{question}/{index()}", text)
+    name = f"gather/{next(_gather_ids)}"
+    _client().key_value_set(f"{name}/{index()}", text)
     texts = [
-        _client().blocking_key_value_get(f"{question}/{other}", PATIENCE_MS)
+        _client().blocking_key_value_get(f"{name}/{other}", GATHER_TIMEOUT_MS)
         for other in range(count())
     ]
-    _client().wait_at_barrier(question, PATIENCE_MS)  # process 0 may end after it, and the store
+    _client().wait_at_barrier(name, GATHER_TIMEOUT_MS)  # process 0 may end after it, and the store
     return texts
 
 
@@ -229,7 +231,7 @@ def _client() -> Any:
     return global_state.client
 
 
-def together(work: Callable[[], Result]) -> Result:
+def sync_errors(work: Callable[[], Result]) -> Result:
     """What `work` gives in this process.
 
     Raises:
@@ -257,14 +259,14 @@ def raise_shared(problem: str) -> None:
 
 def first_then_others(work: Callable[[], Result]) -> Result:
     """`work` in process 0, and then in the others, which find what it has written."""
-    of_first = together(lambda: work() if is_first() else None)
-    of_others = together(lambda: None if is_first() else work())
+    of_first = sync_errors(lambda: work() if is_first() else None)
+    of_others = sync_errors(lambda: None if is_first() else work())
     return of_first if is_first() else of_others  # pyright: ignore[reportReturnType]
 
 
-def require_same(facts: Mapping[str, object]) -> None:
+def require_same(values: Mapping[str, object]) -> None:
     """Raise an InputError in all processes that names what one has other than process 0."""
-    everyone = [json.loads(text) for text in gather(json.dumps(facts, default=str))]
+    everyone = [json.loads(text) for text in gather(json.dumps(values, default=str))]
     problems = [
         f"{name}: process 0 has {everyone[0].get(name)!r}, process {other} has {value!r}"
         for other, theirs in enumerate(everyone)
@@ -279,9 +281,9 @@ def require_shared(folder: Path) -> None:
     """Raise an InputError in all processes unless each sees the same folder."""
     token = gather(secrets.token_hex(8))[0]
     path = folder / ".shared"
-    together(lambda: write_atomically(path, token) if is_first() else None)
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not (seen := _holds(path, token)) and time.monotonic() < deadline:
+    sync_errors(lambda: write_atomically(path, token) if is_first() else None)
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (seen := _contains(path, token)) and time.monotonic() < deadline:
         time.sleep(0.2)
     apart = [other for other, text in enumerate(gather(str(seen))) if text != "True"]
     if is_first():
@@ -293,7 +295,7 @@ def require_shared(folder: Path) -> None:
         )
 
 
-def _holds(path: Path, text: str) -> bool:
+def _contains(path: Path, text: str) -> bool:
     try:
         return path.read_text() == text
     except OSError:

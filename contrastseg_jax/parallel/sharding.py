@@ -15,7 +15,9 @@ from contrastseg_jax.structs import Batch, MemoryBank
 Tree = TypeVar("Tree")
 AnyMesh = Mesh | AbstractMesh  # abstract: devices that are only counted, to plan for
 
-SMALL = 2**14  # numbers; arrays with fewer are whole on every device, they would gain nothing
+MIN_SPLIT_SIZE = (
+    2**14
+)  # numbers; arrays with fewer are whole on every device, they would gain nothing
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -29,7 +31,7 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(in_order), ("data",), axis_types=(AxisType.Auto,))
 
 
-def split(mesh: AnyMesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Leading axis over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
@@ -39,26 +41,26 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def everywhere(mesh: AnyMesh, tree: Any) -> Any:
+def replicated_tree(mesh: AnyMesh, tree: Any) -> Any:
     """Every array of a tree whole on every device."""
     return jax.tree.map(lambda _: replicated(mesh), tree)
 
 
-def in_parts(mesh: AnyMesh, tree: Any) -> Any:
+def fsdp_sharding(mesh: AnyMesh, tree: Any) -> Any:
     """A part of every large array of a tree on each device, small ones whole."""
     return jax.tree.map(lambda x: _longest_axis(mesh, x.shape), tree)
 
 
-def slots_sharding(mesh: AnyMesh, bank: MemoryBank) -> MemoryBank:
+def bank_sharding(mesh: AnyMesh, bank: MemoryBank) -> MemoryBank:
     """Each device holds a part of each queue's slots; counters are everywhere."""
     slots: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
-    return everywhere(mesh, bank).replace(pixel=slots, segment=slots)
+    return replicated_tree(mesh, bank).replace(pixel=slots, segment=slots)
 
 
 def _longest_axis(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
     """A large array split along its longest axis of those that come out even."""
     even = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
-    if math.prod(shape) < SMALL or not even:
+    if math.prod(shape) < MIN_SPLIT_SIZE or not even:
         return replicated(mesh)
     longest = max(even, key=lambda axis: shape[axis])
     return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
@@ -66,7 +68,9 @@ def _longest_axis(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """The global batch of which this process holds its own rows."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), batch
+    )
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
@@ -83,7 +87,7 @@ def local_rows(array: jax.Array) -> np.ndarray:
 def any_process(flag: bool, mesh: Mesh) -> jax.Array:
     """Whether `flag` holds in any process: the same answer in all, once it is computed."""
     flags = jax.make_array_from_process_local_data(
-        split(mesh), np.full(len(mesh.local_devices), flag)
+        batch_sharding(mesh), np.full(len(mesh.local_devices), flag)
     )
     return _any(mesh)(flags)
 

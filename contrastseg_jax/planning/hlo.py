@@ -46,7 +46,7 @@ def collectives(text: str) -> list[Collective]:
     A loop's counts as often as the loop is known to go round. Of the branches of a conditional the
     one that moves most is taken. The parts of an asynchronous operation are one.
     """
-    computations, entry = _parsed(text)
+    computations, entry = _parse(text)
     return list(_walk(computations, entry))
 
 
@@ -68,7 +68,7 @@ def _bits(kind: str) -> int:
     return int(digits[0]) if digits else 8  # pred
 
 
-def _parsed(text: str) -> tuple[Computations, str]:
+def _parse(text: str) -> tuple[Computations, str]:
     """The instructions of every computation by name, and the name of the entry."""
     computations: Computations = {}
     entry = name = ""
@@ -91,7 +91,7 @@ def _walk(computations: Computations, name: str) -> Iterator[Collective]:
     for key, instruction in instructions.items():
         kind = instruction.name.removesuffix("-start")
         if kind in KINDS:
-            yield Collective(kind, _moved(instruction, instructions))
+            yield Collective(kind, _sent_bytes(instruction, instructions))
         elif not (
             instruction.name.endswith(("-done", "-update"))
             or key.startswith("async-collective-done")
@@ -115,7 +115,7 @@ def _walk_called(computations: Computations, instruction: Instruction) -> Iterat
         )
 
 
-def _moved(instruction: Instruction, instructions: dict[str, Instruction]) -> int:
+def _sent_bytes(instruction: Instruction, instructions: dict[str, Instruction]) -> int:
     """`Collective.num_bytes`; the start of an all-gather has operands and results as its result."""
     operands, _, _ = instruction.rest.partition("), ")
     names = [name for name in NAMES.findall(operands) if name in instructions]

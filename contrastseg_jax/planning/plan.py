@@ -30,7 +30,7 @@ from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state, state_sharding
 from contrastseg_jax.training.train_step import batch_shape, compile_step
 
-PERIOD = 30  # seconds between two lines that say that the compiler is at work
+LOG_SECONDS = 30  # seconds between two lines that say that the compiler is at work
 POOL = {"random": 1, "hardest": None, "semi_hard": 10, "all": None}  # drawn per one selected
 
 
@@ -43,14 +43,14 @@ def plan_run(
     fit, or the `time_limit` of compiling, in seconds, has passed: there are the quick figures then,
     and the compiler may still be at work.
     """
-    where = find_topology(topology, count_only=quick)
-    check(config, mode="plan", num_devices=where.num_devices)
-    plan = quick_plan(config, where)
+    target = find_topology(topology, count_only=quick)
+    check(config, mode="plan", num_devices=target.num_devices)
+    plan = quick_plan(config, target)
     if quick:
-        unknown = ", nor is it known whether there is such a slice" if not where.devices else ""
+        unknown = ", nor is it known whether there is such a slice" if not target.devices else ""
         plan = dataclasses.replace(plan, note=f"--quick: not compiled{unknown}")
     else:
-        plan = compiled_plan(plan, config, where, time_limit)
+        plan = compiled_plan(plan, config, target, time_limit)
     print(report(plan, config), flush=True)
     if output:
         values = dataclasses.asdict(plan) | {"fits": plan.fits, "least_bytes": plan.least_bytes}
@@ -61,30 +61,30 @@ def plan_run(
 # --- Computed ------------------------------------------------------------------------------------
 
 
-def quick_plan(config: Config, where: Topology) -> Plan:
+def quick_plan(config: Config, target: Topology) -> Plan:
     """What can be known without compiling, in seconds."""
     setup = resolve(config, jax.devices()[:1])
     lowered, state, batch = _lower(setup)
-    mesh = AbstractMesh((where.num_devices,), ("data",))
+    mesh = AbstractMesh((target.num_devices,), ("data",))
     of_contrast = contrast_flops(setup)
     return Plan(
         model=config.model.name,
         batch_size=config.train.batch_size,
-        topology=where.name,
-        device=where.kind,
-        num_devices=where.num_devices,
-        device_bytes=where.device_bytes,
+        topology=target.name,
+        device=target.kind,
+        num_devices=target.num_devices,
+        device_bytes=target.device_bytes,
         parameters=sum(x.size for x in jax.tree.leaves(state.params)),
         anchors_per_image=num_anchors(config, setup.model) if setup.objective else 0,
         cells_per_image=num_cells(config, setup.model),
         flops=(lowered.cost_analysis() or {}).get("flops", 0.0) + of_contrast,
         contrast_flops=of_contrast,
-        bytes_held=held_bytes(setup, state, mesh) | {"batch": _bytes(batch) // where.num_devices},
+        bytes_held=state_bytes(setup, state, mesh) | {"batch": _bytes(batch) // target.num_devices},
         bytes_sent=sent_bytes(setup, state, mesh),
     )
 
 
-def held_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]:
+def state_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]:
     """Bytes of each part of the state on each device, padding of the device's layouts left out."""
     of_state = state_sharding(setup, state, mesh)
     parts = jax.tree.map(
@@ -175,10 +175,10 @@ def _bytes(tree: Any) -> int:
 # --- Compiled ------------------------------------------------------------------------------------
 
 
-def compiled_plan(plan: Plan, config: Config, where: Topology, time_limit: float) -> Plan:
+def compiled_plan(plan: Plan, config: Config, target: Topology, time_limit: float) -> Plan:
     """The plan with the figures of the compiled step, or with a note why there are none."""
-    log.info(f"compiling the train step for {where.num_devices} x {where.kind}")
-    lowered, _, _ = _lower(resolve(config, where.devices))
+    log.info(f"compiling the train step for {target.num_devices} x {target.kind}")
+    lowered, _, _ = _lower(resolve(config, target.devices))
     started = time.monotonic()
     try:
         program = compile_within(lowered, time_limit)
@@ -213,8 +213,8 @@ def compile_within(lowered: jax.stages.Lowered, time_limit: float) -> Any:
     thread.start()
     started = time.monotonic()
     while thread.is_alive() and (left := started + time_limit - time.monotonic()) > 0:
-        thread.join(min(PERIOD, left))
-        if thread.is_alive() and left > PERIOD:
+        thread.join(min(LOG_SECONDS, left))
+        if thread.is_alive() and left > LOG_SECONDS:
             log.info(f"compiling for {time.monotonic() - started:.0f} s")
     if results and isinstance(results[0], Exception):
         raise results[0]

@@ -58,13 +58,13 @@ def find_topology(name: str | None, *, count_only: bool = False) -> Topology:
         )
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
-        return _virtual(name, shape)
-    devices = None if count_only else _absent_tpu(name, kind)
+        return _cpu_topology(name, shape)
+    devices = None if count_only else _tpu_devices(name, kind)
     number = math.prod(map(int, shape.split("x")))
     return Topology(name, f"TPU {kind}", number, TPU_BYTES[kind], devices)
 
 
-def _virtual(name: str, shape: str) -> Topology:
+def _cpu_topology(name: str, shape: str) -> Topology:
     """That many devices of this machine's CPU, of which each has its part of the memory."""
     if not shape.isdecimal():
         raise InputError(f"--topology={name}: the CPU has a number of devices, e.g. cpu:8")
@@ -81,7 +81,7 @@ def _virtual(name: str, shape: str) -> Topology:
     )
 
 
-def _absent_tpu(name: str, kind: str) -> Sequence[Any]:
+def _tpu_devices(name: str, kind: str) -> Sequence[Any]:
     for variable, value in NO_TPU_HERE.items():
         os.environ.setdefault(variable, value)
     try:

@@ -34,7 +34,7 @@ class Board:
 
 
 @contextlib.contextmanager
-def opened(workdir: Path, start_step: int) -> Iterator[Board]:
+def open_metrics_log(workdir: Path, start_step: int) -> Iterator[Board]:
     """`open_board`, closed at the end."""
     board = open_board(workdir, start_step)
     try:

@@ -21,7 +21,7 @@ import tensorstore
 from etils import epath
 
 from contrastseg_jax.errors import InputError, best_effort, listed, reason, warn_once
-from contrastseg_jax.files import require_room
+from contrastseg_jax.files import require_disk_space
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import digests
 from contrastseg_jax.run.logging import log
@@ -68,7 +68,9 @@ def prepare(workdir: Path, state: TrainState) -> None:
         InputError: they do not come back, or the disk has no room for one.
     """
     size = _num_bytes(state)
-    processes.together(lambda: _prepare(_folder(workdir), size) if processes.is_first() else None)
+    processes.sync_errors(
+        lambda: _prepare(_folder(workdir), size) if processes.is_first() else None
+    )
 
 
 @contextlib.contextmanager
@@ -91,11 +93,11 @@ def open_writer(workdir: Path, *, keep_checkpoints: int) -> Iterator[Writer]:
         try:
             yield writer
         finally:
-            _finish(writer)
+            _wait(writer)
         if writer.problem:
             raise InputError(f"the last checkpoint is missing: {writer.problem}")
         if processes.is_first():
-            _give_up_old(writer)  # once more, as the newest may have been evaluated since
+            _delete_old(writer)  # once more, as the newest may have been evaluated since
 
 
 def save(writer: Writer, step: int, state: TrainState) -> None:
@@ -104,50 +106,50 @@ def save(writer: Writer, step: int, state: TrainState) -> None:
     Once it was read back, older ones are given up. What goes wrong is a warning, and the last whole
     checkpoint stays.
     """
-    _finish(writer)
+    _wait(writer)
     path, stored = _folder(writer.workdir) / str(step), _without_empty(state)
     size = _num_bytes(state)
     try:
         # Orbax would find a full disk too, but its threads go on writing after it has.
-        processes.together(
-            lambda: require_room(path.parent, size) if processes.is_first() else None
+        processes.sync_errors(
+            lambda: require_disk_space(path.parent, size) if processes.is_first() else None
         )
         writer.orbax.save(
             LiteralPath(path),
             args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(stored)}),
-            custom_metadata={"digests": digests.of_state(stored)},
+            custom_metadata={"digests": digests.state_digests(stored)},
         )
     except Exception as error:
         if processes.count() > 1 and not isinstance(error, InputError):
             raise  # the others wait for this one
         writer.problem = _not_saved(path, reason(error))
         return
-    writer.saving = writer.thread.submit(_written, writer, path)
+    writer.saving = writer.thread.submit(_finish_save, writer, path)
 
 
-def find_step(workdir: Path, which: str) -> int:
+def find_step(workdir: Path, checkpoint: str) -> int:
     """The step that "latest", "best" or a number names."""
     steps = saved_steps(workdir)
     if not steps:
         raise InputError(
             f"{_folder(workdir)}: holds no finished checkpoint; train a run there first"
         )
-    if which == "latest":
+    if checkpoint == "latest":
         return steps[-1]
-    if which == "best":
+    if checkpoint == "best":
         return _best(workdir, steps)
-    if not which.isdecimal() or int(which) not in steps:
+    if not checkpoint.isdecimal() or int(checkpoint) not in steps:
         known = ", ".join(map(str, steps))
-        raise InputError(f"--checkpoint={which}: must be latest, best or one of {known}")
-    return int(which)
+        raise InputError(f"--checkpoint={checkpoint}: must be latest, best or one of {known}")
+    return int(checkpoint)
 
 
-def find_whole(
-    workdir: Path, which: str, *, goes_on: bool = False, fields: Sequence[str] = ()
+def find_intact(
+    workdir: Path, checkpoint: str, *, resume: bool = False, fields: Sequence[str] = ()
 ) -> int:
     """As `find_step`, of a checkpoint whose arrays are what was saved; all processes must ask.
 
-    In place of the latest, the newest whole one is taken, with a warning. `goes_on`: as by the run
+    In place of the latest, the newest whole one is taken, with a warning. `resume`: as by the run
     itself, which will save those steps again: the damaged ones are moved aside. `fields`: those
     that will be restored by `restore_variables`, where not the whole state will be.
 
@@ -155,8 +157,8 @@ def find_whole(
         InputError: there is no such checkpoint, or it is damaged.
     """
     # As process 0 sees it: a run beside this one may save another at any moment.
-    found = processes.together(
-        lambda: _find_whole(workdir, which, goes_on, fields) if processes.is_first() else None
+    found = processes.sync_errors(
+        lambda: _find_intact(workdir, checkpoint, resume, fields) if processes.is_first() else None
     )
     return int(processes.gather(str(found))[0])
 
@@ -166,7 +168,7 @@ def restore(workdir: Path, step: int, state: TrainState, sharding: Any) -> Train
 
     `state` has its structure, shapes and dtypes; it may have been saved with another layout.
     """
-    abstract = _laid_out(state, sharding)
+    abstract = _with_sharding(state, sharding)
     stored = _without_empty(abstract)
     restored = _read(_folder(workdir) / str(step), ocp.args.StandardRestore(stored))
     return jax.tree.map(_or_empty, abstract, cast(TrainState, restored))
@@ -177,7 +179,7 @@ def restore_variables(workdir: Path, step: int, variables: Any, sharding: Any) -
 
     Nothing else is read, but what else `variables` has: shapes and dtypes by the state's fields.
     """
-    path, abstract = _folder(workdir) / str(step), _laid_out(variables, sharding)
+    path, abstract = _folder(workdir) / str(step), _with_sharding(variables, sharding)
     tree = {name: abstract[name] for name in abstract if name not in NETWORK}
     network = {name: abstract[name] for name in NETWORK}
     has_ema = "ema" in _stored_fields(_array_names(path / ITEM), NETWORK)
@@ -188,7 +190,7 @@ def restore_variables(workdir: Path, step: int, variables: Any, sharding: Any) -
     return jax.tree.map(_or_empty, abstract, restored)
 
 
-def _laid_out(tree: Any, sharding: Any) -> Any:
+def _with_sharding(tree: Any, sharding: Any) -> Any:
     """Shapes and dtypes of a tree, where `sharding`, a prefix of it, says."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -203,24 +205,26 @@ def _read(path: Path, args: Any) -> Any:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
             return orbax.restore(LiteralPath(path), args=ocp.args.Composite(**{ITEM: args}))[ITEM]
     except Exception as error:
-        if processes.is_of_another(error):
+        if processes.is_peer_failure(error):
             raise
         raise InputError(
             f"{path}: cannot be read as a checkpoint of this config ({reason(error)})"
         ) from error
 
 
-def damage(path: Path, fields: Sequence[str] = ()) -> str:
+def find_damage(path: Path, fields: Sequence[str] = ()) -> str:
     """What of a checkpoint is not as it was saved; empty if all is. One process is enough to ask.
 
-    Reads every array, or those of some `fields` as `find_whole` has them, one after the other, and
+    Reads every array, or those of some `fields` as `find_intact` has them, one after the other, and
     those of a checkpoint without digests, as former versions have written it, for nothing but
     whether they can be read.
     """
     try:
         notes = json.loads((path / METADATA).read_text())["custom_metadata"] or {}
         arrays = _open_arrays(path / ITEM, fields)
-        found = {name: digests.of_array(array.read().result()) for name, array in arrays.items()}
+        found = {
+            name: digests.array_digest(array.read().result()) for name, array in arrays.items()
+        }
         step = int(arrays["step"].read().result()) if "step" in arrays else None
     except Exception as error:
         return reason(error)
@@ -241,7 +245,7 @@ def _folder(workdir: Path) -> Path:
     return (workdir / "checkpoints").absolute()
 
 
-def _find_whole(workdir: Path, which: str, goes_on: bool, fields: Sequence[str]) -> int:
+def _find_intact(workdir: Path, checkpoint: str, resume: bool, fields: Sequence[str]) -> int:
     folder, damaged = _folder(workdir), {}
     while True:
         left = [step for step in saved_steps(workdir) if step not in damaged]
@@ -249,18 +253,18 @@ def _find_whole(workdir: Path, which: str, goes_on: bool, fields: Sequence[str])
             problems = [f"{step}: {problem}" for step, problem in damaged.items()]
             remedy = "put one back from a copy, or train in another --workdir"
             raise listed(f"{folder}, which holds no whole checkpoint ({remedy})", problems)
-        step = left[-1] if damaged else find_step(workdir, which)
-        problem = damage(folder / str(step), fields)
+        step = left[-1] if damaged else find_step(workdir, checkpoint)
+        problem = find_damage(folder / str(step), fields)
         if not problem:
             break
         if not (folder / str(step)).exists():
             continue  # a run beside this one has given it up
-        if which != "latest":
+        if checkpoint != "latest":
             raise InputError(f"{folder / str(step)}: is damaged ({problem})")
         damaged[step] = problem
     for other, problem in damaged.items():
         path, moved = folder / str(other), ""
-        if goes_on:
+        if resume:
             moved = f"; it is now {_set_aside(path).name}"
         log.warning(f"{path}: is damaged ({problem}): step {step} is taken instead{moved}")
     return step
@@ -279,16 +283,16 @@ def _prepare(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder)
     try:
-        require_room(folder, size)
+        require_disk_space(folder, size)
     except OSError as error:
         raise InputError(f"a checkpoint would not fit: {reason(error)}") from error
     path, arrays = folder / "probe.deleted", {"probe": np.arange(1000, dtype=np.float32)}
-    notes = {"digests": {name: digests.of_array(array) for name, array in arrays.items()}}
+    notes = {"digests": {name: digests.array_digest(array) for name, array in arrays.items()}}
     try:
-        with _alone() as orbax:
+        with _single_process_checkpointer() as orbax:
             args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(arrays)})
             orbax.save(LiteralPath(path), args=args, custom_metadata=notes)
-        problem = damage(path)
+        problem = find_damage(path)
     except Exception as error:
         problem = reason(error)
     shutil.rmtree(path, ignore_errors=True)
@@ -299,7 +303,7 @@ def _prepare(folder: Path, size: int) -> None:
         )
 
 
-def _written(writer: Writer, path: Path) -> str:
+def _finish_save(writer: Writer, path: Path) -> str:
     """Wait until Orbax has written a checkpoint, and let it count."""
     try:
         writer.orbax.wait_until_finished()
@@ -308,13 +312,13 @@ def _written(writer: Writer, path: Path) -> str:
             raise
         return _not_saved(path, reason(error))
     if processes.is_first():
-        if problem := damage(path):
+        if problem := find_damage(path):
             return _not_saved(path, f"read back, {problem}; it is now {_set_aside(path).name}")
-        _give_up_old(writer)
+        _delete_old(writer)
     return ""
 
 
-def _finish(writer: Writer) -> None:
+def _wait(writer: Writer) -> None:
     """Wait for the checkpoint that is being written."""
     if writer.saving:
         writer.problem, writer.saving = writer.saving.result(), None
@@ -347,7 +351,7 @@ def _cleared_at_end(folder: Path) -> Iterator[None]:
             _clear_leftovers(folder)
 
 
-def _give_up_old(writer: Writer) -> None:
+def _delete_old(writer: Writer) -> None:
     _clear_leftovers(_folder(writer.workdir))  # Orbax's threads may write on after a failure
     steps = saved_steps(writer.workdir)
     kept = {*steps[-writer.keep_checkpoints :], *([_best(writer.workdir, steps)] if steps else [])}
@@ -378,7 +382,7 @@ def _first_replicas_handler() -> ocp.CompositeCheckpointHandler:
     return ocp.CompositeCheckpointHandler(**{ITEM: state})
 
 
-def _alone() -> ocp.Checkpointer:
+def _single_process_checkpointer() -> ocp.Checkpointer:
     """Orbax for this process, which waits for no other."""
     index = processes.index()
     options = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})

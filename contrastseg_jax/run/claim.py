@@ -12,7 +12,7 @@ from contrastseg_jax.run.workdir import find_run, record_config
 
 def resumes(workdir: Path) -> bool:
     """Whether the workdir holds a run to go on with: the same answer in all processes."""
-    return processes.together(lambda: find_run(workdir)) is not None
+    return processes.sync_errors(lambda: find_run(workdir)) is not None
 
 
 @contextlib.contextmanager
@@ -32,6 +32,6 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
                 stack.enter_context(lock(workdir / ".lock"))
             record_config(workdir, config, write=processes.is_first())
 
-        processes.together(claim)
+        processes.sync_errors(claim)
         processes.require_shared(workdir)
         yield

@@ -11,7 +11,7 @@ from contrastseg_jax.config.tree import Config
 from contrastseg_jax.run.logging import log
 
 
-def keep_compiled(config: Config, workdir: Path | None) -> None:
+def set_compilation_cache(config: Config, workdir: Path | None) -> None:
     """Keep compiled programs where the environment or the config says, else in the workdir."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or config.parallel.compilation_cache
     if not folder and workdir:

@@ -16,15 +16,15 @@ from contrastseg_jax.files import write_atomically
 
 
 def read_config(
-    workdir: Path, overrides: Sequence[str] = (), *, free: Sequence[str] = ()
+    workdir: Path, overrides: Sequence[str] = (), *, may_differ: Sequence[str] = ()
 ) -> Config:
-    """The config of the run in a workdir; only OPERATIONAL and `free` settings may differ."""
+    """The config of the run in a workdir; only OPERATIONAL and `may_differ` settings may differ."""
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"--workdir={workdir}: has no config.json; train a run there first")
     run = from_json(path.read_text(), str(path))
     config = override(run, overrides)
-    refuse_differences(config, run, workdir, free=free)
+    require_same_config(config, run, workdir, may_differ=may_differ)
     return config
 
 
@@ -37,7 +37,7 @@ def record_config(workdir: Path, config: Config, *, write: bool = True) -> None:
         raise InputError(f"--workdir={workdir}: is a file, not a folder")
     run = find_run(workdir)
     if run is not None:
-        refuse_differences(config, run, workdir)
+        require_same_config(config, run, workdir)
     if write:
         write_atomically(workdir / "config.json", to_json(config))
 
@@ -81,17 +81,17 @@ def read_score(workdir: Path, step: int) -> float:
         return -math.inf
 
 
-def refuse_differences(
-    config: Config, run: Config, workdir: Path, *, free: Sequence[str] = ()
+def require_same_config(
+    config: Config, run: Config, workdir: Path, *, may_differ: Sequence[str] = ()
 ) -> None:
     """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ.
 
-    `free`: paths of further settings that may.
+    `may_differ`: paths of further settings that may.
     """
     values = dict(leaves(run))
     other_weights = config.model.init_from != run.model.init_from
     of_weights = LEFT_OPEN if other_weights else ()  # settings that follow the weights
-    ignored = (*OPERATIONAL, *free, *of_weights)
+    ignored = (*OPERATIONAL, *may_differ, *of_weights)
     different = [
         f"{path} = {value!r}: the run has {values[path]!r}"
         for path, value in leaves(config)

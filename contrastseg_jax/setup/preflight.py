@@ -10,7 +10,7 @@ from contrastseg_jax.config.tree import Config, replaced
 from contrastseg_jax.contrast.selection import POOLED, RANK_BITS
 from contrastseg_jax.data.dataset import dataset_names
 from contrastseg_jax.errors import InputError, listed
-from contrastseg_jax.files import OF_PREPARED_DATA, require_literal
+from contrastseg_jax.files import TFDS_MISREADS, require_literal
 from contrastseg_jax.models.zoo import model_names, stage_names
 from contrastseg_jax.parallel import device_memory
 from contrastseg_jax.run.logging import log
@@ -29,7 +29,7 @@ BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
 # Values from which a BatchNorm can estimate a variance. That of n values is (n - 1) / n of the true
 # one on average, so that with its running mean an evaluation sees larger features than training
 # did: by 41% with 2, 15% with 4, 7% with 8, the fewest of the original's recipes.
-ENOUGH_VALUES = 8
+MIN_BATCH_NORM_VALUES = 8
 
 
 def set_up(
@@ -79,7 +79,7 @@ def check(
     if mode == "plan":  # reads no data
         problems = [problem for problem in problems if not problem.startswith("data.root")]
     else:
-        problems += place_problems(config)
+        problems += folder_problems(config)
     if config.model.name in model_names():
         problems += weights_problems(config) if reads_weights else []
         problems += stage_problems(config)
@@ -95,7 +95,7 @@ def check(
                 num_devices=num_devices,
                 device_bytes=device_memory.device_bytes() if mode == "train" else None,
             )
-            problems += statistics_problems(config, num_classes=num_classes)
+            problems += batch_norm_problems(config, num_classes=num_classes)
     if problems:
         raise listed("the config", problems)
 
@@ -121,14 +121,14 @@ def class_problems(config: Config) -> list[str]:
     ]
 
 
-def place_problems(config: Config) -> list[str]:
+def folder_problems(config: Config) -> list[str]:
     """Folders that the library which prepares data sets would take for other ones."""
     names = ("prepared_dir", "root") if config.data.name == "tfds" else ("prepared_dir",)
     problems = []
     for name in names:
         try:
             folder = Path(config.data[name]).expanduser()
-            require_literal(folder, f"data.{name}", OF_PREPARED_DATA)
+            require_literal(folder, f"data.{name}", TFDS_MISREADS)
         except InputError as error:
             problems.append(str(error))
     return problems
@@ -149,7 +149,7 @@ def weights_problems(config: Config) -> list[str]:
     return []
 
 
-def statistics_problems(config: Config, *, num_classes: int) -> list[str]:
+def batch_norm_problems(config: Config, *, num_classes: int) -> list[str]:
     """BatchNorms without a variance, as one value of each channel has none.
 
     Those that take theirs of few values are a warning.
@@ -158,7 +158,7 @@ def statistics_problems(config: Config, *, num_classes: int) -> list[str]:
     size, crop_size = config.train.batch_size, tuple(config.augment.crop_size)
     num_values = training_shapes(config, model).num_values
     fewest = min(num_values.values())
-    if fewest >= ENOUGH_VALUES:
+    if fewest >= MIN_BATCH_NORM_VALUES:
         return []
     layers = [name for name, number in num_values.items() if number == fewest]
     others = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
@@ -170,7 +170,7 @@ def statistics_problems(config: Config, *, num_classes: int) -> list[str]:
         f" {config.model.name} takes the variance of a channel from {fewest}"
         f" value{'s' if fewest > 1 else ''} ({layers[0]}{others})"
     )
-    remedy = f"raise train.batch_size to {-(-ENOUGH_VALUES * size // fewest)}"
+    remedy = f"raise train.batch_size to {-(-MIN_BATCH_NORM_VALUES * size // fewest)}"
     remedy += ", or augment.crop_size" if by_crop else ""
     if fewest == 1:
         return [f"{text}, which has none: {remedy}"]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from contrastseg_jax.config.load import filled_in
+from contrastseg_jax.config.load import inherit_image_format
 from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
@@ -119,9 +119,9 @@ def adopt_image_format(config: Config, run: Config | None) -> Config:
         return config
     folder = Path(net.init_from)
     if run is not None and run.model.init_from == net.init_from and not folder.exists():
-        return filled_in(config, run)
+        return inherit_image_format(config, run)
     expected = pretrained.read(folder, net.name).image_format
-    log.info(f"images as {folder} expects them: {pretrained.described(expected)}")
+    log.info(f"images as {folder} expects them: {pretrained.describe_image_format(expected)}")
     values = expected.mean, expected.std, expected.channel_order
     of_weights: dict[str, Any] = dict(zip(LEFT_OPEN, values, strict=True))
     given = {path: value for path, value in leaves(config) if path in LEFT_OPEN and value}
@@ -131,17 +131,17 @@ def adopt_image_format(config: Config, run: Config | None) -> Config:
     return replaced(config, of_weights | given)
 
 
-def initial_variables(setup: Setup, *, whole: bool = False) -> Variables:
+def initial_variables(setup: Setup, *, strict: bool = False) -> Variables:
     """What the network starts from: freshly initialised, or the weights in `model.init_from`.
 
-    `whole`: raise an InputError where these lack what the logits depend on.
+    `strict`: raise an InputError where these lack what the logits depend on.
     """
     net = setup.config.model
     fresh = segmenter.init_variables(setup.model, setup.config.seed)
     if not net.init_from:
         return fresh
     names = setup.classes.names
-    return pretrained.start_from(Path(net.init_from), net.name, names, fresh, whole=whole)
+    return pretrained.start_from(Path(net.init_from), net.name, names, fresh, strict=strict)
 
 
 def load_network(setup: Setup, workdir: Path, checkpoint: str) -> tuple[Variables, int]:
@@ -150,7 +150,7 @@ def load_network(setup: Setup, workdir: Path, checkpoint: str) -> tuple[Variable
     "init": those that training starts from; there need not be a run.
     """
     if checkpoint == "init":
-        variables = initial_variables(setup, whole=True)
+        variables = initial_variables(setup, strict=True)
         return load.on_mesh(variables, setup.mesh, step=0), 0
     shapes = segmenter.variable_shapes(setup.model)
     if setup.objective and setup.objective.logits:

@@ -20,7 +20,7 @@ from contrastseg_jax.training.optim import Schedule
 
 DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
 # What is 0 in a step whose contrast compares nothing: in its warm-up, or without a pair.
-OF_CONTRAST = (
+CONTRAST_METRICS = (
     *("contrast", "positive_similarity", "negative_similarity", "positives_per_anchor"),
     "hard_anchors",
 )
@@ -34,18 +34,18 @@ class Progress:
     schedule: Schedule
     workdir: Path
     board: Board | None  # None: another process writes the numbers
-    began: float  # by the monotonic clock; later by the pauses that do not count
+    start_time: float  # by the monotonic clock; later by the pauses that do not count
     metrics: list[Metrics] = field(default_factory=list)
     waited: float = 0.0  # seconds in which the devices had no work
     is_start: bool = True  # of the program, when the first batches are made
-    is_advised: bool = False  # on waiting for data, which is said once
+    is_warned: bool = False  # on waiting for data, which is said once
 
 
 def log_progress(progress: Progress, step: int) -> None:
     """A line of means over the steps up to `step`; the next line begins after them."""
     require_finite(progress.metrics, step)
     config, size = progress.config, len(progress.metrics)
-    seconds = time.monotonic() - progress.began
+    seconds = time.monotonic() - progress.start_time
     values = interval_means(sharding.fetch(progress.metrics)) | {
         "interval_steps": size,
         "learning_rate": float(progress.schedule(step - 1)),
@@ -57,10 +57,10 @@ def log_progress(progress: Progress, step: int) -> None:
         write_metrics(progress.workdir, progress.board, step, numbers)
     log.info(_line(step, config.train.num_steps, values, size / seconds))
     advice = "" if progress.is_start else data_advice(values["data_wait"], config)
-    if advice and not progress.is_advised:
+    if advice and not progress.is_warned:
         log.warning(advice)
-        progress.is_advised = True
-    progress.began, progress.metrics, progress.waited = time.monotonic(), [], 0.0
+        progress.is_warned = True
+    progress.start_time, progress.metrics, progress.waited = time.monotonic(), [], 0.0
     progress.is_start = False
 
 
@@ -70,7 +70,7 @@ def interval_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     Where there were none, these are left out: no mean, and not 0.
     """
     with_pairs = [metrics for metrics in history if metrics.get("positives_per_anchor") != 0]
-    steps = {key: with_pairs if key in OF_CONTRAST else history for key in history[0]}
+    steps = {key: with_pairs if key in CONTRAST_METRICS else history for key in history[0]}
     return {
         key: float(np.mean([metrics[key] for metrics in found]))
         for key, found in steps.items()

@@ -19,7 +19,7 @@ from contrastseg_jax.objectives.objective import Metrics
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint
 from contrastseg_jax.run.claim import resumes
-from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import initial_variables, num_anchors, num_cells
 from contrastseg_jax.setup.setup import Setup
@@ -65,7 +65,7 @@ def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:
     """What the network starts from; None where the workdir holds a run to go on with."""
     is_fresh = not resumes(workdir)
     processes.require_same({"resumes": not is_fresh})
-    return processes.together(lambda: initial_variables(setup)) if is_fresh else None
+    return processes.sync_errors(lambda: initial_variables(setup)) if is_fresh else None
 
 
 def start(
@@ -77,8 +77,8 @@ def start(
         InputError: checkpoints cannot be kept there, none is whole, or memory is missing.
     """
     config = setup.config
-    keep_compiled(config, workdir)
-    step = 0 if variables else checkpoint.find_whole(workdir, "latest", goes_on=True)
+    set_compilation_cache(config, workdir)
+    step = 0 if variables else checkpoint.find_intact(workdir, "latest", resume=True)
     needs_scores = step > 0 and is_due(step, config.train.eval_steps, config.train.num_steps)
     is_scored = not needs_scores or has_scores(workdir, step)
     if step >= config.train.num_steps and is_scored:

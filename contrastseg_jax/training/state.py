@@ -36,8 +36,8 @@ def state_sharding(setup: Setup, state: TrainState, mesh: sharding.AnyMesh) -> T
     With parallel.fsdp each device holds a part of every large array of parameters, optimiser state
     and EMA; the objective says where its own state lies.
     """
-    place = sharding.in_parts if setup.config.parallel.fsdp else sharding.everywhere
-    where = sharding.everywhere(mesh, state).replace(
+    place = sharding.fsdp_sharding if setup.config.parallel.fsdp else sharding.replicated_tree
+    where = sharding.replicated_tree(mesh, state).replace(
         params=place(mesh, state.params),
         opt_state=place(mesh, state.opt_state),
         ema=place(mesh, state.ema),

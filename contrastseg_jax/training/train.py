@@ -16,7 +16,7 @@ from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.evaluation.evaluate import Evaluator
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint
-from contrastseg_jax.run.board import opened
+from contrastseg_jax.run.board import open_metrics_log
 from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import evaluation_folder
@@ -80,7 +80,7 @@ def _train(
         keep_checkpoints = config.train.keep_checkpoints
         writer = checkpoint.open_writer(workdir, keep_checkpoints=keep_checkpoints)
         writer = stack.enter_context(writer)
-        board = stack.enter_context(opened(workdir, begin.step)) if is_first else None
+        board = stack.enter_context(open_metrics_log(workdir, begin.step)) if is_first else None
         batches = stack.enter_context(contextlib.closing(make_batches(setup, source, begin.step)))
         bar = tqdm(
             take_steps(begin.step_fn, begin.state, batches, setup.mesh),
@@ -129,7 +129,7 @@ def _loop(run: Run, begin: Start, steps: tqdm) -> int | None:
                 raise processes.Stopped
             if is_scoring:
                 run.score(state, step)
-            progress.began += time.monotonic() - paused
+            progress.start_time += time.monotonic() - paused
     except processes.Stopped:
         return step
     return None

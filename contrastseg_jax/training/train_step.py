@@ -74,7 +74,7 @@ def train_step(
     memory = state.memory
     if objective is not None:
         # After the loss: an image is never contrasted with its own rows of this step.
-        label = label_of(output, batch.label)
+        label = output_label(output, batch.label)
         # A lost step must not spoil the state. Besides, the loss is then known to be computed
         # before a bank is written, without which XLA keeps a copy of the whole bank for it.
         label = jnp.where(jnp.isfinite(metrics["loss"]), label, IGNORE_LABEL)
@@ -94,7 +94,7 @@ def objective_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The objective's loss and diagnostics; zeros during its warm-up, in which none is computed."""
     measure = functools.partial(objective.loss, state.memory)
-    label = label_of(output, label)
+    label = output_label(output, label)
     arguments = (output, label, image_rng, rng)
     shapes = jax.eval_shape(measure, *arguments)
     return lax.cond(
@@ -105,7 +105,7 @@ def objective_loss(
     )
 
 
-def label_of(output: SegmentationOutput, label: UInt8[Array, "b h w"]) -> Int[Array, "b hs ws"]:
+def output_label(output: SegmentationOutput, label: UInt8[Array, "b h w"]) -> Int[Array, "b hs ws"]:
     """Labels at the stride of the network's output."""
     return label_at_stride(label, (output.logits.shape[1], output.logits.shape[2]))
 
@@ -115,7 +115,7 @@ def compile_step(setup: Setup, tx: optax.GradientTransformation) -> jax.stages.W
     of_state = state_sharding(setup, abstract_state(setup, tx), setup.mesh)
     return jax.jit(
         functools.partial(train_step, setup=setup, tx=tx),
-        in_shardings=(of_state, sharding.split(setup.mesh)),
+        in_shardings=(of_state, sharding.batch_sharding(setup.mesh)),
         out_shardings=(of_state, sharding.replicated(setup.mesh)),
         donate_argnums=0,
     )
@@ -123,7 +123,7 @@ def compile_step(setup: Setup, tx: optax.GradientTransformation) -> jax.stages.W
 
 def batch_shape(setup: Setup) -> Batch:
     """Shapes, types and shardings of a global training batch."""
-    size, by_rows = setup.config.train.batch_size, sharding.split(setup.mesh)
+    size, by_rows = setup.config.train.batch_size, sharding.batch_sharding(setup.mesh)
     image, row = (size, *setup.config.augment.crop_size), (size,)
     return Batch(
         image=jax.ShapeDtypeStruct((*image, 3), jnp.uint8, sharding=by_rows),

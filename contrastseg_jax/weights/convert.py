@@ -9,7 +9,7 @@ import numpy as np
 from clu import parameter_overview
 
 from contrastseg_jax.errors import InputError, listed
-from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
+from contrastseg_jax.files import ORBAX_MISREADS, require_literal
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.models.zoo import NETWORKS
@@ -52,7 +52,7 @@ def convert(source: Path, output: Path) -> None:
     left_out = Counter(state.unused.values())
     remarks = [
         "left out: " + (", ".join(f"{n} {name}" for name, n in left_out.items()) or "nothing"),
-        _compared(weights, state, variables),
+        _compare_with_peer(weights, state, variables),
     ]
     _write(output, weights, variables, remarks)
 
@@ -90,7 +90,7 @@ def convert_run(
 
 
 def _require_usable(output: Path) -> None:
-    require_literal(output.resolve(), "--output", OF_CHECKPOINTS)
+    require_literal(output.resolve(), "--output", ORBAX_MISREADS)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output={output}: must be a new folder, or an empty one")
 
@@ -138,11 +138,11 @@ def _summary(weights: Weights, variables: Variables) -> list[str]:
         f"{weights.source}: {what}",
         f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(variables['params'])):,}",
         *(["not there: the auxiliary head, which training starts anew"] if lacks_aux else []),
-        f"images: {pretrained.described(weights.image_format)}",
+        f"images: {pretrained.describe_image_format(weights.image_format)}",
     ]
 
 
-def _compared(weights: Weights, state: StateDict, variables: Variables) -> str:
+def _compare_with_peer(weights: Weights, state: StateDict, variables: Variables) -> str:
     """How near the output is to that of the same network in torchvision or timm."""
     pixels = np.random.default_rng(0).standard_normal((1, 64, 96, 3)).astype(np.float32)
     try:

@@ -25,7 +25,7 @@ def load(workdir: Path, name: str, shapes: Any, mesh: Mesh) -> tuple[Variables, 
         InputError: there is no such checkpoint, it is damaged, or it is of another network.
         FloatingPointError: a value is not finite.
     """
-    step = checkpoint.find_whole(workdir, name, fields=tuple(shapes))
+    step = checkpoint.find_intact(workdir, name, fields=tuple(shapes))
     variables = checkpoint.restore_variables(workdir, step, shapes, sharding.replicated(mesh))
     log.info(f"{workdir / 'checkpoints' / str(step)}: restored, after {step} steps of training")
     require_finite(variables, step)

@@ -85,8 +85,8 @@ def _peer_backbone(peer: Peer | None) -> Any:
 
 
 def _torchvision_backbone(peer: Peer) -> Any:
-    models = _imported("torchvision.models")
-    extraction = _imported("torchvision.models.feature_extraction")
+    models = _try_import("torchvision.models")
+    extraction = _try_import("torchvision.models.feature_extraction")
     if models is None or extraction is None:
         return None
     model = getattr(models, peer.name)(weights=None)
@@ -96,7 +96,7 @@ def _torchvision_backbone(peer: Peer) -> Any:
 
 
 def _timm_backbone(peer: Peer) -> Any:
-    timm = _imported("timm")
+    timm = _try_import("timm")
     if timm is None or not timm.is_model(peer.name):
         return None
     model = timm.create_model(peer.name, features_only=True, **peer.settings)
@@ -121,7 +121,7 @@ def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:
 
 def _torchvision_network(network: str, tensors: Mapping[str, np.ndarray]) -> Any:
     """The whole network in torchvision, which has FCN and DeepLabV3 on ResNet-50 and 101."""
-    segmentation = _imported("torchvision.models.segmentation")
+    segmentation = _try_import("torchvision.models.segmentation")
     if segmentation is None or "classifier.4.weight" not in tensors:
         return None
     head, _, depth = network.removesuffix("_torchvision").rpartition("_r")
@@ -136,7 +136,7 @@ def _torchvision_network(network: str, tensors: Mapping[str, np.ndarray]) -> Any
     )
 
 
-def _imported(library: str) -> Any:
+def _try_import(library: str) -> Any:
     """A library that need not be there; None too for one that does not fit its PyTorch."""
     try:
         return importlib.import_module(library)

@@ -21,14 +21,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from contrastseg_jax.errors import InputError, reason
-from contrastseg_jax.files import OF_CHECKPOINTS, require_literal, require_room
+from contrastseg_jax.files import ORBAX_MISREADS, require_disk_space, require_literal
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.models.zoo import NETWORKS, sharing_backbone
 from contrastseg_jax.run import digests
 from contrastseg_jax.run.checkpoint import LiteralPath
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import CHANNEL_ORDERS, ImageFormat
-from contrastseg_jax.weights import torch_names as weights_lib
+from contrastseg_jax.weights import torch_names
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
-        require_room(partial, sum(leaf.nbytes for leaf in jax.tree.leaves(variables)))
+        require_disk_space(partial, sum(leaf.nbytes for leaf in jax.tree.leaves(variables)))
         (partial / "report.txt").write_text(report)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(LiteralPath(partial / "variables"), variables)
             found: Any = checkpointer.restore(LiteralPath(partial / "variables"))
-        _require_same(variables, found)
+        _require_same_arrays(variables, found)
         record = dataclasses.asdict(weights) | {"files": _digests(partial / "variables")}
         (partial / "weights.json").write_text(json.dumps(record, indent=2))
         if is_there:
@@ -93,7 +93,7 @@ def read(folder: Path, network: str) -> Weights:
         raise InputError(
             f"model.init_from = '{folder}': must be a folder that --mode=convert has written; {why}"
         )
-    require_literal(folder, "model.init_from", OF_CHECKPOINTS)
+    require_literal(folder, "model.init_from", ORBAX_MISREADS)
     try:
         values = json.loads(path.read_text())
         image, files = values.pop("image_format"), values.pop("files")
@@ -119,7 +119,7 @@ def read(folder: Path, network: str) -> Weights:
     return weights
 
 
-def described(image_format: ImageFormat) -> str:
+def describe_image_format(image_format: ImageFormat) -> str:
     """How images are given to a network, for people."""
     return (
         f"{image_format.channel_order}; red, green, blue have mean {image_format.mean},"
@@ -144,14 +144,14 @@ def require_intact(folder: Path) -> None:
 
 
 def start_from(
-    folder: Path, network: str, class_names: tuple[str, ...], fresh: Variables, *, whole: bool
+    folder: Path, network: str, class_names: tuple[str, ...], fresh: Variables, *, strict: bool
 ) -> Variables:
     """`fresh` with all that the weights of a folder have for it; the log says what they have not.
 
     Of another network on the same backbone only the backbone is taken.
 
     Raises:
-        InputError: the folder cannot be read, or its weights are of another backbone; with `whole`,
+        InputError: the folder cannot be read, or its weights are of another backbone; if `strict`,
             something that the logits depend on would stay fresh, or the classes have other names.
     """
     weights = read(folder, network)
@@ -159,18 +159,18 @@ def start_from(
     with ocp.StandardCheckpointer() as checkpointer:
         given: Any = checkpointer.restore(LiteralPath(folder.absolute() / "variables"))
     parts = None if network in weights.networks else ("backbone",)
-    variables, kept = weights_lib.merge(given, fresh, parts=parts, source=str(folder))
+    variables, kept = torch_names.merge(given, fresh, parts=parts, source=str(folder))
     fresh_parts = {name: f"{name} ({why})" for name, why in kept.items()}
     for_training = ("proj_head",) if NETWORKS[network].aux_guides else ("proj_head", "aux_head")
     needed = [text for name, text in fresh_parts.items() if name.split("/")[0] not in for_training]
-    if whole and needed:
+    if strict and needed:
         raise InputError(
             f"--checkpoint=init: model.init_from = '{folder}' lacks what the logits of {network},"
             f" as it is configured, depend on: {', '.join(needed)}"
         )
     were = ", ".join(weights.class_names)
     renamed = bool(were) and not needed and weights.class_names != class_names
-    if whole and renamed:
+    if strict and renamed:
         raise InputError(
             f"--checkpoint=init: model.init_from = '{folder}' was trained on the classes {were},"
             f" the data set has {', '.join(class_names)}"
@@ -196,10 +196,13 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _require_same(written: Variables, found: Any) -> None:
+def _require_same_arrays(written: Variables, found: Any) -> None:
     """Raise an error where what was written did not come back."""
     sent, came = (
-        {name: digests.of_array(np.asarray(array)) for name, array in digests.named(tree).items()}
+        {
+            name: digests.array_digest(np.asarray(array))
+            for name, array in digests.named_leaves(tree).items()
+        }
         for tree in (written, found)
     )
     if wrong := [name for name in sent | came if sent.get(name) != came.get(name)]:

@@ -7,7 +7,7 @@ from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import LeafPath, Variables
 from contrastseg_jax.models.zoo import NETWORKS
-from contrastseg_jax.weights.torch_names import LAST_LAYERS, StateDict, misfits
+from contrastseg_jax.weights.torch_names import LAST_LAYERS, StateDict, mismatches
 
 Shapes = Mapping[LeafPath, tuple[int, ...]]
 
@@ -46,7 +46,8 @@ def recognize(state: StateDict, *, source: str) -> Recognized:
     if not num_classes:
         candidates = candidates[:1]  # they share the backbone
     problems_of = {
-        name: misfits(state, _expected(name, num_classes, proj_dim, shapes)) for name in candidates
+        name: mismatches(state, _expected(name, num_classes, proj_dim, shapes))
+        for name in candidates
     }
     network, problems = min(problems_of.items(), key=lambda item: len(item[1]))
     if problems:

@@ -99,10 +99,10 @@ def locate(tensors: Mapping[str, np.ndarray]) -> StateDict:
     One that no table knows keeps its name, under which no network has a place for it.
     """
     names = {key: WRAPPERS.sub("", key, count=1) for key in tensors}
-    family = _family_of(names.values())
+    family = _backbone_family(names.values())
     unused = {key: kind for key, name in names.items() if (kind := _unused_kind(name, family))}
     names = {key: name for key, name in names.items() if key not in unused}
-    renamed, heads = family.renamed(names.values()), _table_of_heads(names.values())
+    renamed, heads = family.renamed(names.values()), _head_table(names.values())
     paths = {}
     for key, name in names.items():
         module, _, leaf = name.rpartition(".")
@@ -122,7 +122,7 @@ def locate(tensors: Mapping[str, np.ndarray]) -> StateDict:
     )
 
 
-def misfits(state: StateDict, expected: Variables) -> list[str]:
+def mismatches(state: StateDict, expected: Variables) -> list[str]:
     """Every leaf that is not filled, every tensor without a place, every shape that is another one.
 
     In PyTorch's layouts and names; only of heads, whose names there are many, leaves have ours.
@@ -186,7 +186,7 @@ def merge(
     return unflatten(merged), kept
 
 
-def _family_of(names: Collection[str]) -> TorchNames:
+def _backbone_family(names: Collection[str]) -> TorchNames:
     """The family of backbones to whose modules most of the tensors belong."""
     bare = [name.removeprefix("backbone.") for name in names]
     return max(
@@ -204,7 +204,7 @@ def _unused_kind(name: str, family: TorchNames) -> str:
     return "num_batches_tracked" if is_counter else name.split(".")[0]
 
 
-def _table_of_heads(names: Iterable[str]) -> Table:
+def _head_table(names: Iterable[str]) -> Table:
     """The original's names, or torchvision's."""
     of_classifier = [name for name in names if name.startswith("classifier.0.")]
     if not of_classifier:

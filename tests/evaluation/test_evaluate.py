@@ -83,7 +83,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
 def test_resized_evaluations_send_nothing_but_their_counts(trained):
     """Rows of a batch are brought to the size of their labels where they are."""
     mesh = setup_of(trained[0]).mesh
-    split, sizes = sharding.split(mesh), np.full((2, 2), 20, np.int32)
+    split, sizes = sharding.batch_sharding(mesh), np.full((2, 2), 20, np.int32)
     label = np.zeros((2, 40, 40), np.uint8)
     image, row = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int32)
     batch = Batch(image, label, row, row >= 0, sizes, sizes)

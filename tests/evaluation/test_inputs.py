@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.evaluation.inputs import find_images, told
+from contrastseg_jax.evaluation.inputs import find_images, skipped_message
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_files_of_other_kinds_are_counted(photos):
     photos("in/a.JPG", "in/b.gif", "in/c.GIF", "in/d.mp4", "in/README")
     found = find_images(["in"], photos() / "out")
     assert list(found.files) == ["a"]
-    assert told(found.others) == "4 files are not predicted: .gif 2, .mp4 1, no suffix 1"
+    assert skipped_message(found.others) == "4 files are not predicted: .gif 2, .mp4 1, no suffix 1"
     assert names("in/README", "in/b.gif") == {"README": "in/README", "b": "in/b.gif"}
 
 

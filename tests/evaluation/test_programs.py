@@ -10,7 +10,7 @@ from contrastseg_jax.parallel import device_memory
 
 
 def test_one_program_per_shape_and_no_more_than_are_kept(monkeypatch):
-    monkeypatch.setattr(programs, "KEPT", 2)
+    monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
     traced = []
 
     def add(x, *, number):

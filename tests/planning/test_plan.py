@@ -71,7 +71,7 @@ def test_parts_of_the_state_are_as_large_as_they_will_be(sharding):
     config = make_config(*BANK, f"memory.sharding={sharding}", "optim.ema_decay=0.9")
     _, state, mesh = start(config)
     setup, (tx, _) = setup_of(config), build_optimizer(config)
-    found = plan.held_bytes(setup, abstract_state(setup, tx), mesh)
+    found = plan.state_bytes(setup, abstract_state(setup, tx), mesh)
     on_device = jax.tree.map(lambda x: x.addressable_shards[0].data, state)
     held = {
         "parameters": on_device.params,

@@ -86,7 +86,7 @@ def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for
     come = threading.Event()
 
     @contextlib.contextmanager
-    def noted_sigterm():
+    def deferred_sigterm():
         yield come.is_set
 
     def evaluate(*arguments, **settings):
@@ -94,7 +94,7 @@ def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for
         return evaluate_module.evaluate(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "noted_sigterm", noted_sigterm)
+        patch.setattr(processes, "deferred_sigterm", deferred_sigterm)
         patch.setattr(score, "evaluate", evaluate)
         with pytest.raises(SystemExit) as stopped:
             train_module.train(setup_of(config), tmp_path / "run")

@@ -14,7 +14,7 @@ from state_dicts import backbone_of, flax_variables, tiny
 from contrastseg_jax.config.load import override
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.run.workdir import refuse_differences
+from contrastseg_jax.run.workdir import require_same_config
 from contrastseg_jax.setup.preflight import check, weights_problems
 from contrastseg_jax.setup.resolve import (
     adopt_image_format,
@@ -154,10 +154,10 @@ def test_a_setting_that_overruled_the_weights_must_not_be_dropped(whole, tmp_pat
     config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}")
     said = override(config, ["model.image_std=(1.0, 2.0, 3.0)"])
     run = adopt_image_format(said, None)
-    refuse_differences(adopt_image_format(said, run), run, tmp_path)
+    require_same_config(adopt_image_format(said, run), run, tmp_path)
     followed = adopt_image_format(config, run)
     with pytest.raises(InputError, match=r"model.image_std = \(57.*: the run has \(1.0, 2.0"):
-        refuse_differences(followed, run, tmp_path)
+        require_same_config(followed, run, tmp_path)
 
 
 def test_weights_must_be_on_a_disk():
