@@ -43,10 +43,11 @@ from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
+from contrastseg_jax.text import count_of
 
 LogitsFn = Callable[[Variables, Any], Any]
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # which no other file will get either
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors that every other file would get too
 
 argmax_programs = programs.by_shape(resized_argmax)
 
@@ -54,11 +55,11 @@ argmax_programs = programs.by_shape(resized_argmax)
 def predict_run(
     setup: Setup, workdir: Path, checkpoint: str, inputs: Sequence[str], output: Path
 ) -> None:
-    """Predict files, folders and what patterns match into `output`.
+    """Predict files, folders and patterns into `output`.
 
-    For `a/b.jpg` come `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg`, or a
-    PNG where a side is too long for a JPEG. A file that cannot be read, or takes more memory than
-    is there, does not stop the others; all such are in the error at the end.
+    Writes `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg` for `a/b.jpg`; the
+    overlay is a PNG if a side is too long for a JPEG. A file that cannot be read or does not fit
+    into memory does not stop the others; the error at the end lists all of them.
     """
     found = find_images(inputs, output)
     _require_own_output(output)
@@ -88,14 +89,14 @@ def predict_run(
             if setup.data.exif_orientation == "stored":
                 num_rotated += has_exif_orientation(content, str(path))
             num_long += _is_long(image)
-    log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
+    log.info(f"predicted {num_predicted} of {count_of(len(found.files), 'image')}: {output}")
     if num_rotated:
         log.info(
-            f"{num_rotated} of them taken as stored, which EXIF data ask viewers to turn;"
-            " --config.data.exif_orientation=applied turns them"
+            f"{count_of(num_rotated, 'image')} with an EXIF orientation, which was ignored;"
+            " --config.data.exif_orientation=applied rotates by EXIF orientation"
         )
     if num_long:
-        log.info(f"{num_long} of the overlays are PNG: a side is too long for a JPEG")
+        log.info(f"{count_of(num_long, 'overlay')} written as PNG: a side is too long for JPEG")
     if problems:
         raise listed(" ".join(inputs), problems, limit=len(problems))
 
@@ -106,10 +107,10 @@ def predict_image(
     variables: Variables,
     image: UInt8[np.ndarray, "h w 3"],
 ) -> UInt8[np.ndarray, "h w"]:
-    """Class ids at the image's own size; the network sees it as in an evaluation.
+    """Class ids at the image's original size; preprocessed as in evaluation.
 
     Raises:
-        InputError: the image is too large, as it is or resized.
+        InputError: the image is too large, originally or after resizing.
     """
     own_size, multiple = (image.shape[0], image.shape[1]), setup.config.eval.pad_multiple
     short_side, color = setup.preprocessing.short_side, setup.preprocessing.pad_color
@@ -128,19 +129,19 @@ def predict_image(
 
 
 def _require_own_output(output: Path) -> None:
-    """Raise an error for a folder that holds masks of something else, which would be replaced."""
+    """Raise an InputError for a folder with other files, which might be overwritten."""
     *folders, legend = RESULTS
     for name in folders:
         folder = output / name
         if folder.is_dir() and any(folder.iterdir()) and not (output / legend).exists():
             raise InputError(
-                f"--output={output}: {folder} holds files that are no prediction's (there is no"
+                f"--output={output}: {folder} contains files that are not predictions (there is no"
                 f" {legend}); choose another folder"
             )
 
 
 def _make_folders(output: Path, classes: LabelMap) -> None:
-    """Makes the folders of the results, to see that they can be written."""
+    """Create the folders for the results, and check that they are writable."""
     *folders, legend = RESULTS
     try:
         for name in folders:
@@ -153,7 +154,7 @@ def _make_folders(output: Path, classes: LabelMap) -> None:
 
 
 def _by_size(setup: Setup, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
-    """The files in the order of their padded sizes: for each the network is compiled once."""
+    """The files ordered by padded size: the network is compiled once for each."""
     config, read_size = setup.config, functools.partial(_size, decoding=setup.data.decoding)
     own_sizes = in_parallel(read_size, files.values(), "Reading sizes")
     sizes = {}
@@ -162,14 +163,14 @@ def _by_size(setup: Setup, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
         sizes[name] = padded_size(resized, config.eval.pad_multiple)
     number = len({size for size in sizes.values() if all(size)})
     log.info(
-        f"{len(files)} images to predict; the network is compiled for {number} padded"
-        f" size{'s' if number > 1 else ''} of them"
+        f"{count_of(len(files), 'image')} to predict; compiling the network for"
+        f" {count_of(number, 'padded image size')}"
     )
     return [(name, files[name]) for name in sorted(files, key=lambda name: sizes[name])]
 
 
 def _size(path: Path, decoding: Decoding) -> tuple[int, int]:
-    """(height, width) from a file's header; zeros where decoding will say what is wrong with it."""
+    """(height, width) from a file's header; zeros if it is invalid, which decoding will report."""
     try:
         return image_size(path.read_bytes(), str(path), decoding)
     except (OSError, InputError, MemoryError):
@@ -206,16 +207,16 @@ def _is_long(image: UInt8[np.ndarray, "h w 3"]) -> bool:
 def _renamed_message(number: int) -> str:
     if not number:
         return ""
-    return f"{number} files share their names with others; their results have longer ones"
+    return f"{count_of(number, 'result')} with a longer name, as other inputs have the same name"
 
 
 def _problem(path: Path, error: Exception) -> str:
-    """What went wrong with a file, beginning with its name; raises what is the program's fault."""
+    """What went wrong with a file, starting with its name; re-raises bugs."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if is_out_of_memory(error):
-        text = f"not enough memory ({text})"
+        text = f"out of memory ({text})"
     elif isinstance(error, OSError):
-        text = f"its results cannot be written ({error.strerror})"
+        text = f"results cannot be written ({error.strerror})"
     elif isinstance(error, RuntimeError):
         raise error
     return text if text.startswith(str(path)) else f"{path}: {text}"

@@ -1,4 +1,4 @@
-"""Losses on logits. float32 throughout, and 0 (never NaN) where every pixel is ignored."""
+"""Cross entropy in float32, which is 0 (never NaN) if every pixel is ignored."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Class-weighted cross entropy over labelled pixels: Σ w_y · ce / Σ w_y (PyTorch's mean).
 
-    Labels that are no class (IGNORE_LABEL) have weight 0. Pixels of weight 0 never matter, whatever
+    Labels that are no class (IGNORE_LABEL) have weight 0. Pixels of weight 0 are ignored, whatever
     their logits; NaN at any other makes the loss NaN. `class_weights`: one per class, or empty for
     1 everywhere. Original: `FSCELoss`.
     """
@@ -38,10 +38,10 @@ def segmentation_loss(
     class_weights: Sequence[float],
     aux_weight: float,
 ) -> Float[Array, ""]:
-    """Cross entropy of the logits brought to the label's size, plus the auxiliary head's if any.
+    """Cross entropy of the logits resized to the label's size, plus the auxiliary head's if any.
 
-    Logits of another size are interpolated, which spreads NaN at one place over its whole image.
-    With an `aux_weight` of 0 the auxiliary logits never matter.
+    Resizing spreads a NaN in the logits over the whole image. With an `aux_weight` of 0 the
+    auxiliary logits are ignored.
 
     Original: `FSCELoss`, `FSAuxCELoss` (weight 0.4 on the auxiliary logits).
     """

@@ -20,7 +20,7 @@ from contrastseg_jax.structs import MemoryBank, SegmentationOutput
 def pixel_contrast(
     contrast: Any, memory: Any, *, num_classes: int, proj_dim: int, mesh: Mesh
 ) -> Objective:
-    """Pixel contrast as the groups `contrast` and `memory` of a config say."""
+    """The pixel contrast objective, from the config groups `contrast` and `memory`."""
     has_bank = contrast.candidates in ("memory", "both")
     split = has_bank and memory.sharding == "slots"
     init = partial(
@@ -96,16 +96,16 @@ def pixel_contrast(
 
 
 def num_anchors(given: int, map_size: tuple[int, ...]) -> int:
-    """Anchors of each image: as many as `given`, or where that is 0 by the size of the map.
+    """Anchors per image: `given`, or if that is 0, by the size of the embedding map.
 
-    A sixteenth of its cells, at least 16 and at most 512. The cost of the contrast loss grows with
-    their square, that of the network with the cells.
+    A sixteenth of its cells, clipped to 16..512. The cost of the contrast loss is quadratic in the
+    anchors, that of the network linear in the cells.
     """
     return given or min(max(math.prod(map_size) // 16, 16), 512)
 
 
 def require_embedding(output: SegmentationOutput) -> Float[Array, "b hs ws d"]:
-    """The embeddings, which a network without a projection head does not have."""
+    """The embeddings; ValueError for a network without a projection head."""
     if output.embedding is None:
         raise ValueError("pixel contrast needs a network with a projection head")
     return output.embedding
@@ -121,9 +121,9 @@ def enqueue_batch(
     mesh: Mesh,
     split: bool,
 ) -> MemoryBank:
-    """The bank after this step: pixels and class means of every image of the global batch.
+    """The bank with pixels and class means of every image of the global batch enqueued.
 
-    `split`: each device holds a part of the slots.
+    `split`: the slots are sharded over the devices.
     """
     num_classes = bank.pixel.shape[0]
     pixel = memory_bank.pixel_keys(

@@ -1,8 +1,8 @@
-"""A digest of every array of a state: the same on any number of devices and processes.
+"""Digests of the arrays of a state, independent of the number of devices and processes.
 
-It is the sum over an array's elements of splitmix64, of the element's bits and of its place in the
-whole array, modulo 2**64. So parts can be added up in any order, and one element that changes
-always changes the sum.
+The sum modulo 2**64, over the elements of an array, of splitmix64 of the element's bits and its
+index in the whole array. So shards can be summed in any order, and a change of one element always
+changes the sum.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from contrastseg_jax.parallel import processes
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))  # shift right, then multiply
 MASK = 2**64 - 1
-BLOCK_SIZE = 2**16  # elements that are mixed at once: what fits a processor's cache
+BLOCK_SIZE = 2**16  # elements hashed at once, to fit the CPU cache
 
 
 def state_digests(state: Any) -> dict[str, str]:
-    """The digest of each array of a state by its name; all processes must ask.
+    """The digest of each array of a state by name; all processes must call it.
 
-    Every element is counted once, on the device that holds the first copy of it.
+    Every element is counted once, on the device with its first replica.
     """
     arrays = named_leaves(state)
-    with ThreadPoolExecutor() as pool:  # NumPy computes without Python's lock
+    with ThreadPoolExecutor() as pool:  # NumPy releases the GIL
         sums = list(pool.map(_local_sum, arrays.values()))
     everyone = [text.split() for text in processes.gather(" ".join(f"{part:x}" for part in sums))]
     return {
@@ -48,13 +48,13 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def format_digest(dtype: Any, shape: Sequence[int], total: int) -> str:
-    """A digest as text, with what else makes an array what it is."""
+    """A digest as text, with dtype and shape."""
     return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}] {total & MASK:016x}"
 
 
 def part_sum(part: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:
-    """The sum over a part, which begins at `start`, of an array of `shape`."""
-    if part.shape == tuple(shape):  # whole: one axis will do, which is faster
+    """The sum over a part of an array of `shape`, starting at index `start`."""
+    if part.shape == tuple(shape):  # the whole array: flattened, which is faster
         part, start, shape = part.reshape(-1), (0,), (part.size,)
     bits = part.view(np.dtype(f"u{part.dtype.itemsize}"))
     strides = [int(np.prod(shape[axis + 1 :], dtype=object)) for axis in range(len(shape))]
@@ -70,7 +70,7 @@ def _local_sum(array: jax.Array) -> int:
 
 
 def _mixed_sum(bits: np.ndarray, axes: list[tuple[int, int]]) -> int:
-    """The sum over elements; `axes`: of each the place of its first element, and its stride."""
+    """The sum over elements; `axes`: index of the first element, and stride, per axis."""
     if bits.size > BLOCK_SIZE:
         axis = int(np.argmax(bits.shape))
         half = bits.shape[axis] // 2

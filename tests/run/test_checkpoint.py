@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, caplog, spoil):
     spoil(data_file(tmp_path, 3))
     assert checkpoint.find_intact(tmp_path, "latest") == 1  # as an evaluation looks for it
     assert f"{path_of(tmp_path, 3)}: is damaged (" in caplog.text
-    assert "step 1 is taken instead" in caplog.text
+    assert "using step 1 instead" in caplog.text
     assert names(tmp_path) == ["1", "2", "3"]
     for which in ("3", "best"):
         with pytest.raises(InputError, match="checkpoints/3: is damaged"):
@@ -232,13 +232,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, caplog, spoil):
     (tmp_path / "checkpoints" / "3.damaged").mkdir()  # from another time
     assert checkpoint.find_intact(tmp_path, "latest", resume=True) == 1
     assert names(tmp_path) == ["1", "2.damaged", "3.damaged", "3.damaged.2"]
-    assert "it is now 3.damaged.2" in caplog.text
+    assert "renamed to 3.damaged.2" in caplog.text
     save_all(tmp_path, [2], keep_checkpoints=3)
     assert checkpoint.find_intact(tmp_path, "latest") == 2
 
     spoil(data_file(tmp_path, 1))
     spoil(data_file(tmp_path, 2))
-    with pytest.raises(InputError, match="(?s)2 problems in .*checkpoints, which holds no whole"):
+    with pytest.raises(
+        InputError, match="(?s)2 problems in .*checkpoints, which contains no intact"
+    ):
         checkpoint.find_intact(tmp_path, "latest", resume=True)
     assert {"1", "2"} < set(names(tmp_path))
 
@@ -364,7 +366,7 @@ def test_folders_with_any_name_hold_checkpoints(tmp_path, name):
 
 def test_a_place_that_cannot_work_is_found_before_training(tmp_path, monkeypatch):
     workdir = tmp_path / "a\\b"  # of which TensorStore makes a/b
-    with pytest.raises(InputError, match="checkpoints cannot be kept there"):
+    with pytest.raises(InputError, match="checkpoints cannot be stored there"):
         checkpoint.prepare(workdir, tiny_state(0))
     assert names(workdir) == []
 
@@ -372,5 +374,5 @@ def test_a_place_that_cannot_work_is_found_before_training(tmp_path, monkeypatch
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(ocp.Checkpointer, "save", fail)
-    with pytest.raises(InputError, match=r"did not come back \(Input/output error\)"):
+    with pytest.raises(InputError, match=r"could not be read back \(Input/output error\)"):
         checkpoint.prepare(tmp_path / "other", tiny_state(0))

@@ -85,7 +85,7 @@ def test_conventions_of_images_go_with_the_weights(tmp_path, tensors, channel_or
     [
         ("backbone.conv1.weight", np.nan, "backbone.conv1.weight: .* not finite"),
         ("backbone.bn1.running_var", -1.0, "backbone.bn1.running_var: .* negative variance"),
-        ("extra.weight", 0.0, "extra.weight .*no place for it"),
+        ("extra.weight", 0.0, "extra.weight .*no such tensor"),
     ],
 )
 def test_weights_that_cannot_be_used_leave_nothing_behind(tmp_path, key, value, message):
@@ -103,7 +103,7 @@ def test_a_missing_auxiliary_head_is_reported(tmp_path, capsys):
     convert(source_of(tmp_path, tensors), tmp_path / "out")
     said = capsys.readouterr().out
     assert "fcn_r18 with 7 classes" in said
-    assert "not there: the auxiliary head, which training starts anew" in said
+    assert "missing: the auxiliary head, randomly initialised by training" in said
 
 
 def of_torchvisions_fcn(width, num_classes):
@@ -122,7 +122,7 @@ def test_a_convnext_is_converted_without_its_classifier(tmp_path, capsys):
     said = capsys.readouterr().out
     networks = ("fcn_convnext_tiny", "deeplabv3plus_convnext_tiny", "ocr_convnext_tiny")
     assert f"x.safetensors: the backbone of {', '.join(networks)}" in said
-    assert "left out: 4 classifier" in said and "parameters: 27,818,592" in said
+    assert "not used: 4 classifier" in said and "parameters: 27,818,592" in said
     weights = pretrained.read(tmp_path / "out", "ocr_convnext_tiny")
     assert (weights.networks, weights.image_format) == (networks, IMAGENET)
 
@@ -147,7 +147,7 @@ def test_whole_numbers_are_no_weights(tmp_path):
     with pytest.raises(InputError) as error:
         convert(source_of(tmp_path, tensors), tmp_path / "out")
     (line,) = str(error.value).splitlines()[1:]
-    assert line == "  backbone.conv1.weight: holds int8, must hold floating-point numbers"
+    assert line == "  backbone.conv1.weight: is int8, must be floating-point"
 
 
 def test_what_is_in_the_output_is_not_overwritten(tmp_path):
@@ -182,7 +182,7 @@ def test_a_peer_of_another_version_stops_no_conversion(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "peer_output", peer_output)
     convert(source_of(tmp_path, tiny()), tmp_path / "out")
     report = (tmp_path / "out" / "report.txt").read_text()
-    assert report.endswith("compared: no, Missing key(s) in state_dict: x\n")
+    assert report.endswith("not compared: Missing key(s) in state_dict: x\n")
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
     names = ["data.name=folder", "data.class_names=('a', 'b', 'c')"]
     renamed = override(config, names)
     initial_variables(setup_of(renamed))
-    assert "its classes were class_0, class_1, class_2: the last layer is kept" in caplog.text
+    assert "it was trained on the classes class_0, class_1, class_2: the last layer" in caplog.text
     caplog.clear()
     other = override(renamed, ["model.name=toy_ocr"])
     initial_variables(setup_of(other))  # takes the backbone alone

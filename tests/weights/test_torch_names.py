@@ -174,8 +174,8 @@ def test_layouts_of_linear_layers_depthwise_kernels_and_scales():
     assert torch_names.mismatches(locate(tensors), expected) == []
     del tensors["features.1.0.block.3.weight"], tensors["features.1.0.layer_scale"]
     assert sorted(torch_names.mismatches(locate(tensors), expected)) == [
-        "+ backbone.features.1.0.block.3.weight (6, 2): no tensor fills it",
-        "+ backbone.features.1.0.layer_scale (6, 1, 1): no tensor fills it",
+        "+ backbone.features.1.0.block.3.weight (6, 2): missing",
+        "+ backbone.features.1.0.layer_scale (6, 1, 1): missing",
     ]
 
 
@@ -185,8 +185,8 @@ def test_all_that_does_not_fit_is_listed_at_once():
     tensors = {"cls_head.0.weight": empty((4, 2, 1, 1)), "module.neck.weight": empty((7, 3, 1, 1))}
     assert torch_names.mismatches(locate(tensors), expected) == [
         "! cls_head.0.weight: is (4, 2, 1, 1), must be (4, 2, 3, 3)",
-        "- module.neck.weight (7, 3, 1, 1): the network has no place for it",
-        "+ cls_head.conv2.weight (5, 4, 1, 1): no tensor fills it",
+        "- module.neck.weight (7, 3, 1, 1): unexpected, the network has no such tensor",
+        "+ cls_head.conv2.weight (5, 4, 1, 1): missing",
     ]
 
 
@@ -195,9 +195,7 @@ def test_what_is_missing_of_a_backbone_has_its_name_in_pytorch():
     of_backbone = sorted(key for key in tensors if key.startswith("backbone."))
     heads = {key: array for key, array in tensors.items() if key not in of_backbone}
     problems = torch_names.mismatches(locate(heads), expected_of("hrnet_tiny"))
-    assert sorted(problems) == [
-        f"+ {key} {tensors[key].shape}: no tensor fills it" for key in of_backbone
-    ]
+    assert sorted(problems) == [f"+ {key} {tensors[key].shape}: missing" for key in of_backbone]
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "module._orig_mod.", "model.net."])
