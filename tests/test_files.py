@@ -98,7 +98,7 @@ def test_room_that_is_needed(tmp_path):
     ],
 )
 def test_paths_that_are_others_to_a_library_are_refused(text, misread, message):
-    with pytest.raises(InputError, match=f"(?s)^--workdir=.*: its path must not have {message}"):
+    with pytest.raises(InputError, match=f"(?s)^--workdir=.*: must not contain {message}"):
         require_literal(Path(text), "--workdir", misread)
 
 

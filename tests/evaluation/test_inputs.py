@@ -102,7 +102,7 @@ def test_results_are_not_inputs(photos):
     assert set(names("more", output=".")) == {"a"}
     (photos() / "link").symlink_to("in")
     for folder, output in (("in", "in"), ("in", "link"), ("link", "in/."), ("in/masks", "link")):
-        with pytest.raises(InputError, match="must be another folder"):
+        with pytest.raises(InputError, match="choose another folder"):
             names(folder, output=output)
 
 

@@ -172,7 +172,7 @@ def test_weights_must_be_on_a_disk():
 def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
     config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}")
     config = override(config, ["model.name=hrnet_w18_small"])
-    with pytest.raises(InputError, match="x.safetensors is of hrnet_tiny") as error:
+    with pytest.raises(InputError, match="x.safetensors is for hrnet_tiny") as error:
         adopt_image_format(config, None)
     assert "model.name = 'hrnet_w18_small' does not use" in str(error.value)
     assert str(error.value).endswith("these have it: hrnet_tiny, hrnet_tiny_ocr")
@@ -237,7 +237,7 @@ def test_arrays_without_a_place_in_a_part_that_is_there_are_refused():
 
 def test_what_is_no_folder_of_weights_is_told_what_it_is(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"--mode=convert --input=\S+x.pth --output=FOLDER makes"):
+    with pytest.raises(InputError, match=r"--mode=convert --input=\S+x.pth --output=FOLDER writes"):
         pretrained.read(tmp_path / "x.pth", "hrnet_tiny")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match=rf"--mode=convert --input={tmp_path} --output=FOLDER mak"):

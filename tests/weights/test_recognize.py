@@ -101,5 +101,7 @@ def test_an_auxiliary_head_that_guides_must_be_there():
 
 def test_another_architecture_is_refused():
     tensors = {"patch_embed.proj.weight": np.zeros((8, 3, 4, 4), np.float32)}
-    with pytest.raises(InputError, match=r"x.pth: its tensors \(patch_embed.proj.weight, …\) are"):
+    with pytest.raises(
+        InputError, match=r"x.pth: its tensors \(patch_embed.proj.weight, …\) match"
+    ):
         recognize(locate(tensors), source="x.pth")

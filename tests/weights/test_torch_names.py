@@ -211,5 +211,5 @@ def test_one_leaf_is_not_filled_twice():
     expected = {"params": {"cls_head": {"conv1": {"bias": empty((4,))}}}}
     tensors = {"cls_head.0.bias": empty((4,)), "module.cls_head.0.bias": empty((4,))}
     assert torch_names.mismatches(locate(tensors), expected) == [
-        "- module.cls_head.0.bias: its place is that of cls_head.0.bias too"
+        "- module.cls_head.0.bias: duplicate of cls_head.0.bias"
     ]
