@@ -144,7 +144,7 @@ def test_after_the_time_limit_the_quick_figures_remain():
         ("v5e", r"--topology=v5e: must be"),
         ("v5e:0x2", r"--topology=v5e:0x2: must be"),
         ("v5e:2x2x2", r"--topology=v5e:2x2x2: must be .*v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2"),
-        ("cpu:2x2", r"--topology=cpu:2x2: the CPU has a number of devices, e.g. cpu:8"),
+        ("cpu:2x2", r"--topology=cpu:2x2: must be a number of CPU devices, e.g. cpu:8"),
         ("cpu:64", r"--topology=cpu:64: JAX is already initialised, with 2 devices"),
     ],
 )

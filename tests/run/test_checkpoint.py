@@ -276,7 +276,7 @@ def test_a_checkpoint_without_digests_is_read_with_a_warning(tmp_path, caplog):
         state = jax.tree.map(lambda x: x if x.size else None, tiny_state(2))
         manager.save(2, args=ocp.args.StandardSave(state))
     assert checkpoint.find_intact(tmp_path, "latest") == 2
-    assert "checkpoints/2: has no digests, so damage in its arrays would not show" in caplog.text
+    assert "checkpoints/2: has no digests, so damaged arrays would go unnoticed" in caplog.text
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, caplog):
@@ -294,7 +294,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
         for step in (1, 2, 3):
             checkpoint.save(writer, step, tiny_state(step))
     message = f"{path_of(tmp_path, 2)}: could not be saved (No space left on device); the last"
-    assert message in caplog.text and "is that of step 1" in caplog.text
+    assert message in caplog.text and "checkpoint is step 1" in caplog.text
     assert names(tmp_path) == ["1", "3"]
 
     with pytest.raises(InputError, match="the last checkpoint is missing: .*/2: could not be sav"):
@@ -335,7 +335,7 @@ def test_a_disk_that_fills_up_while_orbax_writes(small_disk, monkeypatch, caplog
     (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 40_000))
     with checkpoint.open_writer(small_disk, keep_checkpoints=2) as writer:
         checkpoint.save(writer, 2, tiny_state(2))
-        checkpoint._finish(writer)
+        checkpoint._wait(writer)
         assert f"{path_of(small_disk, 2)}: could not be saved (No space left" in caplog.text
         assert names(small_disk) == ["1"]
         os.remove(small_disk / "other")
@@ -347,7 +347,7 @@ def test_a_disk_that_fills_up_while_orbax_writes(small_disk, monkeypatch, caplog
 def test_what_does_not_come_back_does_not_count(tmp_path, monkeypatch, caplog):
     save_all(tmp_path, [1])
     with monkeypatch.context() as patch, contextlib.suppress(InputError):
-        patch.setattr(checkpoint.digests, "of_state", lambda _: {"params.a": "another"})
+        patch.setattr(checkpoint.digests, "state_digests", lambda _: {"params.a": "another"})
         save_all(tmp_path, [2], keep_checkpoints=1)
     assert "checkpoints/2: could not be saved (read back, params.a" in caplog.text
     assert names(tmp_path) == ["1", "2.damaged"]
