@@ -64,7 +64,7 @@ def test_numbers_of_devices_and_processes_that_differ(prepared_dir, tmp_path, st
     statuses, messages = ended(start(arguments, num_processes=2, devices_of={1: 2}))
     assert statuses == [1, 1]
     for text in messages:
-        assert "devices of a process: process 0 has 1, process 1 has 2" in text
+        assert "devices per process: process 0 has 1, process 1 has 2" in text
 
     group = start(arguments, num_processes=2, of_process={1: ["--num_processes=3"]})
     statuses, messages = ended(group)

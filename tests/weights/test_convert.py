@@ -53,7 +53,7 @@ def test_variables_record_and_report(tmp_path, capsys):
 
     said = capsys.readouterr().out
     size = sum(leaf.size for leaf in jax.tree.leaves(expected["params"]))
-    assert "x.safetensors: hrnet_tiny with 7 classes and a projection head of 12" in said
+    assert "x.safetensors: hrnet_tiny with 7 classes and a projection head (12)" in said
     assert f"parameters: {size:,}" in said
     assert "1 segment_queue, 1 segment_queue_ptr" in said and "1 num_batches_tracked" in said
     kernel = expected["params"]["cls_head"]["conv1"]["kernel"]
@@ -129,7 +129,7 @@ def test_a_convnext_is_converted_without_its_classifier(tmp_path, capsys):
     model = zoo.build("fcn_convnext_tiny", num_classes=3, proj_dim=4, dropout_rate=0.0)
     fresh = segmenter.init_variables(model, 0)
     started = pretrained.start_from(
-        tmp_path / "out", "fcn_convnext_tiny", ("a", "b", "c"), fresh, whole=False
+        tmp_path / "out", "fcn_convnext_tiny", ("a", "b", "c"), fresh, strict=False
     )
     assert jax.tree.structure(started) == jax.tree.structure(fresh)
     block = started["params"]["backbone"]["features_5_8"]
@@ -240,12 +240,10 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
         "image_format": setup.image_format,
     }
     convert_run(workdir, "4", tmp_path / "out", **settings)
-    assert "run, step 4: toy with 3 classes and a projection head of 16" in (
-        capsys.readouterr().out
-    )
+    assert "run, step 4: toy with 3 classes and a projection head (16)" in (capsys.readouterr().out)
     config = override(config, [f"model.init_from={tmp_path / 'out'}"])
     expected, _ = load_network(setup, workdir, "4")
-    started = initial_variables(setup_of(config), whole=True)
+    started = initial_variables(setup_of(config), strict=True)
     jax.tree.map(np.testing.assert_array_equal, started, jax.device_get(expected))
     assert pretrained.read(tmp_path / "out", "toy").image_format == IMAGENET
     names = ["data.name=folder", "data.class_names=('a', 'b', 'c')"]
@@ -257,7 +255,7 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
     initial_variables(setup_of(other))  # takes the backbone alone
     assert "the last layer is kept" not in caplog.text
     with pytest.raises(InputError, match="classes class_0, class_1, class_2, the data set has a, "):
-        initial_variables(setup_of(renamed), whole=True)
+        initial_variables(setup_of(renamed), strict=True)
     with pytest.raises(InputError, match="init: what is converted of a run is latest, best or a"):
         convert_run(workdir, "init", tmp_path / "other", **settings)
     with pytest.raises(InputError, match="--checkpoint=5: must be latest, best"):
