@@ -100,7 +100,7 @@ def test_the_compiled_step_is_reported_whole(two_devices):
     assert compiled["collectives"]["all-reduce"]["number"] > 10
     for word in (
         *("on own devices: 2 x cpu", "0.10 M", "memory per device", "peak memory per device"),
-        *("XLA's for a CPU", "temporaries", "all-reduce", "compiled in", "fits: "),
+        *("compiled for a CPU", "temporaries", "all-reduce", "compiled in", "fits: "),
     ):
         assert word in text, word
     assert "seconds" not in text

@@ -253,10 +253,10 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
     caplog.clear()
     other = override(renamed, ["model.name=toy_ocr"])
     initial_variables(setup_of(other))  # takes the backbone alone
-    assert "the last layer is kept" not in caplog.text
+    assert "the last layer is loaded anyway" not in caplog.text
     with pytest.raises(InputError, match="classes class_0, class_1, class_2, the data set has a, "):
         initial_variables(setup_of(renamed), strict=True)
-    with pytest.raises(InputError, match="init: what is converted of a run is latest, best or a"):
+    with pytest.raises(InputError, match="init: must be latest, best or a"):
         convert_run(workdir, "init", tmp_path / "other", **settings)
     with pytest.raises(InputError, match="--checkpoint=5: must be latest, best"):
         convert_run(workdir, "5", tmp_path / "other", **settings)

@@ -240,7 +240,9 @@ def test_what_is_no_folder_of_weights_is_told_what_it_is(tmp_path):
     with pytest.raises(InputError, match=r"--mode=convert --input=\S+x.pth --output=FOLDER writes"):
         pretrained.read(tmp_path / "x.pth", "hrnet_tiny")
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(InputError, match=rf"--mode=convert --input={tmp_path} --output=FOLDER mak"):
+    with pytest.raises(
+        InputError, match=rf"--mode=convert --input={tmp_path} --output=FOLDER writes"
+    ):
         pretrained.read(tmp_path, "hrnet_tiny")
 
 
