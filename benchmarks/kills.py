@@ -157,7 +157,7 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     setup = resolve(config)
     state = abstract_state(setup, build_optimizer(config)[0])
     everywhere = sharding.replicated(setup.mesh)
-    step = checkpoint.find_whole(workdir, "latest")
+    step = checkpoint.find_intact(workdir, "latest")
     state = checkpoint.restore(workdir, step, state, everywhere)
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
 

@@ -227,7 +227,7 @@ def step_program(config: Config) -> Program:
         example_id=np.arange(2, dtype=np.int32),
         valid=np.ones(2, bool),
     )
-    batch = jax.device_put(batch, sharding.split(setup.mesh))
+    batch = jax.device_put(batch, sharding.batch_sharding(setup.mesh))
     return compiled(compile_step(setup, tx), state, batch, carries_state=True)
 
 

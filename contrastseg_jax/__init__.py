@@ -1,13 +1,13 @@
 """Pixel-contrast semantic segmentation in JAX (Wang et al., ICCV 2021).
 
-For programs of your own: the loss, the memory bank, and what they work on (docs/method.md). Each
-name is loaded when it is first used; importing the package imports nothing else.
+For use in your own code: the loss, the memory bank and the structs they take (docs/method.md).
+Names are imported lazily, on first use; importing the package imports nothing else.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for type checkers, what `_MODULES` says at run time
+if TYPE_CHECKING:  # for type checkers; at run time `_MODULES`
     from contrastseg_jax.contrast.anchors import batch_candidates as batch_candidates
     from contrastseg_jax.contrast.anchors import sample_anchors as sample_anchors
     from contrastseg_jax.contrast.loss import pixel_contrast_loss as pixel_contrast_loss

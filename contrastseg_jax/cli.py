@@ -1,4 +1,4 @@
-"""Trains, evaluates and predicts; audits data, plans runs, converts weights to start from.
+"""Command line: train, evaluate, predict, audit data, plan runs, convert pretrained weights.
 
     python main.py --mode=audit --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=plan --config=configs/cityscapes.py --topology=v5e:2x4
@@ -26,24 +26,24 @@ from absl import app, flags
 
 from contrastseg_jax import out_of_memory
 from contrastseg_jax.config.checks import is_text
-from contrastseg_jax.config.load import filled_in, load
+from contrastseg_jax.config.load import inherit_image_format, load
 from contrastseg_jax.config.rules import PHOTOGRAPHIC
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.files import OF_CHECKPOINTS, require_literal
+from contrastseg_jax.files import ORBAX_MISREADS, require_literal
 from contrastseg_jax.run.logging import start_logging
-from contrastseg_jax.run.workdir import find_run, read_config, refuse_differences
+from contrastseg_jax.run.workdir import find_run, read_config, require_same_config
 
 SETTING = "--config."
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line: a field for each flag, and what it says of the config's settings."""
+    """The parsed command line: one field per flag, and the overrides of config settings."""
 
     mode: str
     config: str | None
-    workdir: Path  # this and `output`: the current folder where left out
+    workdir: Path  # this and `output`: the current folder by default
     checkpoint: str
     split: str | None
     input: tuple[str, ...]
@@ -56,15 +56,15 @@ class Arguments:
     quick: bool
     time_limit: float
     settings: tuple[str, ...]  # "train.batch_size=4"
-    given: frozenset[str]  # names of the flags that are not left out, or empty
+    given: frozenset[str]  # names of the flags that were set to something
 
 
 # --- Commands: one function for each mode ---------------------------------------------------------
-# JAX and the networks take seconds to import: not before the config has been read.
+# Importing JAX and the networks takes seconds, so it waits until the config has been read.
 
 
 def run_train(arguments: Arguments) -> None:
-    """Trains, from the newest checkpoint on where there is one."""
+    """Train, resuming from the newest checkpoint if there is one."""
     config, workdir = load_config(arguments), arguments.workdir
     with joined_processes(arguments):
         setup = set_up(config, arguments, run=find_run(workdir))
@@ -74,18 +74,18 @@ def run_train(arguments: Arguments) -> None:
 
 
 def run_eval(arguments: Arguments) -> None:
-    """Scores a checkpoint on a split."""
+    """Evaluate a checkpoint on a split."""
     config = load_config(arguments)
     with joined_processes(arguments):
         setup = set_up(config, arguments)
         from contrastseg_jax.evaluation.evaluate import evaluate_run
 
-        split, output = arguments.split or "val", output_of(arguments)
+        split, output = arguments.split or "val", optional_output(arguments)
         evaluate_run(setup, arguments.workdir, arguments.checkpoint, split, output)
 
 
 def run_predict(arguments: Arguments) -> None:
-    """Writes masks and overlays of photographs."""
+    """Write masks and overlays for image files."""
     config = load_config(arguments)
     start_logging()
     setup = set_up(config, arguments)
@@ -96,7 +96,7 @@ def run_predict(arguments: Arguments) -> None:
 
 
 def run_audit(arguments: Arguments) -> None:
-    """Looks for faults in a data set."""
+    """Check a data set for errors."""
     config = load_config(arguments)
     start_logging()
     from contrastseg_jax.data.audit.report import audit_run
@@ -107,7 +107,7 @@ def run_audit(arguments: Arguments) -> None:
 
 
 def run_plan(arguments: Arguments) -> None:
-    """Prints what a run will take, and ends the process."""
+    """Print the memory, compute and communication a run needs, and exit."""
     config = load_config(arguments)
     start_logging()
     from contrastseg_jax.planning.plan import plan_run
@@ -117,18 +117,18 @@ def run_plan(arguments: Arguments) -> None:
         topology=arguments.topology,
         quick=arguments.quick,
         time_limit=arguments.time_limit,
-        output=output_of(arguments),
+        output=optional_output(arguments),
     )
-    leave(status)
+    exit_now(status)
 
 
 def run_convert(arguments: Arguments) -> None:
-    """Converts a file, or a checkpoint of the run in a folder."""
+    """Convert a weights file, or a checkpoint of a run."""
     source, output = local_path("input", arguments.input[0]), arguments.output
     is_run = (source / "config.json").is_file() and (source / "checkpoints").is_dir()
     if not is_run and "checkpoint" in arguments.given:
         raise InputError(
-            f"--checkpoint={arguments.checkpoint}: --input={source} is no folder of a run"
+            f"--checkpoint={arguments.checkpoint}: --input={source} is not a run folder"
         )
     run = read_config(source) if is_run else None
     start_logging()
@@ -150,43 +150,43 @@ def run_convert(arguments: Arguments) -> None:
     )
 
 
-# --- What several of them do ----------------------------------------------------------------------
+# --- Shared by several commands -------------------------------------------------------------------
 
 
 def load_config(arguments: Arguments) -> Config:
-    """The config of the command line, or that of the run in the workdir."""
+    """The config given by --config, or that of the run in the workdir."""
     mode, workdir, settings = arguments.mode, arguments.workdir, arguments.settings
     named = [text.partition("=")[0] for text in settings]
-    free = [path for path in PHOTOGRAPHIC if mode == "predict" and path in named]
+    may_differ = [path for path in PHOTOGRAPHIC if mode == "predict" and path in named]
     if not arguments.config:
         if mode == "audit" and not (workdir / "config.json").exists():
-            raise InputError(f"--config: required, as --workdir={workdir} holds no run")
-        return read_config(workdir, settings, free=free)
+            raise InputError(f"--config: required, as --workdir={workdir} contains no run")
+        return read_config(workdir, settings, may_differ=may_differ)
     config = load(arguments.config, settings)
     if mode in ("eval", "predict"):
-        of_init = arguments.checkpoint == "init"  # for which there need not be a run
-        run = find_run(workdir) if of_init else read_config(workdir)
+        is_init = arguments.checkpoint == "init"  # which does not need a run
+        run = find_run(workdir) if is_init else read_config(workdir)
         if run is not None:
-            config = filled_in(config, run)
-            refuse_differences(config, run, workdir, free=free)
+            config = inherit_image_format(config, run)
+            require_same_config(config, run, workdir, may_differ=may_differ)
     return config
 
 
 @contextlib.contextmanager
 def joined_processes(arguments: Arguments) -> Iterator[None]:
-    """Within, this process has met the others of its run, if there are any, and fails with them."""
+    """Connect to the other processes of the run, if any; an error in one ends all of them."""
     from contrastseg_jax.parallel import processes
 
     start_logging()
-    which = arguments.coordinator, arguments.num_processes, arguments.process_id
-    with processes.ending_at_once():
-        processes.start(*which, timeout=arguments.start_timeout)
+    process = arguments.coordinator, arguments.num_processes, arguments.process_id
+    with processes.exit_on_error():
+        processes.start(*process, timeout=arguments.start_timeout)
         start_logging(processes.index())
         yield
 
 
 def set_up(config: Config, arguments: Arguments, *, run: Config | None = None) -> Any:
-    """The `Setup` of a config that fits mode and machine; `run`: the config of the one resumed."""
+    """Check the config for this mode and machine; `run`: the config of the run being resumed."""
     from contrastseg_jax.setup import preflight
 
     return preflight.set_up(
@@ -194,33 +194,35 @@ def set_up(config: Config, arguments: Arguments, *, run: Config | None = None) -
     )
 
 
-def output_of(arguments: Arguments) -> Path | None:
-    """--output of a mode that can do without."""
+def optional_output(arguments: Arguments) -> Path | None:
+    """--output where the mode does not require it."""
     return arguments.output if "output" in arguments.given else None
 
 
-def leave(status: int) -> None:
-    """End the process at once: tearing down a compilation that goes on ends in a crash."""
+def exit_now(status: int) -> None:
+    """Exit without cleanup: tearing down a running compilation crashes."""
     sys.stdout.flush()
     os._exit(status)
 
 
-# --- The table, and the flags ---------------------------------------------------------------------
+# --- Commands and flags ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Command:
-    """What one --mode does, the flags that it needs, and others that it reads."""
+    """What one --mode runs, the flags it requires and the optional ones."""
 
     run: Callable[[Arguments], None]
     needs: tuple[str, ...]
     reads: tuple[str, ...]
 
 
-START = ("coordinator", "num_processes", "process_id", "start_timeout")
+PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "start_timeout")
 COMMANDS = {
-    "train": Command(run_train, ("config", "workdir"), ("checkpoint", *START)),
-    "eval": Command(run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *START)),
+    "train": Command(run_train, ("config", "workdir"), ("checkpoint", *PROCESS_FLAGS)),
+    "eval": Command(
+        run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *PROCESS_FLAGS)
+    ),
     "predict": Command(run_predict, ("workdir", "input", "output"), ("config", "checkpoint")),
     "audit": Command(run_audit, ("workdir",), ("config", "split")),
     "plan": Command(run_plan, ("config",), ("output", "topology", "quick", "time_limit")),
@@ -231,19 +233,18 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string(
     "config",
     None,
-    "A recipe, e.g. camvid, or FILE.py, each with [:MODEL[,VARIANT]]; may be left out after"
-    " training.",
+    "A recipe, e.g. camvid, or FILE.py, each with [:MODEL[,VARIANT]]; optional after training.",
 )
 flags.DEFINE_string("workdir", None, "Folder of the run; not used by plan and convert.")
 flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
-    "eval, predict, convert: latest, best or a step; eval, predict: or init, the weights of"
-    " model.init_from as they are.",
+    "eval, predict, convert: latest, best or a step; eval, predict: or init, the pretrained"
+    " weights of model.init_from without training.",
 )
 flags.DEFINE_string(
-    "split", None, "eval: split to score, val by default; audit: the only split to read, else all."
+    "split", None, "eval: split to evaluate, default val; audit: split to read, default all."
 )
 flags.DEFINE_multi_string(
     "input",
@@ -254,46 +255,51 @@ flags.DEFINE_multi_string(
 flags.DEFINE_string(
     "output",
     None,
-    "predict, convert: folder for the results; eval: likewise, instead of one in the workdir, which"
-    " may be read-only then; plan: JSON file.",
+    "predict, convert: folder for the results; eval: folder to use instead of the workdir, which"
+    " may then be read-only; plan: JSON file.",
 )
 flags.DEFINE_string(
-    "coordinator", None, "train, eval in several processes: HOST:PORT of process 0."
+    "coordinator", None, "train, eval with several processes: HOST:PORT of process 0."
 )
 flags.DEFINE_integer("num_processes", None, "Number of processes.")
 flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 flags.DEFINE_integer(
     "start_timeout", 300, "Seconds within which all processes must have started.", lower_bound=1
 )
-flags.DEFINE_string("topology", None, "plan: cpu:8, v5e:2x4 and the like; else this machine's.")
-flags.DEFINE_boolean("quick", False, "plan: what is known without compiling.")
-flags.DEFINE_float("time_limit", 1800, "plan: seconds of compiling.", lower_bound=0)
+flags.DEFINE_string("topology", None, "plan: e.g. cpu:8 or v5e:2x4; default: this machine.")
+flags.DEFINE_boolean("quick", False, "plan: estimate without compiling.")
+flags.DEFINE_float("time_limit", 1800, "plan: time limit for compiling, in seconds.", lower_bound=0)
 
 
 def usage(program: str) -> str:
-    """Modes with their flags, those that may be left out in brackets, and examples.
+    """Modes with their flags, optional ones in brackets, and examples.
 
-    `program`: main.py, or the name that an installation gives it.
+    `program`: main.py, or the name of the installed command.
     """
     call = f"python {program}" if program.endswith(".py") else program
     lines = [f"usage: {call} --mode=MODE --FLAG=VALUE ...", ""]
     for mode, command in COMMANDS.items():
         needs = " ".join(f"--{name}" for name in command.needs)
-        reads = " ".join(f"--{name}" for name in command.reads if name not in START)
+        reads = " ".join(f"--{name}" for name in command.reads if name not in PROCESS_FLAGS)
         lines.append(f"  --mode={mode:9}{needs} [{reads}]")
-    start = " ".join(f"--{name}" for name in START)
-    lines += [f"  train, eval in several processes: {start}", "", "--help explains each flag.", ""]
+    start = " ".join(f"--{name}" for name in PROCESS_FLAGS)
+    lines += [
+        f"  train, eval with several processes: {start}",
+        "",
+        "--help lists all flags.",
+        "",
+    ]
     examples = (__doc__ or "").partition("\n\n")[2].rstrip()
-    if call == program:  # from anywhere: recipes by name
+    if call == program:  # run from anywhere: recipes by name
         examples = re.sub(r"configs/(\w+)\.py", r"\1", re.sub(r"python main\.py", call, examples))
     return "\n".join([*lines, examples])
 
 
-# --- From the command line to a command -----------------------------------------------------------
+# --- Parsing the command line ---------------------------------------------------------------------
 
 
 def read_arguments(settings: Sequence[str]) -> Arguments:
-    """What absl's flags say, and settings "PATH=VALUE"; an error for those that do not fit."""
+    """The arguments from absl's flags and overrides "PATH=VALUE"; InputError if they conflict."""
     names = [field.name for field in fields(Arguments) if field.name in FLAGS]
     values: dict[str, Any] = {name: FLAGS[name].value for name in names}
     values["input"] = inputs = tuple(values["input"] or ())
@@ -310,7 +316,7 @@ def read_arguments(settings: Sequence[str]) -> Arguments:
 
 
 def local_path(name: str, text: str) -> Path:
-    """The file or folder that a flag names; the current folder for an empty text."""
+    """The path given by a flag; the current folder if empty."""
     if "://" in text:
         raise InputError(f"--{name}={text}: must be on a local or mounted disk")
     if not is_text(text):
@@ -319,7 +325,7 @@ def local_path(name: str, text: str) -> Path:
 
 
 def require_flags(arguments: Arguments) -> None:
-    """Raise an error for flags that the mode needs, or does not use."""
+    """Raise an InputError for missing flags, and for flags that the mode does not use."""
     mode, command = arguments.mode, COMMANDS[arguments.mode]
     for name in command.needs:
         if name not in arguments.given:
@@ -332,12 +338,12 @@ def require_flags(arguments: Arguments) -> None:
     if mode == "convert" and len(arguments.input) > 1:
         raise InputError(f"--input={' '.join(arguments.input)}: --mode=convert takes one")
     if mode == "train" and arguments.checkpoint != "latest":
-        raise InputError(f"--checkpoint={arguments.checkpoint}: training goes on from the latest")
+        raise InputError(f"--checkpoint={arguments.checkpoint}: training resumes from the latest")
 
 
 def require_places(arguments: Arguments) -> None:
-    """Raise an error for a place that is no folder or cannot hold results, before the work."""
-    require_literal(arguments.workdir, "--workdir", OF_CHECKPOINTS)
+    """Raise an InputError early for paths that are not folders or are not writable."""
+    require_literal(arguments.workdir, "--workdir", ORBAX_MISREADS)
     results = "output" if "output" in arguments.given else "workdir"
     for name, path in (("workdir", arguments.workdir), ("output", arguments.output)):
         if name not in arguments.given:
@@ -352,9 +358,7 @@ def require_places(arguments: Arguments) -> None:
         if name == results and not os.access(found, os.W_OK | os.X_OK):
             is_read_only = os.statvfs(found).f_flag & os.ST_RDONLY
             reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
-            advice = (
-                "; results go elsewhere with --output=FOLDER" if arguments.mode == "eval" else ""
-            )
+            advice = "; write elsewhere with --output=FOLDER" if arguments.mode == "eval" else ""
             raise InputError(f"--{name}={path}: cannot be written ({found}: {reason}){advice}")
 
 
@@ -362,33 +366,33 @@ def require_places(arguments: Arguments) -> None:
 
 
 def main(argv: Sequence[str], settings: Sequence[str]) -> None:
-    """Runs the command of the flags; what goes wrong ends in one message."""
+    """Run the command; user errors become one-line messages."""
     try:
         if argv[1:]:
-            raise InputError(f"{' '.join(argv[1:])}: not understood; write --NAME=VALUE")
+            raise InputError(f"{' '.join(argv[1:])}: not recognised; use --NAME=VALUE")
         arguments = read_arguments(settings)
         COMMANDS[arguments.mode].run(arguments)
     except Exception as error:
-        is_of_user = isinstance(error, (InputError, OSError, FloatingPointError))
-        message = out_of_memory.explanation(error) or (str(error) if is_of_user else "")
+        is_user_error = isinstance(error, (InputError, OSError, FloatingPointError))
+        message = out_of_memory.explanation(error) or (str(error) if is_user_error else "")
         if not message:
             raise
         sys.exit(f"error: {message}")
     except KeyboardInterrupt:
-        outlook = "; a run goes on from its last checkpoint" if FLAGS.mode == "train" else ""
-        print(f"interrupted{outlook}", file=sys.stderr)
-        leave(130)
+        hint = "; run again to resume from the last checkpoint" if FLAGS.mode == "train" else ""
+        print(f"interrupted{hint}", file=sys.stderr)
+        exit_now(130)
 
 
 def run_program() -> None:
-    """The program: reads the command line, and ends with its exit status."""
-    # For --help, which shows the flags of the program that was called.
+    """Entry point: parse the command line, run, and exit with a status."""
+    # --help shows only the flags registered for the program that was called.
     for flag in FLAGS.get_key_flags_for_module(__name__):
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     if not sys.argv[1:]:
         print(usage(Path(sys.argv[0]).name), file=sys.stderr)
         sys.exit(2)
-    # Names of files and classes may hold what the terminal's encoding lacks.
+    # File and class names may contain characters that the terminal cannot encode.
     cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     settings = [text.removeprefix(SETTING) for text in sys.argv if text.startswith(SETTING)]
     flags_only = [text for text in sys.argv if not text.startswith(SETTING)]

@@ -1,4 +1,4 @@
-"""The one error for bad input, and how errors are told; `main.py` shows the rest as faults."""
+"""The error for bad input, and error messages; any other exception is a bug, with a traceback."""
 
 import contextlib
 import logging
@@ -6,17 +6,17 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-OS_ERROR = r"(?:os_error_code='|OS error |\[Errno )(\d+)"  # in texts of TensorStore, and others
+OS_ERROR = r"(?:os_error_code='|OS error |\[Errno )(\d+)"  # in messages of TensorStore and others
 log = logging.getLogger("contrastseg_jax")
 _warned: set[str] = set()
 
 
 class InputError(ValueError):
-    """Bad input of the user: names the file or setting, its value and the rule it breaks."""
+    """Bad user input: names the file or setting, its value and the rule it breaks."""
 
 
 def listed(title: str, problems: Sequence[str], *, limit: int = 20) -> InputError:
-    """One error for many problems: the first `limit` of them under a title with their number."""
+    """One InputError listing the first `limit` problems, with their number and a title."""
     lines = [f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {title}:"]
     lines += [f"  {problem}" for problem in problems[:limit]]
     if len(problems) > limit:
@@ -25,9 +25,9 @@ def listed(title: str, problems: Sequence[str], *, limit: int = 20) -> InputErro
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what went wrong: that of an InputError, or of the operating system.
+    """The cause in one line: an InputError's message, or the operating system's.
 
-    TensorStore hides the number of an error of the system in a long text.
+    TensorStore buries the errno in a long message.
     """
     line = str(error).strip().partition("\n")[0][:200]
     if isinstance(error, InputError):  # names the file too, which its cause may not
@@ -44,15 +44,15 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def best_effort(what: str) -> Iterator[None]:
-    """Within, an error is a warning, the first time: nothing else is to be lost with `what`."""
+    """Turn errors inside the block into one warning: failing to write `what` must not end a run."""
     try:
         yield
     except Exception as error:
-        warn_once(what, f"{what}: {reason(error)}; going on without it")
+        warn_once(what, f"{what}: {reason(error)}; continuing without it")
 
 
 def warn_once(subject: str, message: str) -> None:
-    """Warn, unless there was a warning of this subject before."""
+    """Warn, once per subject."""
     if subject not in _warned:
         log.warning(message)
     _warned.add(subject)

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half there."""
+"""Atomic writes, file locks, and checks of disk space and paths."""
 
 import errno
 import fcntl
@@ -16,17 +16,17 @@ from contrastseg_jax.errors import InputError, warn_once
 
 log = logging.getLogger("contrastseg_jax")
 
-CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of a file system
+CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # without locks
 
-# What the libraries that write a folder do not take for letters of its path, and what they read.
-OF_CHECKPOINTS = {"\\": "/", "gs:/": "a bucket of Google's"}  # TensorStore, Orbax
-OF_PREPARED_DATA = {"?": "the end of the path"}  # TFDS
+# Parts of a path that the libraries writing there do not take literally, and their meaning there.
+ORBAX_MISREADS = {"\\": "/", "gs:/": "a bucket of Google Cloud"}  # TensorStore, Orbax
+TFDS_MISREADS = {"?": "the end of the path"}  # TFDS
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a kill, finds the old or the new one, never half."""
+    """Write a file atomically: readers, and a killed process, leave the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Short, whatever the name: both must fit into the 255 bytes that file systems allow.
+    # Does not contain the file's name, so that it fits into the 255 bytes file systems allow.
     partial = path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -37,12 +37,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def lock(path: Path, *, wait: bool = False) -> IO[str]:
-    """Hold a lock until the file that is returned is closed, at the latest when the process ends.
+    """Lock a file until the returned handle is closed or the process ends.
 
-    On a file system without locks there is a warning instead, and nothing is held.
+    On a file system without locks this only warns.
 
     Raises:
-        InputError: another process holds it, and `wait` does not say to wait for that one.
+        InputError: another process holds the lock, and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w")
@@ -64,8 +64,8 @@ def lock(path: Path, *, wait: bool = False) -> IO[str]:
     return file
 
 
-def require_room(folder: Path, needed: int) -> None:
-    """Raise an OSError for a disk that is too full for so many bytes."""
+def require_disk_space(folder: Path, needed: int) -> None:
+    """Raise an OSError if the disk has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -75,9 +75,9 @@ def require_room(folder: Path, needed: int) -> None:
 
 
 def require_literal(path: Path, name: str, misread: Mapping[str, str]) -> None:
-    """Raise an InputError for a path, given as `name`, that is another one to those who write it.
+    """Raise an InputError if the library that writes to a path, given as `name`, would misread it.
 
-    `misread`: OF_CHECKPOINTS or OF_PREPARED_DATA.
+    `misread`: ORBAX_MISREADS or TFDS_MISREADS.
     """
     text = f"{path.absolute()}/"
     found = [
@@ -90,7 +90,7 @@ def require_literal(path: Path, name: str, misread: Mapping[str, str]) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
         found.append("bytes that are not UTF-8")
     if found:
-        raise InputError(f"{name}={path}: its path must not have {found[0]}; choose another folder")
+        raise InputError(f"{name}={path}: must not contain {found[0]}; choose another folder")
 
 
 def _flock(file: IO[str], wait: bool) -> None:
@@ -104,7 +104,7 @@ def _flock(file: IO[str], wait: bool) -> None:
 
 
 def to_json(value: Any) -> str:
-    """JSON of nested dicts, lists and numbers; what is not finite, which JSON lacks, is null."""
+    """JSON of nested dicts, lists and numbers; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_finite(value))
 
 

@@ -1,4 +1,4 @@
-"""What ran out of memory, and what takes less of it."""
+"""Messages for out-of-memory errors: what was being done, and how to use less memory."""
 
 import errno
 import traceback
@@ -6,21 +6,21 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 
-# By file of this package: what it was doing, and what takes less memory.
+# By file of this package: what it was doing, and how to use less memory.
 WORK = {
     "training/train.py": (
         "training",
-        "Lower augment.crop_size or train.batch_size; --mode=plan says what fits, and what else"
-        " saves memory",
+        "Lower augment.crop_size or train.batch_size; --mode=plan shows what fits and what"
+        " else saves memory",
     ),
     "evaluation/evaluate.py": (
         "evaluating",
-        "Lower eval.batch_size; where it is 1 already, the largest images are too large for this"
+        "Lower eval.batch_size; if it is 1 already, the largest images are too large for this"
         " machine",
     ),
     "evaluation/predict.py": (
         "predicting",
-        "The image is too large for this machine: scale it down, or cut it into parts",
+        "The image is too large for this machine: scale it down, or cut it into tiles",
     ),
     "data/pictures.py": ("drawing pictures", "Lower eval.num_pictures, or make the images smaller"),
     "data/pipeline.py": (
@@ -34,16 +34,16 @@ WORK = {
     "data/audit/report.py": ("auditing the data set", "Make the largest images smaller"),
     "weights/convert.py": (
         "converting weights",
-        "They are held in memory several times over: convert on a machine with more of it",
+        "Conversion keeps several copies in memory: use a machine with more of it",
     ),
-    "planning/plan.py": ("planning", "The compiler needs it; --quick plans without compiling"),
+    "planning/plan.py": ("planning", "The compiler needs it; --quick estimates without compiling"),
 }
 
 
 def explanation(error: BaseException) -> str | None:
-    """What was being done when memory ran out, and what takes less; None for other errors.
+    """A message with a remedy for an out-of-memory error; None for other errors.
 
-    The innermost file of WORK that the error came through says it.
+    Taken from the innermost frame of the traceback that is in a file of WORK.
     """
     if not is_out_of_memory(error):
         return None
@@ -51,11 +51,11 @@ def explanation(error: BaseException) -> str | None:
     lines = str(error).strip().splitlines() or ["an allocation failed"]
     work, remedy = _work(error)
     kind = "device memory" if on_device else "memory"
-    return f"not enough {kind}{work}: {lines[0]}{remedy}"
+    return f"out of {kind}{work}: {lines[0]}{remedy}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, as Python, NumPy, Pillow, the system, XLA or OpenCV say it."""
+    """Whether it is an out-of-memory error of Python, NumPy, Pillow, the system, XLA or OpenCV."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     signs = ("RESOURCE_EXHAUSTED", "(-4:Insufficient memory)")

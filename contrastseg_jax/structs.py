@@ -1,4 +1,4 @@
-"""The vocabulary: every value that travels between modules. Data only, no behaviour.
+"""The data structures passed between modules. Data only, no behaviour.
 
 Dimension names, here and in every annotation of the package: `b` image, `h w` label size,
 `hs ws` size at the network's output stride, `n = hs * ws`, `k` classes, `d` embedding,
@@ -19,11 +19,11 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How a network takes images: what its weights were trained with."""
+    """Image normalisation and channel order that a network's weights were trained with."""
 
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # red green blue, in grey levels
-    std: tuple[float, ...] = (58.395, 57.12, 57.375)  # likewise; all ImageNet's
-    channel_order: str = "RGB"  # in which the normalised channels are given, or "BGR"
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)  # likewise; both are ImageNet's
+    channel_order: str = "RGB"  # of the normalised channels; or "BGR"
 
 
 IMAGENET = ImageFormat()
@@ -36,15 +36,15 @@ class Batch:
     image: UInt8[Any, "b h w 3"]  # RGB
     label: UInt8[Any, "b h w"]  # class id, or IGNORE_LABEL
     example_id: Int[Any, " b"]  # index in the data set's split
-    valid: Bool[Any, " b"]  # False: a row that only fills up the batch
-    # (height, width) without padding, in evaluations whose labels have another size than the images
+    valid: Bool[Any, " b"]  # False: a padding row
+    # (height, width) without padding, for evaluation where labels and images differ in size
     image_size: Int[Any, "b 2"] | None = None
     label_size: Int[Any, "b 2"] | None = None
 
 
 @struct.dataclass
 class SegmentationOutput:
-    """What a network says about a batch, at its output stride."""
+    """A network's outputs for a batch, at its output stride."""
 
     logits: Float[Array, "b hs ws k"]
     embedding: Float[Array, "b hs ws d"] | None = None  # unit length; None outside training
@@ -53,12 +53,12 @@ class SegmentationOutput:
 
 @struct.dataclass
 class Anchors:
-    """Sampled pixels, a fixed number per image; rows that found no pixel have valid=False."""
+    """Sampled pixels, a fixed number per image; rows without a pixel have valid=False."""
 
     embedding: Float[Array, "b s d"]
     label: Int[Array, "b s"]
     valid: Bool[Array, "b s"]
-    hard: Bool[Array, "b s"] | None = None  # wrongly predicted, where that is known
+    hard: Bool[Array, "b s"] | None = None  # wrongly predicted; None: not known
 
 
 @struct.dataclass
@@ -68,8 +68,8 @@ class Candidates:
     embedding: Float[Array, "*c d"]
     label: Int[Array, "*c"]
     valid: Bool[Array, "*c"]
-    anchor: Int[Array, "*c"] | None = None  # place of the anchor that each is; None: none is one
-    # True: they are constants, and no gradient is computed for them
+    anchor: Int[Array, "*c"] | None = None  # index of the anchor it is; None: none is an anchor
+    # True: constants, no gradient is computed for them
     stop_gradient: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -77,7 +77,7 @@ class Candidates:
 class MemoryBank:
     """Two ring buffers per class: single pixels, and means of a class over one image.
 
-    `head` is the slot written next, `count` the number of slots ever written (at most m).
+    `head` is the slot written next, `count` the number of slots in use (at most m).
     """
 
     pixel: Float[Array, "k m d"]
@@ -96,5 +96,5 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
-    ema: Any | None = None  # running average of {params, batch_stats}: to evaluate with, if kept
+    ema: Any | None = None  # of {params, batch_stats}, used for evaluation; None: not kept
     memory: Any | None = None  # the state of the objective: for pixel contrast its MemoryBank

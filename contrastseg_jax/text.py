@@ -1,26 +1,31 @@
-"""Columns of text as a terminal shows them, in which letters may be wide or combine."""
+"""Counts with plurals, and text columns aligned by display width (wide characters, accents)."""
 
 import unicodedata
 from collections.abc import Sequence
 
 
+def count_of(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: "1 image", "2 images"; `plural`: where it is not noun + s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def display_width(text: str) -> int:
-    """The cells of a terminal that a text takes: two for a wide letter, none for an accent."""
+    """Terminal cells taken by a text: two per wide character, none per combining one."""
     return sum(_cells(letter) for letter in unicodedata.normalize("NFC", text))
 
 
 def ljust(text: str, width: int) -> str:
-    """The text, filled up to `width` cells on the right."""
+    """The text, left-aligned in `width` terminal cells."""
     return text + " " * (width - display_width(text))
 
 
 def rjust(text: str, width: int) -> str:
-    """The text, filled up to `width` cells on the left."""
+    """The text, right-aligned in `width` terminal cells."""
     return " " * (width - display_width(text)) + text
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns as wide as their widest cell: the first flush left, the others right."""
+    """Lines of aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([ljust(row[0], widths[0]), *map(rjust, row[1:], widths[1:])]) for row in rows]
 

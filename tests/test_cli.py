@@ -103,7 +103,7 @@ def test_too_little_memory_is_no_traceback(monkeypatch, text):
     monkeypatch.setattr(cli, "load_config", fail)
     with flagsaver.flagsaver():
         cli.FLAGS(["main.py", CONFIG, "--workdir=w"])
-        with pytest.raises(SystemExit, match=f"error: not enough memory: {text or 'an alloc'}"):
+        with pytest.raises(SystemExit, match=f"error: out of memory: {text or 'an alloc'}"):
             cli.main(["main.py"], [])
 
 
@@ -133,7 +133,7 @@ def test_results_of_an_evaluation_may_lie_outside_a_closed_workdir(tmp_path, mon
     closed.mkdir()
     monkeypatch.setattr(cli.os, "access", lambda path, _: path != closed)
     arguments = ["--mode=eval", f"--workdir={closed}"]
-    with pytest.raises(InputError, match="cannot be written .*; results go elsewhere with --out"):
+    with pytest.raises(InputError, match="cannot be written .*; write elsewhere with --out"):
         arguments_of(*arguments)
     arguments_of(*arguments, f"--output={tmp_path / 'scores'}")
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_is_converted_of_a_run_alone(tmp_path):
     for source in (tmp_path / "x.pth", tmp_path):
         texts = ("--mode=convert", f"--output={tmp_path / 'w'}", f"--input={source}")
         arguments = arguments_of(*texts, "--checkpoint=best")
-        with pytest.raises(InputError, match=f"best: --input={source} is no folder of a run"):
+        with pytest.raises(InputError, match=f"best: --input={source} is not a run folder"):
             cli.run_convert(arguments)
 
 

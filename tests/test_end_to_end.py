@@ -91,14 +91,14 @@ def test_converted_weights_are_evaluated_trained_and_gone_on_without(prepared_di
     other = [*training, "--mode=eval", "--checkpoint=init", "--config.data.synthetic.num_classes=4"]
     result = run(other)
     assert result.returncode == 1
-    assert "cls_head/conv2 (4 wide, there 3)" in result.stderr
+    assert "cls_head/conv2 (size 4, weights have 3)" in result.stderr
     result = run([*training, "--mode=eval", "--checkpoint=init"])  # before there is a run
     assert result.returncode == 0, result.stderr
     assert "mean IoU" in result.stderr and "BGR" in result.stderr
 
     result = run(training)
     assert result.returncode == 0, result.stderr
-    assert "starting from released.safetensors" in result.stderr
+    assert "initialised from released.safetensors" in result.stderr
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["model"]["channel_order"] == "BGR"
 
@@ -108,7 +108,7 @@ def test_converted_weights_are_evaluated_trained_and_gone_on_without(prepared_di
     assert result.returncode == 0, result.stderr
     settings += ("contrast.temperature=0",)
     result = run(command(prepared_dir, tmp_path / "other", *TRAIN, settings=settings))
-    assert result.returncode == 1 and "must be a folder that --mode=convert" in result.stderr
+    assert result.returncode == 1 and "must be a folder written by --mode=convert" in result.stderr
     assert "contrast.temperature = 0.0: must be > 0" in result.stderr
     assert not (tmp_path / "other").exists()
 
@@ -140,15 +140,15 @@ def test_the_audit_fails_where_training_would(prepared_dir, tmp_path):
         ([], ["--config: required by --mode=train"]),
         (["--config=configs/nothing.py"], ["configs/nothing.py: no such file"]),
         (["--mode=eval"], ["has no config.json"]),
-        (["--mode=audit"], ["--config: required, as --workdir=", "holds no run"]),
+        (["--mode=audit"], ["--config: required, as --workdir=", "contains no run"]),
         (["--mode=predict"], ["--input: required by --mode=predict"]),
         (["--mode=predict", "--input=x", "--output=y"], ["has no config.json"]),
         (["--mode=convert", "--input=x"], ["--output: required by --mode=convert"]),
         (["--mode=convert", "--input=x", "--output=y"], ["--workdir: not used by --mode=convert"]),
         ([*TRAIN, "--mode=audit", "--process_id=1"], ["--process_id: not used by --mode=audit"]),
         ([*TRAIN, "--mode=eval", "--checkpoint=init"], ["needs --config.model.init_from=FOLDER"]),
-        ([*TRAIN, "--checkpoint=init"], ["--checkpoint=init: training goes on from the latest"]),
-        ([*TRAIN, "stray"], ["stray: not understood"]),
+        ([*TRAIN, "--checkpoint=init"], ["--checkpoint=init: training resumes from the latest"]),
+        ([*TRAIN, "stray"], ["stray: not recognised"]),
         (
             [*TRAIN, "--config.trian.num_steps=2", "--config.seed=x"],
             ["trian.num_steps: no such setting, did you mean train.num_steps?", "seed = x: must"],
@@ -185,6 +185,6 @@ def test_a_workdir_of_another_config_is_refused(trained):
     arguments = command(config.data.prepared_dir, workdir, *TOY, "--config.seed=5")
     result = run(arguments, num_devices=2)
     assert result.returncode == 1
-    assert "holds a run of another config" in result.stderr and "seed = 5: the run has 0" in (
+    assert "contains a run of another config" in result.stderr and "seed = 5: the run has 0" in (
         result.stderr
     )

@@ -9,7 +9,13 @@ import pytest
 
 from contrastseg_jax import files
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.files import lock, require_literal, require_room, to_json, write_atomically
+from contrastseg_jax.files import (
+    lock,
+    require_disk_space,
+    require_literal,
+    to_json,
+    write_atomically,
+)
 
 
 def test_text_and_bytes_are_written_into_new_folders(tmp_path):
@@ -75,24 +81,24 @@ def test_an_error_of_a_lock_that_says_something_else_stays_one(tmp_path, monkeyp
 
 
 def test_room_that_is_needed(tmp_path):
-    require_room(tmp_path, 1000)
+    require_disk_space(tmp_path, 1000)
     with pytest.raises(OSError, match=r"No space left on device: .* needs 1,000,000,000,000,000,"):
-        require_room(tmp_path, 10**18)
+        require_disk_space(tmp_path, 10**18)
 
 
 @pytest.mark.parametrize(
     ("text", "misread", "message"),
     [
-        ("a\\b", files.OF_CHECKPOINTS, r"'\\', which would be read as /"),
-        ("gs:/x", files.OF_CHECKPOINTS, "'gs:/', which would be read as a bucket"),
-        ("gs:", files.OF_CHECKPOINTS, "'gs:/', which would be read as a bucket"),
-        ("a?b", files.OF_PREPARED_DATA, "'[?]', which would be read as the end of the path"),
-        ("a\0b", files.OF_CHECKPOINTS, "the character NUL"),
-        (os.fsdecode(b"a\xff"), files.OF_PREPARED_DATA, "bytes that are not UTF-8"),
+        ("a\\b", files.ORBAX_MISREADS, r"'\\', which would be read as /"),
+        ("gs:/x", files.ORBAX_MISREADS, "'gs:/', which would be read as a bucket"),
+        ("gs:", files.ORBAX_MISREADS, "'gs:/', which would be read as a bucket"),
+        ("a?b", files.TFDS_MISREADS, "'[?]', which would be read as the end of the path"),
+        ("a\0b", files.ORBAX_MISREADS, "the character NUL"),
+        (os.fsdecode(b"a\xff"), files.TFDS_MISREADS, "bytes that are not UTF-8"),
     ],
 )
 def test_paths_that_are_others_to_a_library_are_refused(text, misread, message):
-    with pytest.raises(InputError, match=f"(?s)^--workdir=.*: its path must not have {message}"):
+    with pytest.raises(InputError, match=f"(?s)^--workdir=.*: must not contain {message}"):
         require_literal(Path(text), "--workdir", misread)
 
 
@@ -100,4 +106,4 @@ def test_paths_that_are_others_to_a_library_are_refused(text, misread, message):
     "text", ["exp[1]", "a*b", "{a}", "a%20b", "a#b", " ", "-a", "~", "写真", "/"]
 )
 def test_other_paths_are_taken(text):
-    require_literal(Path(text), "--workdir", files.OF_CHECKPOINTS | files.OF_PREPARED_DATA)
+    require_literal(Path(text), "--workdir", files.ORBAX_MISREADS | files.TFDS_MISREADS)

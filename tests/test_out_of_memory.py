@@ -55,11 +55,11 @@ def explained(function, *arguments):
 @pytest.mark.parametrize(
     ("allocate", "message"),
     [
-        (of_numpy, "not enough memory: Unable to allocate 32.0 TiB"),
-        (of_opencv, "not enough memory: .*Failed to allocate 32000000000000 bytes"),
-        (of_jax, "not enough device memory: RESOURCE_EXHAUSTED: Out of memory"),
-        (of_the_system, "not enough memory: .*Cannot allocate memory"),
-        (without_a_word, "not enough memory: an allocation failed"),
+        (of_numpy, "out of memory: Unable to allocate 32.0 TiB"),
+        (of_opencv, "out of memory: .*Failed to allocate 32000000000000 bytes"),
+        (of_jax, "out of device memory: RESOURCE_EXHAUSTED: Out of memory"),
+        (of_the_system, "out of memory: .*Cannot allocate memory"),
+        (without_a_word, "out of memory: an allocation failed"),
     ],
 )
 def test_every_library_is_understood(allocate, message):
@@ -78,7 +78,7 @@ def test_advice_fits_what_was_being_done(monkeypatch):
     classes = LabelMap(("a",), default_palette(1), {0: 0})
 
     text = explained(predict.predict_image, setup, of_numpy, {}, image)
-    assert text.startswith("not enough memory while predicting: Unable")
+    assert text.startswith("out of memory while predicting: Unable")
     assert "image is too large" in text and "batch_size" not in text
 
     monkeypatch.setattr(evaluate, "make_evaluator", of_numpy)

@@ -28,7 +28,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     data.prepared_dir = "~/.cache/contrastseg_jax"  # where prepared data sets are kept
     data.class_names = ()  # folder, tfds: the classes, in the order of their mask values
     data.ignore_values = (255,)  # folder, tfds: mask values that are no class
-    # Pixels of images as stored, or applied: turned as EXIF data ask viewers to. Masks never are.
+    # Pixels of images as stored, or applied: rotated by EXIF orientation. Masks never are.
     data.exif_orientation = "stored"
     # Bits that the values of images with more than 8 have: 8 to 16, the upper 8 of which are kept.
     # 0: as each file says, and one whose values leave the upper quarters of its range unused, as

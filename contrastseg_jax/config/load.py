@@ -88,8 +88,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     return config
 
 
-def filled_in(config: Config, run: Config) -> Config:
-    """The config of a run, with what it leaves open as it was found when the run began."""
+def inherit_image_format(config: Config, run: Config) -> Config:
+    """The config, with the image format settings it leaves unset taken from the run's config."""
     settings, found = dict(leaves(config)), dict(leaves(run))
     return replaced(config, {path: settings[path] or found[path] for path in LEFT_OPEN})
 

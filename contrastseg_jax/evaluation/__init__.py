@@ -1,1 +1,1 @@
-"""Scores on a split, and predictions for files."""
+"""Evaluation on a split, and predictions for image files."""

@@ -1,4 +1,4 @@
-"""Evaluation on whole images: the metrics of a split, exact on the last batch too."""
+"""Evaluation on whole images: exact metrics of a split, including the last partial batch."""
 
 import functools
 import math
@@ -27,17 +27,17 @@ from contrastseg_jax.evaluation.programs import Programs
 from contrastseg_jax.evaluation.protocols import Protocol, whole_image
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.ops.normalize import normalize
-from contrastseg_jax.ops.resize import most_likely
+from contrastseg_jax.ops.resize import resized_argmax
 from contrastseg_jax.parallel import processes, sharding
 from contrastseg_jax.report import evaluation
-from contrastseg_jax.run import checkpoint
-from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.checkpoint import find_step
+from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import evaluation_folder
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import Batch, SegmentationOutput
-from contrastseg_jax.text import table
+from contrastseg_jax.text import count_of, table
 from contrastseg_jax.weights.load import require_finite
 
 Counts = dict[str, Any]  # by metric
@@ -45,10 +45,10 @@ Counts = dict[str, Any]  # by metric
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A split in batches, the same in every evaluation of a run, and the programs that score it.
+    """The batches of a split, the same in every evaluation of a run, and the programs to score it.
 
-    The network, which takes long to compile, is compiled once per size of images, the scores for
-    each size of labels as well.
+    The network, which takes long to compile, is compiled once per image size; the scores also per
+    label size.
     """
 
     setup: Setup
@@ -62,7 +62,7 @@ class Evaluator:
 def make_evaluator(
     setup: Setup, source: Source, split: str, *, protocol: Protocol = whole_image
 ) -> Evaluator:
-    """What evaluates a split; nothing is compiled yet."""
+    """The evaluator of a split; compiles nothing yet."""
     groups = pipeline.eval_groups(
         source,
         preprocessing=setup.preprocessing,
@@ -72,10 +72,11 @@ def make_evaluator(
     )
     sizes = {group.image_size for group in groups}
     log.info(
-        f"{split}: {len(source)} images are evaluated in {len(groups)} batches; the network is"
-        f" compiled for {len(sizes)} size{'s' if len(sizes) > 1 else ''} of them"
+        f"{split}: {count_of(len(source), 'image')} to evaluate in"
+        f" {count_of(len(groups), 'batch', 'batches')}; compiling the network for"
+        f" {count_of(len(sizes), 'image size')}"
     )
-    everywhere, split_rows = sharding.replicated(setup.mesh), sharding.split(setup.mesh)
+    replicated, split_rows = sharding.replicated(setup.mesh), sharding.batch_sharding(setup.mesh)
     return Evaluator(
         setup=setup,
         split=split,
@@ -83,24 +84,24 @@ def make_evaluator(
         groups=groups,
         network=compile_network(setup, protocol),
         score=programs.by_shape(
-            score, in_shardings=split_rows, out_shardings=(split_rows, everywhere)
+            score, in_shardings=split_rows, out_shardings=(split_rows, replicated)
         ),
     )
 
 
 def compile_network(setup: Setup, protocol: Protocol = whole_image) -> Programs:
-    """`network_logits` on the setup's mesh, for variables and images, compiled when these come."""
-    everywhere, split_rows = sharding.replicated(setup.mesh), sharding.split(setup.mesh)
+    """`network_logits` on the setup's mesh, compiled per shape of variables and images."""
+    replicated, split_rows = sharding.replicated(setup.mesh), sharding.batch_sharding(setup.mesh)
     network = functools.partial(network_logits, setup=setup, protocol=protocol)
     return programs.by_shape(
-        network, in_shardings=(everywhere, split_rows), out_shardings=split_rows
+        network, in_shardings=(replicated, split_rows), out_shardings=split_rows
     )
 
 
 def network_logits(
     variables: Variables, image: UInt8[Array, "b h w 3"], *, setup: Setup, protocol: Protocol
 ) -> Float[Array, "b hs ws k"]:
-    """Logits at the network's output stride, or those that the objective has in their place."""
+    """Logits at the network's output stride, or the objective's if it replaces them."""
     network = {name: variables[name] for name in ("params", "batch_stats")}
     logits_of = setup.objective and setup.objective.logits
 
@@ -114,9 +115,9 @@ def network_logits(
 
 
 def score(logits: Float[Array, "b hs ws k"], batch: Batch) -> tuple[UInt8[Array, "b h w"], Counts]:
-    """Predictions at the size of the labels, and what each metric counts in them.
+    """Predictions at the size of the labels, and the counts of each metric.
 
-    Rows that only fill up carry no labels.
+    Padding rows have no labels.
     """
     image, label = batch.image.shape[1:3], batch.label.shape[1:3]
     image_size, label_size = batch.image_size, batch.label_size
@@ -124,7 +125,9 @@ def score(logits: Float[Array, "b hs ws k"], batch: Batch) -> tuple[UInt8[Array,
         image_size, label_size = (
             jnp.tile(jnp.asarray(size, jnp.int32), (len(logits), 1)) for size in (image, label)
         )
-    prediction = most_likely(logits, image_size, label_size, padded_image=image, padded_label=label)
+    prediction = resized_argmax(
+        logits, image_size, label_size, padded_image=image, padded_label=label
+    )
     counts = {
         name: metric.count(batch.label, prediction, num_classes=logits.shape[-1])
         for name, metric in METRICS.items()
@@ -133,33 +136,33 @@ def score(logits: Float[Array, "b hs ws k"], batch: Batch) -> tuple[UInt8[Array,
 
 
 def require_memory(evaluator: Evaluator, variables: Variables) -> None:
-    """Raise an error if the largest images of a split, or the largest labels, do not fit."""
+    """Raise an InputError if the largest images or labels of a split do not fit into memory."""
     for size_of in (attrgetter("image_size"), attrgetter("label_size")):
         group_of = {size_of(group): group for group in reversed(evaluator.groups)}
         height, width = max(group_of, key=math.prod)
         group = group_of[height, width]
         try:
-            processes.together(functools.partial(_compile, evaluator, variables, group))
+            processes.sync_errors(functools.partial(_compile, evaluator, variables, group))
         except InputError as error:
             name = evaluator.source[group.example_ids[0]]["name"].decode()
             raise InputError(
-                f"{evaluator.split}, image {name}: to evaluate {batch_size(evaluator.setup)} at a"
+                f"{evaluator.split}, image {name}: evaluating {batch_size(evaluator.setup)} at a"
                 f" time, padded to {width}x{height} pixels, {error}; lower eval.batch_size or"
                 " data.short_side, or cut it into tiles"
             ) from error
 
 
 def _compile(evaluator: Evaluator, variables: Variables, group: EvalGroup) -> None:
-    """Compile both programs for a group's sizes."""
+    """Compile both programs for the sizes of a group."""
     setup = evaluator.setup
-    num_rows, by_rows = batch_size(setup), sharding.split(setup.mesh)
-    everywhere = sharding.replicated(setup.mesh)
+    num_rows, by_rows = batch_size(setup), sharding.batch_sharding(setup.mesh)
+    replicated = sharding.replicated(setup.mesh)
 
     def rows(dtype: Any, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((num_rows, *size), dtype, sharding=by_rows)
 
     variables = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), variables
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), variables
     )
     image, label = rows(np.uint8, *group.image_size, 3), rows(np.uint8, *group.label_size)
     sizes = (rows(np.int32, 2),) * 2 if setup.config.data.short_side else ()
@@ -183,10 +186,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of a split, after `step` steps of training.
 
-    They go to `folder/metrics.json`, and to `folder/index.html` together with the first images of
-    process 0, drawn beside label and prediction. Classes that are never predicted are named, with
-    the weights of an audit in the workdir. `before_batch` is given the error of a batch that cannot
-    be made, and may raise that or another one to end it early.
+    They are written to `folder/metrics.json` and `folder/index.html`, which also shows the first
+    images of process 0 with labels and predictions. Classes that are never predicted are logged,
+    with the class weights of an audit in the workdir. `before_batch` receives the error if a batch
+    could not be made, and may raise to end the evaluation.
     """
     require_finite(variables, step)
     setup, panels = evaluator.setup, []
@@ -215,7 +218,7 @@ def evaluate(
     def write() -> None:
         evaluation.save_evaluation(folder, results, panels, advice)
 
-    processes.together(write if processes.is_first() else lambda: None)
+    processes.sync_errors(write if processes.is_first() else lambda: None)
     return results
 
 
@@ -235,7 +238,7 @@ def make_batches(evaluator: Evaluator) -> Iterator[Batch]:
 def _asking(
     batches: Iterator[Batch], before_batch: Callable[[Exception | None], None]
 ) -> Iterator[Batch]:
-    """The batches; `before_batch` is asked before each, and at the end."""
+    """The batches, calling `before_batch` before each one and at the end."""
     while True:
         batch, error = None, None
         try:
@@ -255,7 +258,7 @@ def _draw_panels(
     folder: Path,
     most: int,
 ) -> list[str]:
-    """Draws the first images of this process's rows; the names of their files."""
+    """Draw the first images of this process's rows; returns their file names."""
     if most <= 0:
         return []
     drawn, predicted = [], sharding.local_rows(prediction)
@@ -279,7 +282,7 @@ def _draw_panels(
 
 
 def unpredicted_advice(setup: Setup, names: Sequence[str], workdir: Path) -> str:
-    """What may help classes that are labelled and never predicted; nothing where there are none."""
+    """Advice for classes that are labelled but never predicted; empty if there are none."""
     if not names:
         return ""
     advice = f"labelled but never predicted: {', '.join(names)}; "
@@ -288,34 +291,34 @@ def unpredicted_advice(setup: Setup, names: Sequence[str], workdir: Path) -> str
     advice += "class weights may help, in a new run"
     weights = audited_class_weights(workdir, setup.classes.names)
     if weights is None:
-        return f"{advice}: --mode=audit --workdir={workdir} computes some"
+        return f"{advice}: --mode=audit --workdir={workdir} computes them"
     return f'{advice}: --config.loss.class_weights="({", ".join(map(str, weights))})"'
 
 
 def batch_size(setup: Setup) -> int:
-    """Images of a batch over all devices: eval.batch_size, rounded up to a multiple of them."""
+    """Global batch size: eval.batch_size, rounded up to a multiple of the devices."""
     num_devices = setup.mesh.size
     return -(-setup.config.eval.batch_size // num_devices) * num_devices
 
 
 def evaluate_run(
-    setup: Setup, workdir: Path, which: str, split: str, output: Path | None = None
+    setup: Setup, workdir: Path, checkpoint: str, split: str, output: Path | None = None
 ) -> None:
     """Evaluate a checkpoint of a workdir, and print the table of its scores.
 
-    `output`: where results go instead of a folder in the workdir, in which nothing is written then.
+    `output`: folder for the results; then nothing is written to the workdir.
     """
-    if which != "init":  # before the data are read, which may take long
-        processes.together(lambda: checkpoint.find_step(workdir, which))
+    if checkpoint != "init":  # before reading the data, which may take long
+        processes.sync_errors(lambda: find_step(workdir, checkpoint))
     source = processes.first_then_others(lambda: open_split(setup.data, split))
-    given = {"images": len(source), "--checkpoint": which, "--split": split}
+    given = {"images": len(source), "--checkpoint": checkpoint, "--split": split}
     processes.require_same(dict(leaves(setup.config)) | given)
-    log.info(f"{setup.data.name}: {len(source)} images to evaluate, of {split}")
+    log.info(f"{setup.data.name}: {count_of(len(source), 'image')} to evaluate, split {split}")
     log.info(label_table(setup.classes))
     evaluator = make_evaluator(setup, source, split)
-    variables, step = load_network(setup, workdir, which)
-    # Makes the folder, so not before all that may be refused.
-    keep_compiled(setup.config, None if output else workdir)
+    variables, step = load_network(setup, workdir, checkpoint)
+    # Creates the folder, so only after everything that may be rejected.
+    set_compilation_cache(setup.config, None if output else workdir)
     require_memory(evaluator, variables)
     folder = output or evaluation_folder(workdir, step, split)
     results = evaluate(evaluator, variables, step, folder=folder, workdir=workdir)

@@ -1,4 +1,4 @@
-"""Which images to predict, and what their results are called."""
+"""Finding the images to predict, and naming their results."""
 
 import glob
 import os
@@ -12,35 +12,35 @@ from contrastseg_jax.data.audit.examples import Finding
 from contrastseg_jax.data.images import IMAGE_SUFFIXES
 from contrastseg_jax.data.walk import files_below
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.text import count_of
 
-RESULTS = ("masks", "overlays", "legend.png")  # what a prediction writes into its output
+RESULTS = ("masks", "overlays", "legend.png")  # what a prediction writes to its output
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is to be predicted, and what is not."""
+    """The files to predict, and what was skipped."""
 
-    files: dict[str, Path]  # by the name of their results
-    others: Counter[str]  # files that are no images, by suffix
+    files: dict[str, Path]  # by the name of their result
+    others: Counter[str]  # files that are not images, by suffix
     problems: list[str]  # folders that cannot be read
-    renamed: int  # files whose results would have had the name of others
+    renamed: int  # files whose results got a longer name, as another file has the same
 
 
 def find_images(inputs: Sequence[str], output: Path) -> Inputs:
-    """The images of files, folders and patterns; results of an earlier prediction are left out.
+    """Images of files, folders and patterns, without the results of an earlier prediction.
 
-    A file is taken whatever its suffix; of folders, and of what a pattern matches, the files with
-    the suffix of an image. Links are followed, and give their own name. Results are named by the
-    path below the folder, or from the pattern's wildcard on, without suffix. Files that would share
-    a name keep their suffixes, or where these are the same, their paths below the folder that all
-    of the inputs lie in.
+    A file is used whatever its suffix; from folders and patterns, only files with an image suffix.
+    Links are followed, but keep their own name. Results are named by the path relative to the
+    folder, or from the pattern's wildcard on, without suffix. Files whose names would collide keep
+    their suffixes, or if those are equal, their paths relative to the common parent of all inputs.
 
     Raises:
-        InputError: an input does not exist or holds no image, or the results would lie among the
-            images.
+        InputError: an input does not exist or contains no image, or the results would be written
+            among the images.
     """
     findings: list[Finding] = []
-    found: dict[Path, Path] = {}  # paths, and how far they name the results
+    found: dict[Path, Path] = {}  # paths, and the relative paths that name the results
     others: Counter[str] = Counter()
     results = [Path(os.path.realpath(output / name)) for name in RESULTS]
     for text in inputs:
@@ -48,7 +48,7 @@ def find_images(inputs: Sequence[str], output: Path) -> Inputs:
         skipped: Counter[str] = Counter()
         for path, start, suffixes in _matches(text):
             if path.is_dir():
-                _refuse_among_images(path, output)
+                _require_separate_output(path, output)
             for file in files_below(path, findings) if path.is_dir() else (path,):
                 real = Path(os.path.realpath(file.parent), file.name)
                 if any(real.is_relative_to(result) for result in results):
@@ -60,33 +60,32 @@ def find_images(inputs: Sequence[str], output: Path) -> Inputs:
                 found.setdefault(file, file.relative_to(start))
         if is_empty:
             new = findings[num_earlier:]
-            reasons = [told(skipped), *(finding.message for finding in new)]
+            reasons = [skipped_message(skipped), *(finding.message for finding in new)]
             raise InputError(
                 "; ".join(
-                    [f"--input={text}: holds no image ({' '.join(IMAGE_SUFFIXES)})"]
+                    [f"--input={text}: contains no image ({' '.join(IMAGE_SUFFIXES)})"]
                     + [reason for reason in reasons if reason]
                 )
             )
         others += skipped
-    names = _distinct(found)
+    names = _unique_names(found)
     renamed = sum(Path(name) != found[path].with_suffix("") for name, path in names.items())
     problems = list(dict.fromkeys(finding.message for finding in findings))
     return Inputs(names, others, problems, renamed)
 
 
-def told(others: Counter[str]) -> str:
-    """What is said of files that are no images; nothing of none."""
+def skipped_message(others: Counter[str]) -> str:
+    """A log line about files that are not images; empty if there are none."""
     if not others:
         return ""
-    number = others.total()
-    kinds = ", ".join(f"{suffix} {times}" for suffix, times in sorted(others.items()))
-    return f"{number} file{'s are' if number > 1 else ' is'} not predicted: {kinds}"
+    kinds = ", ".join(f"{suffix} {number}" for suffix, number in sorted(others.items()))
+    return f"skipped {count_of(others.total(), 'file')}, not images: {kinds}"
 
 
 def _matches(text: str) -> Iterator[tuple[Path, Path, tuple[str, ...]]]:
-    """What an input stands for: paths, where names begin, the suffixes to take; none: any."""
+    """Expand an input: paths, the folder of their names, and allowed suffixes (none: any)."""
     path = Path(os.path.abspath(os.path.expanduser(text)))
-    if os.path.lexists(path):  # before it is read as a pattern: names may have brackets
+    if os.path.lexists(path):  # before trying it as a pattern: names may contain brackets
         yield (path, path, IMAGE_SUFFIXES) if path.is_dir() else (path, path.parent, ())
         return
     start = next(folder for folder in path.parents if os.path.lexists(folder))
@@ -100,18 +99,18 @@ def _matches(text: str) -> Iterator[tuple[Path, Path, tuple[str, ...]]]:
         yield start / match, start, IMAGE_SUFFIXES
 
 
-def _refuse_among_images(folder: Path, output: Path) -> None:
-    """Raise an error for an output that is the input, or that has it for its masks."""
+def _require_separate_output(folder: Path, output: Path) -> None:
+    """Raise an InputError if the input folder is the output or one of its results."""
     for place in (output, *(output / name for name in RESULTS)):
         if os.path.realpath(place) == os.path.realpath(folder):
             raise InputError(
-                f"--output={output}: its masks would lie among the images of --input={folder};"
-                " it must be another folder"
+                f"--output={output}: masks would be written among the images of --input={folder};"
+                " choose another folder"
             )
 
 
-def _distinct(found: Mapping[Path, Path]) -> dict[str, Path]:
-    """The files by the shortest of their names that no other file has."""
+def _unique_names(found: Mapping[Path, Path]) -> dict[str, Path]:
+    """The files by the shortest of their names that is unique."""
     shared = os.path.commonpath([path.parent for path in found])
     names = [
         [name.as_posix() for name in (below.with_suffix(""), below, path.relative_to(shared))]

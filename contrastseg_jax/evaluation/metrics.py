@@ -1,4 +1,4 @@
-"""Metrics of a split, exact whatever its batches; the only definition of mIoU."""
+"""Metrics of a split, exact for any batching; the only definition of mIoU."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ def confusion_matrix(
 
 
 def iou(confusion: Int[np.ndarray, "k k"]) -> Float[np.ndarray, " k"]:
-    """Intersection over union per class; NaN for a class that neither truth nor prediction has."""
+    """Intersection over union per class; NaN for a class in neither label nor prediction."""
     hit = np.diag(confusion).astype(np.float64)
     union = confusion.sum(0) + confusion.sum(1) - hit
     return np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)
 
 
 def mean_iou(confusion: Int[np.ndarray, "k k"]) -> float:
-    """Mean IoU over the classes that truth or prediction has; NaN if there is none."""
+    """Mean IoU over the classes that occur in label or prediction; NaN if there are none."""
     values = iou(confusion)
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
@@ -40,14 +40,14 @@ def never_predicted(confusion: Int[np.ndarray, "k k"]) -> list[int]:
 
 
 def pixel_accuracy(confusion: Int[np.ndarray, "k k"]) -> float:
-    """Share of labelled pixels that are predicted rightly; NaN without any."""
+    """Share of labelled pixels predicted correctly; NaN if none is labelled."""
     total = confusion.sum()
     return float(np.diag(confusion).sum() / total) if total else float("nan")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Scores that follow from whole numbers which add up over the batches of a split."""
+    """Scores computed from integer counts that are summed over the batches of a split."""
 
     # (label u8[b h w], prediction i32[b h w], *, num_classes) -> i32 arrays of a batch, on devices
     count: Callable[..., Any]
@@ -58,7 +58,7 @@ class Metric:
 def segmentation_scores(
     confusion: Int[np.ndarray, "k k"], class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Mean IoU, pixel accuracy, IoU by class, and what they follow from."""
+    """Mean IoU, pixel accuracy, IoU per class, and the confusion matrix."""
     return {
         "mean_iou": mean_iou(confusion),
         "pixel_accuracy": pixel_accuracy(confusion),
@@ -68,5 +68,5 @@ def segmentation_scores(
     }
 
 
-# All that an evaluation computes; their scores lie side by side in metrics.json.
+# All metrics of an evaluation; metrics.json has their scores merged.
 METRICS = {"segmentation": Metric(confusion_matrix, segmentation_scores)}

@@ -28,42 +28,43 @@ from contrastseg_jax.data.spec import Decoding, LabelMap
 from contrastseg_jax.errors import InputError, best_effort, listed
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.evaluate import compile_network
-from contrastseg_jax.evaluation.inputs import RESULTS, find_images, told
+from contrastseg_jax.evaluation.inputs import RESULTS, find_images, skipped_message
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.models.segmenter import Variables
-from contrastseg_jax.ops.resize import most_likely
+from contrastseg_jax.ops.resize import resized_argmax
 from contrastseg_jax.out_of_memory import is_out_of_memory
-from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
+from contrastseg_jax.text import count_of
 
 LogitsFn = Callable[[Variables, Any], Any]
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # which no other file will get either
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors that every other file would get too
 
-most_likely_programs = programs.by_shape(most_likely)
+argmax_programs = programs.by_shape(resized_argmax)
 
 
 def predict_run(
-    setup: Setup, workdir: Path, which: str, inputs: Sequence[str], output: Path
+    setup: Setup, workdir: Path, checkpoint: str, inputs: Sequence[str], output: Path
 ) -> None:
-    """Predict files, folders and what patterns match into `output`.
+    """Predict files, folders and patterns into `output`.
 
-    For `a/b.jpg` come `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg`, or a
-    PNG where a side is too long for a JPEG. A file that cannot be read, or takes more memory than
-    is there, does not stop the others; all such are in the error at the end.
+    Writes `masks/a/b.png` (mask values of the data set) and `overlays/a/b.jpg` for `a/b.jpg`; the
+    overlay is a PNG if a side is too long for a JPEG. A file that cannot be read or does not fit
+    into memory does not stop the others; the error at the end lists all of them.
     """
     found = find_images(inputs, output)
-    _require_own(output)
-    variables, _ = load_network(setup, workdir, which)
-    keep_compiled(setup.config, workdir)
+    _require_own_output(output)
+    variables, _ = load_network(setup, workdir, checkpoint)
+    set_compilation_cache(setup.config, workdir)
     logits_fn = functools.partial(programs.run, compile_network(setup))
-    _begin(output, setup.classes)
-    for line in (told(found.others), _told_renamed(found.renamed)):
+    _make_folders(output, setup.classes)
+    for line in (skipped_message(found.others), _renamed_message(found.renamed)):
         if line:
             log.info(line)
-    problems, num_predicted, num_turned, num_long = [*found.problems], 0, 0, 0
+    problems, num_predicted, num_rotated, num_long = [*found.problems], 0, 0, 0
     files = _by_size(setup, found.files)
     with logging_redirect_tqdm([log]):
         for number, (name, path) in enumerate(tqdm(files, unit="image", disable=None), start=1):
@@ -80,16 +81,16 @@ def predict_run(
                 continue
             num_predicted += 1
             if setup.data.exif_orientation == "stored":
-                num_turned += has_exif_orientation(content, str(path))
+                num_rotated += has_exif_orientation(content, str(path))
             num_long += _is_long(image)
-    log.info(f"{num_predicted} of {len(found.files)} images predicted: {output}")
-    if num_turned:
+    log.info(f"predicted {num_predicted} of {count_of(len(found.files), 'image')}: {output}")
+    if num_rotated:
         log.info(
-            f"{num_turned} of them taken as stored, which EXIF data ask viewers to turn;"
-            " --config.data.exif_orientation=applied turns them"
+            f"{count_of(num_rotated, 'image')} with an EXIF orientation, which was ignored;"
+            " --config.data.exif_orientation=applied rotates by EXIF orientation"
         )
     if num_long:
-        log.info(f"{num_long} of the overlays are PNG: a side is too long for a JPEG")
+        log.info(f"{count_of(num_long, 'overlay')} written as PNG: a side is too long for JPEG")
     if problems:
         raise listed(" ".join(inputs), problems, limit=len(problems))
 
@@ -100,10 +101,10 @@ def predict_image(
     variables: Variables,
     image: UInt8[np.ndarray, "h w 3"],
 ) -> UInt8[np.ndarray, "h w"]:
-    """Class ids at the image's own size; the network sees it as in an evaluation.
+    """Class ids at the image's original size; preprocessed as in evaluation.
 
     Raises:
-        InputError: the image is too large, as it is or resized.
+        InputError: the image is too large, originally or after resizing.
     """
     own_size, multiple = (image.shape[0], image.shape[1]), setup.config.eval.pad_multiple
     short_side, color = setup.preprocessing.short_side, setup.preprocessing.pad_color
@@ -112,7 +113,7 @@ def predict_image(
     size = resized_size(own_size, short_side)
     padded = pad(resize_image(image, size), padded_size(size, multiple), color)[None]
     classes = programs.run(
-        most_likely_programs,
+        argmax_programs,
         logits_fn(variables, padded),
         *(np.array([size], np.int32), np.array([own_size], np.int32)),
         padded_image=padded.shape[1:3],
@@ -121,20 +122,20 @@ def predict_image(
     return np.asarray(classes)[0, : own_size[0], : own_size[1]].astype(np.uint8)
 
 
-def _require_own(output: Path) -> None:
-    """Raise an error for a folder that holds masks of something else, which would be replaced."""
+def _require_own_output(output: Path) -> None:
+    """Raise an InputError for a folder with other files, which might be overwritten."""
     *folders, legend = RESULTS
     for name in folders:
         folder = output / name
         if folder.is_dir() and any(folder.iterdir()) and not (output / legend).exists():
             raise InputError(
-                f"--output={output}: {folder} holds files that are no prediction's (there is no"
+                f"--output={output}: {folder} contains files that are not predictions (there is no"
                 f" {legend}); choose another folder"
             )
 
 
-def _begin(output: Path, classes: LabelMap) -> None:
-    """Makes the folders of the results, to see that they can be written."""
+def _make_folders(output: Path, classes: LabelMap) -> None:
+    """Create the folders for the results, and check that they are writable."""
     *folders, legend = RESULTS
     try:
         for name in folders:
@@ -147,7 +148,7 @@ def _begin(output: Path, classes: LabelMap) -> None:
 
 
 def _by_size(setup: Setup, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
-    """The files in the order of their padded sizes: for each the network is compiled once."""
+    """The files ordered by padded size: the network is compiled once for each."""
     config, read_size = setup.config, functools.partial(_size, decoding=setup.data.decoding)
     own_sizes = in_parallel(read_size, files.values(), "Reading sizes")
     sizes = {}
@@ -156,14 +157,14 @@ def _by_size(setup: Setup, files: Mapping[str, Path]) -> list[tuple[str, Path]]:
         sizes[name] = padded_size(resized, config.eval.pad_multiple)
     number = len({size for size in sizes.values() if all(size)})
     log.info(
-        f"{len(files)} images to predict; the network is compiled for {number} padded"
-        f" size{'s' if number > 1 else ''} of them"
+        f"{count_of(len(files), 'image')} to predict; compiling the network for"
+        f" {count_of(number, 'padded image size')}"
     )
     return [(name, files[name]) for name in sorted(files, key=lambda name: sizes[name])]
 
 
 def _size(path: Path, decoding: Decoding) -> tuple[int, int]:
-    """(height, width) from a file's header; zeros where decoding will say what is wrong with it."""
+    """(height, width) from a file's header; zeros if it is invalid, which decoding will report."""
     try:
         return image_size(path.read_bytes(), str(path), decoding)
     except (OSError, InputError, MemoryError):
@@ -197,19 +198,19 @@ def _is_long(image: UInt8[np.ndarray, "h w 3"]) -> bool:
     return max(image.shape) > JPEG_SIDE
 
 
-def _told_renamed(number: int) -> str:
+def _renamed_message(number: int) -> str:
     if not number:
         return ""
-    return f"{number} files share their names with others; their results have longer ones"
+    return f"{count_of(number, 'result')} with a longer name, as other inputs have the same name"
 
 
 def _problem(path: Path, error: Exception) -> str:
-    """What went wrong with a file, beginning with its name; raises what is the program's fault."""
+    """What went wrong with a file, starting with its name; re-raises bugs."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if is_out_of_memory(error):
-        text = f"not enough memory ({text})"
+        text = f"out of memory ({text})"
     elif isinstance(error, OSError):
-        text = f"its results cannot be written ({error.strerror})"
+        text = f"results cannot be written ({error.strerror})"
     elif isinstance(error, RuntimeError):
         raise error
     return text if text.startswith(str(path)) else f"{path}: {text}"

@@ -1,4 +1,4 @@
-"""Programs compiled for the shapes of their arguments, when these come, and only if they fit."""
+"""Programs compiled per argument shapes, on demand, and only if they fit into memory."""
 
 import functools
 from collections.abc import Callable
@@ -9,18 +9,20 @@ import jax
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.parallel import device_memory
 
-KEPT = 32  # programs of a function; each takes 20 MB and more, and sizes of images may be thousands
+MAX_PROGRAMS = (
+    32  # programs of a function; each takes 20 MB and more, and sizes of images may be thousands
+)
 
 Programs = Callable[..., jax.stages.Compiled]
 
 
 def by_shape(function: Callable[..., Any], **settings: Any) -> Programs:
-    """What compiles a function for arguments: arrays, or their shapes; keywords are static.
+    """A compiler of a function for given arguments, arrays or shapes; keywords are static.
 
-    The newest `KEPT` programs are kept. `settings`: of `jax.jit`.
+    The newest `MAX_PROGRAMS` programs are cached. `settings`: passed to `jax.jit`.
 
     Raises:
-        InputError: (what it gives) the program needs more memory than is there.
+        InputError: (when called) the program needs more memory than is free.
     """
     kept: dict[Any, jax.stages.Compiled] = {}
 
@@ -29,9 +31,9 @@ def by_shape(function: Callable[..., Any], **settings: Any) -> Programs:
         shapes = [(x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in arrays]
         key = (structure, *shapes, *sorted(static.items()))
         if key not in kept:
-            if len(kept) == KEPT:
+            if len(kept) == MAX_PROGRAMS:
                 del kept[next(iter(kept))]
-            # By a jit of its own: JAX holds on to what one has compiled for as long as it lives.
+            # With its own jit, as JAX keeps the compiled programs of a jit as long as it lives.
             jitted = jax.jit(functools.partial(function, **static), **settings)
             compiled = jitted.lower(*arguments).compile()
             require_memory(compiled)
@@ -42,16 +44,16 @@ def by_shape(function: Callable[..., Any], **settings: Any) -> Programs:
 
 
 def run(programs: Programs, *arguments: Any, **static: Any) -> Any:
-    """What the program for some arguments makes of them."""
+    """Run the program compiled for these arguments."""
     return programs(*arguments, **static)(*arguments)
 
 
 def require_memory(program: jax.stages.Compiled) -> None:
-    """Raise an error if a program needs more memory than a device has left: it would be killed."""
+    """Raise an InputError if a program needs more memory than a device has free."""
     memory, free = program.memory_analysis(), device_memory.free_bytes()
     if memory is None:  # not every backend knows
         return
     need = memory.argument_size_in_bytes + memory.output_size_in_bytes
     need += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     if need > free:
-        raise InputError(f"takes {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
+        raise InputError(f"needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")

@@ -1,6 +1,6 @@
-"""How the logits of an image come from those of a network: of one pass, or of several combined.
+"""Evaluation protocols: the logits of an image, from one or several passes of the network.
 
-Logits are combined at the network's stride: an array of image size times classes never exists.
+Logits are combined at the network's stride; full-size logits are never materialised.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt8
 Images = UInt8[Array, "b h w 3"]
 Logits = Float[Array, "b hs ws k"]
 Network = Callable[[Images], Logits]  # of images of any size
-Protocol = Callable[[Network, Images], Logits]  # pure; the stride is that of the network
+Protocol = Callable[[Network, Images], Logits]  # pure; at the network's stride
 
 
 def whole_image(network: Network, image: Images) -> Logits:

@@ -1,1 +1,1 @@
-"""Losses on logits."""
+"""Segmentation losses."""

@@ -12,7 +12,7 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Class-weighted cross entropy over labelled pixels: Σ w_y · ce / Σ w_y (PyTorch's mean).
 
-    Labels that are no class (IGNORE_LABEL) have weight 0. Pixels of weight 0 never matter, whatever
+    Labels that are no class (IGNORE_LABEL) have weight 0. Pixels of weight 0 are ignored, whatever
     their logits; NaN at any other makes the loss NaN. `class_weights`: one per class, or empty for
     1 everywhere. Original: `FSCELoss`.
     """

@@ -1,1 +1,1 @@
-"""What is trained beside the segmentation loss, each with a state of its own."""
+"""Auxiliary objectives trained along with the segmentation loss, each with its own state."""

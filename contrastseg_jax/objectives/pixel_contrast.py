@@ -20,7 +20,7 @@ from contrastseg_jax.structs import MemoryBank, SegmentationOutput
 def pixel_contrast(
     contrast: Any, memory: Any, *, num_classes: int, proj_dim: int, mesh: Mesh
 ) -> Objective:
-    """Pixel contrast as the groups `contrast` and `memory` of a config say."""
+    """The pixel contrast objective, from the config groups `contrast` and `memory`."""
     has_bank = contrast.candidates in ("memory", "both")
     split = has_bank and memory.sharding == "slots"
     init = partial(
@@ -39,7 +39,7 @@ def pixel_contrast(
         update=partial(
             update_bank, pixels_per_class=memory.pixels_per_class, mesh=mesh, split=split
         ),
-        sharding=sharding.slots_sharding if split else sharding.everywhere,
+        sharding=sharding.bank_sharding if split else sharding.replicated_tree,
     )
 
 
@@ -60,7 +60,7 @@ def contrast_loss(
     holds a part of the bank's slots.
     """
     anchors = sample_anchors(
-        embedding_of(output),
+        require_embedding(output),
         label,
         lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32),
         image_rng,
@@ -106,7 +106,7 @@ def update_bank(
     """
     if bank is None:
         return None, {}
-    embedding, num_classes = embedding_of(output), bank.pixel.shape[0]
+    embedding, num_classes = require_embedding(output), bank.pixel.shape[0]
     pixel = memory_bank.pixel_keys(
         *(embedding, label, image_rng), num_classes=num_classes, pixels_per_class=pixels_per_class
     )
@@ -118,16 +118,16 @@ def update_bank(
 
 
 def num_anchors(given: int, map_size: tuple[int, ...]) -> int:
-    """Anchors of each image: as many as `given`, or where that is 0 by the size of the map.
+    """Anchors per image: `given`, or if that is 0, by the size of the embedding map.
 
-    A sixteenth of its cells, at least 16 and at most 512. The cost of the contrast loss grows with
-    their square, that of the network with the cells.
+    A sixteenth of its cells, clipped to 16..512. The cost of the contrast loss is quadratic in the
+    anchors, that of the network linear in the cells.
     """
     return given or min(max(math.prod(map_size) // 16, 16), 512)
 
 
-def embedding_of(output: SegmentationOutput) -> Float[Array, "b hs ws d"]:
-    """The embeddings, which a network without a projection head does not have."""
+def require_embedding(output: SegmentationOutput) -> Float[Array, "b hs ws d"]:
+    """The embeddings; ValueError for a network without a projection head."""
     if output.embedding is None:
         raise ValueError("pixel contrast needs a network with a projection head")
     return output.embedding

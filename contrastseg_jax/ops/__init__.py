@@ -1,1 +1,1 @@
-"""What training, evaluation and networks share."""
+"""Array operations shared by training, evaluation and networks."""

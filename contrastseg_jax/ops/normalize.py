@@ -1,4 +1,4 @@
-"""Images as a network takes them."""
+"""Image normalisation, inside the jitted programs."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
@@ -7,7 +7,7 @@ from contrastseg_jax.structs import ImageFormat
 
 
 def normalize(image: UInt8[Array, "b h w 3"], image_format: ImageFormat) -> Float[Array, "b h w 3"]:
-    """Images as a network takes them."""
+    """Subtract the mean, divide by the std, and put the channels into the network's order."""
     mean = jnp.asarray(image_format.mean, jnp.float32)
     std = jnp.asarray(image_format.std, jnp.float32)
     normalized = (image.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]

@@ -1,4 +1,4 @@
-"""Bilinear resizing to any size, corners aligned."""
+"""Bilinear resizing with aligned corners, argmax of resized logits, and labels at a stride."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +10,8 @@ import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int, UInt8
 
-# Most elements of a matrix of interpolation: 512 -> 2048 has as many. It grows with the square of
-# a side, an image with its area; so what is longer is gathered.
+# Largest interpolation matrix, in elements: that of 512 -> 2048. It grows quadratically with the
+# side, so longer axes are gathered instead.
 MATRIX_SIZE = 1 << 20
 
 
@@ -23,14 +23,14 @@ class Taps(NamedTuple):
 
 
 def resize_bilinear(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
-    """Resize to `size` (h2, w2) so that the corner pixels keep their place and value.
+    """Resize to `size` (h2, w2); corner pixels keep their position and value.
 
     As PyTorch's `F.interpolate(mode="bilinear", align_corners=True)`, which the original uses for
     features and logits alike: output i reads the input at i * (h - 1) / (h2 - 1), or at 0 where
     h2 is 1. No anti-aliasing when shrinking.
 
-    Each axis is a small matrix product: the gather that it replaces has a scatter for a gradient.
-    Only where the matrix would be large (`MATRIX_SIZE`) it is a gather.
+    Each axis is a small matrix product, as the gradient of a gather is a scatter. Only where the
+    matrix would exceed `MATRIX_SIZE` a gather is used.
     """
     b, h, w, c = x.shape
     h2, w2 = size
@@ -52,7 +52,7 @@ def resize_bilinear(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[
     return x.reshape(b, h2, w2, c)
 
 
-def most_likely(
+def resized_argmax(
     logits: Float[Array, "b hs ws k"],
     image_size: Int[Array, "b 2"],
     label_size: Int[Array, "b 2"],
@@ -60,18 +60,19 @@ def most_likely(
     padded_image: tuple[int, int],
     padded_label: tuple[int, int],
 ) -> Int[Array, "b h w"]:
-    """Classes of images at the sizes of their labels, which differ from row to row.
+    """Argmax of logits resized to the sizes of the labels, which differ from row to row.
 
-    For each row as `resize_bilinear` to `padded_image`, a crop of `image_size` (height, width) in
-    the upper left corner, `resize_bilinear` to `label_size`, and argmax. That lies in the upper
-    left corner of `padded_label` (h, w), and its last row and column are repeated around it.
+    Equivalent, for each row, to `resize_bilinear` to `padded_image`, cropping `image_size` (height,
+    width) from the upper left corner, `resize_bilinear` to `label_size`, and argmax. The result is
+    in the upper left corner of `padded_label` (h, w); its last row and column are repeated as
+    padding.
 
-    Each axis is one interpolation for both resizes and the crop, as in `resize_bilinear` a matrix
-    product or a gather. The classes come one by one: all logits at the size of labels would be the
-    largest array of an evaluation.
+    Both resizes and the crop are fused into one interpolation per axis, a matrix product or a
+    gather as in `resize_bilinear`. It scans over the classes: all logits at the size of the labels
+    would be the largest array of an evaluation.
     """
     rows, columns = (
-        _taps_of_crop(
+        _crop_taps(
             *(logits.shape[1 + axis], padded_image[axis], image_size[:, axis]),
             *(label_size[:, axis], padded_label[axis]),
         )
@@ -80,15 +81,15 @@ def most_likely(
     resize_rows = _interpolation(rows, logits.shape[1], axis=0)
     resize_columns = _interpolation(columns, logits.shape[2], axis=1)
 
-    def compare(best: tuple[Array, Array], of_class: tuple[Array, Array]) -> tuple[Any, None]:
-        (largest, classes), (number, x) = best, of_class
+    def compare(best: tuple[Array, Array], current: tuple[Array, Array]) -> tuple[Any, None]:
+        (largest, classes), (number, x) = best, current
         x = resize_rows(resize_columns(x))
         return (jnp.maximum(x, largest), jnp.where(x > largest, number, classes)), None
 
     shape = (logits.shape[0], *padded_label)
-    none = jnp.full(shape, -jnp.inf, logits.dtype), jnp.zeros(shape, jnp.int32)
+    start = jnp.full(shape, -jnp.inf, logits.dtype), jnp.zeros(shape, jnp.int32)
     numbers = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    (_, classes), _ = jax.lax.scan(compare, none, (numbers, jnp.moveaxis(logits, -1, 0)))
+    (_, classes), _ = jax.lax.scan(compare, start, (numbers, jnp.moveaxis(logits, -1, 0)))
     return classes
 
 
@@ -114,7 +115,7 @@ def _gather(x: Array, taps: Taps, axis: int) -> Array:
 
 
 def _matrix(taps: Taps, size: int) -> Any:
-    """The matrix `f[new size]` that does the same; each row sums to 1."""
+    """The same interpolation as a matrix `f[new size]`; each row sums to 1."""
     places = np.arange(size, dtype=np.int32)[None]
     parts = [
         taps.weight[:, tap, None] * (taps.index[:, tap, None] == places).astype(taps.weight.dtype)
@@ -132,19 +133,19 @@ def _taps(size: int, new_size: int) -> Taps:
     return Taps(index.astype(np.int32), weight)
 
 
-def _taps_of_crop(
+def _crop_taps(
     size: int,
     padded: int,
     crop: Int[Array, " b"],
     new_size: Int[Array, " b"],
     new_padded: int,
 ) -> Taps:
-    """Interpolation from `size` to `padded`, then of its first `crop` to `new_size`, for each."""
+    """Interpolation from `size` to `padded`, then of its first `crop` to `new_size`, per row."""
     of_padded = _taps(size, padded)
     index, weight = jnp.asarray(of_padded.index), jnp.asarray(of_padded.weight, jnp.float32)
     last, new_last = crop[:, None] - 1, new_size[:, None] - 1
     place = jnp.minimum(jnp.arange(new_padded, dtype=jnp.int32)[None], new_last)
-    # Positions in units of 1 / unit: whole numbers are exact, unlike fractions in float32.
+    # Positions in units of 1 / unit: integers are exact, unlike float32 fractions.
     unit = jnp.maximum(new_last, 1)
     left, rest = _scaled(place, last, unit, bits=new_padded.bit_length())
     right, share = (
@@ -158,9 +159,9 @@ def _taps_of_crop(
 
 
 def _scaled(x: Array, factor: Array, unit: Array, *, bits: int) -> tuple[Array, Array]:
-    """Quotient and remainder of x * factor / unit, though the product may not fit into 32 bits.
+    """Quotient and remainder of x * factor / unit, where the product may overflow 32 bits.
 
-    By doubling and adding, as products are written out by hand. `x` has as many `bits` at most.
+    By long multiplication in base 2. `x` has at most `bits` bits.
     """
 
     def add(bit: Array, carried: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -179,9 +180,9 @@ def _scaled(x: Array, factor: Array, unit: Array, *, bits: int) -> tuple[Array, 
 
 
 def label_at_stride(label: UInt8[Array, "b h w"], size: tuple[int, int]) -> Int[Array, "b hs ws"]:
-    """Nearest label for every cell of a map of another size, odd ones (65x129) included.
+    """Labels downsampled to `size` by nearest neighbour, odd sizes (65x129) included.
 
-    Cell i takes pixel floor(i * h / hs), PyTorch's `nearest`; the only place where labels shrink.
+    Cell i takes pixel floor(i * h / hs), PyTorch's `nearest`; labels are downsampled nowhere else.
     """
     rows = jnp.arange(size[0], dtype=jnp.int32) * label.shape[1] // size[0]
     columns = jnp.arange(size[1], dtype=jnp.int32) * label.shape[2] // size[1]

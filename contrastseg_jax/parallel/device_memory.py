@@ -1,4 +1,4 @@
-"""Memory of devices and of the machine, where other programs and limits share it."""
+"""Memory of devices and of the host, within the limits of cgroups and other programs."""
 
 import os
 from collections.abc import Iterator
@@ -7,8 +7,7 @@ from pathlib import Path
 import jax
 import psutil
 
-# Of a control group, by version: the files of its limit and its use, the line of what it can give
-# up when memory runs short.
+# By cgroup version: files with limit and usage, and the reclaimable entry of memory.stat.
 GROUP_FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
@@ -16,41 +15,41 @@ GROUP_FILES = {
 
 
 def available_bytes() -> int:
-    """Memory of the machine that is available, or less where a container or batch job may not."""
-    return min([psutil.virtual_memory().available, *left_by_groups()])
+    """Available host memory, within the limits of a container or batch job."""
+    return min([psutil.virtual_memory().available, *cgroup_available_bytes()])
 
 
-def left_by_groups(
+def cgroup_available_bytes(
     own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """What the memory limit of each control group around this process leaves."""
+    """Memory left under the limit of each cgroup that this process is in."""
     for line in own.read_text().splitlines() if own.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         version, top = (1, root / "memory") if controllers else (2, root)
         limit, used, reclaimable = GROUP_FILES[version]
-        folder = top / path.lstrip("/")  # in a container it is not there, but its top is the group
+        folder = top / path.lstrip("/")  # missing in a container, whose root is the group
         for group in (folder, *(above for above in folder.parents if above.is_relative_to(top))):
             try:
                 lines = (group / "memory.stat").read_text().splitlines()
                 cached = int(dict(line.split() for line in lines)[reclaimable])
                 yield int((group / limit).read_text()) - int((group / used).read_text()) + cached
-            except (OSError, ValueError, KeyError):  # no limit there, or "max"
+            except (OSError, ValueError, KeyError):  # no limit, or "max"
                 continue
 
 
 def device_bytes() -> int:
-    """Memory of one device; devices of the CPU share that of the machine."""
+    """Memory of one device; CPU devices share the host's."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return stats.get("bytes_limit", of_machine // jax.local_device_count())
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit", host_bytes // jax.local_device_count())
 
 
 def free_bytes() -> int:
-    """Memory that a device has left; devices of the CPU share that of the machine.
+    """Free memory of one device; CPU devices share the host's.
 
-    Of that a tenth is left to what else this program holds: pictures, and what it compiles.
+    A tenth of the host's is reserved for the rest of this program: images, and the compiler.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:

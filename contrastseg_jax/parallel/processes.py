@@ -1,4 +1,4 @@
-"""Several processes as one run: how they meet, agree, and fail together."""
+"""Multi-process runs: connecting, agreeing on values, and failing together."""
 
 import contextlib
 import hashlib
@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
-# The key-value store behind `jax.distributed` has no public name. Unlike collectives it waits for
-# as long as it must, and needs no devices.
+# The key-value store of `jax.distributed` has no public API. Unlike collectives it can wait for
+# hours, and needs no devices.
 from jax._src.distributed import global_state
 from jax.sharding import Mesh
 
@@ -28,55 +28,55 @@ from contrastseg_jax.files import write_atomically
 from contrastseg_jax.parallel import sharding
 
 Result = TypeVar("Result")
-StopRequests = Callable[..., jax.Array]  # (failed=False) -> whether all are to stop
+StopRequests = Callable[..., jax.Array]  # (failed=False) -> whether all should stop
 
-# After which the processes that are left end as well, where no collective has told them before.
-# The service looks every few seconds; README.md promises 60 s in all.
+# When a process dies, the others exit after this time unless a collective fails first. The service
+# polls every few seconds; README.md promises 60 s in total.
 HEARTBEAT_SECONDS = 40
-PATIENCE_MS = 7 * 24 * 3600 * 1000  # for what another process prepares; its death ends the waiting
-SHARED_SECONDS = 20  # in which a folder that hosts share shows to all what one has written
-TERMINATED = 128 + signal.SIGTERM  # the exit status of a run that was told to stop
+GATHER_TIMEOUT_MS = 7 * 24 * 3600 * 1000  # others may be preparing data; a death ends the wait
+SHARED_FOLDER_SECONDS = 20  # for a write on one host to become visible on the others
+TERMINATED = 128 + signal.SIGTERM  # exit status of a run that was stopped
 
 
 class Stopped(Exception):  # noqa: N818
-    """The run was told to stop, and what it was doing is given up."""
+    """The run was asked to stop; the current work is abandoned."""
 
 
 class SharedError(InputError):
-    """What one process could not do, raised in all of them at the same place."""
+    """An error of one process, raised in all of them at the same place."""
 
 
-_questions = itertools.count()  # of `gather`; all processes ask the same ones in the same order
+_gather_ids = itertools.count()  # all processes call `gather` in the same order
 
 
 def start(
     coordinator: str | None, num_processes: int | None, process_id: int | None, *, timeout: int
 ) -> None:
-    """Meet the other processes of the run; before anything else asks JAX for devices.
+    """Connect to the other processes of the run; must be called before JAX is asked for devices.
 
-    Without arguments they are those that Cloud TPU, GKE, SLURM or Open MPI have started, or there
-    are none. A process that is not joined by all others within `timeout` seconds ends.
+    Without arguments, uses the processes started by Cloud TPU, GKE, SLURM or Open MPI, if any. The
+    process exits if not all of them have connected within `timeout` seconds.
 
     Raises:
-        InputError: the arguments are incomplete or contradict each other, or what the other
-            processes were given.
+        InputError: the arguments are incomplete, or inconsistent with each other or with those of
+            the other processes.
     """
     given = (coordinator, num_processes, process_id)
     if all(value is None for value in given):
-        who, where = "a process", "the coordinator that the scheduler names"
+        who, where = "a process", "the scheduler's coordinator"
     else:
-        who, where = _checked(*given)
-        print(f"{who}: waits for the others at {where}", file=sys.stderr, flush=True)
-    # JAX's own end of waiting is an abort with the stack of its C++; so it is set to come later.
-    sentence = (
-        f"error: {who}: not all processes have met at {where} within --start_timeout={timeout} s."
-        " Can it be reached from here? Was each process started, with the same number of processes"
-        " and with an index of its own?"
+        who, where = _checked_arguments(*given)
+        print(f"{who}: waiting for the others at {where}", file=sys.stderr, flush=True)
+    # JAX aborts with a C++ stack trace on its own timeout, so that one is set later.
+    message = (
+        f"error: {who}: not all processes connected to {where} within --start_timeout={timeout} s."
+        " Is it reachable from here? Was every process started, with the same --num_processes and"
+        " its own --process_id?"
     )
-    alarm = threading.Timer(timeout, _end, [sentence])
+    alarm = threading.Timer(timeout, _exit, [message])
     alarm.daemon = True
     alarm.start()
-    # It would take SIGTERM for itself; `noted_sigterm` does what it is for.
+    # It would install its own SIGTERM handler; `deferred_sigterm` takes its place.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -86,22 +86,22 @@ def start(
         )
     except (ValueError, RuntimeError) as error:
         if "coordinator_address should be defined" not in str(error):
-            raise InputError(f"{who}: cannot meet the others at {where}: {error}") from error
+            raise InputError(f"{who}: cannot connect to the others at {where}: {error}") from error
     finally:
         alarm.cancel()
     if count() > 1:
         _require_same_count()
-        devices = {"devices of a process": jax.local_device_count()}
+        devices = {"devices per process": jax.local_device_count()}
         require_same(devices | {"jax": jax.__version__, "code": code_digest()})
-        # Connects all devices while all processes are at the same place. Later one may come
-        # minutes after another, from compiling, and this waits for seconds alone.
+        # Connects all devices while the processes are in step: the connection times out after
+        # seconds, and later one may arrive minutes after another, from compiling.
         jax.block_until_ready(sharding.any_process(False, sharding.make_mesh()))
 
 
-def _checked(
+def _checked_arguments(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, str]:
-    """Who this process is and where it meets the others, for messages."""
+    """The name of this process and the coordinator's address, for messages."""
     if coordinator is None or num_processes is None or process_id is None:
         raise InputError("--coordinator, --num_processes, --process_id: all three or none")
     if not 0 <= process_id < num_processes:
@@ -118,110 +118,110 @@ def _checked(
 
 
 def _require_same_count() -> None:
-    """A coordinator that waits for fewer processes than another was told of lets it in."""
+    """Compare --num_processes, as a coordinator also accepts processes with a larger one."""
     if is_first():
         _client().key_value_set("num_processes", str(count()))
-    of_first = int(_client().blocking_key_value_get("num_processes", PATIENCE_MS))
+    of_first = int(_client().blocking_key_value_get("num_processes", GATHER_TIMEOUT_MS))
     if of_first != count():
         raise InputError(f"--num_processes={count()}: process 0 was started with {of_first}")
 
 
 def index() -> int:
-    """Which of the run's processes this is. Unlike JAX's own it starts no devices."""
+    """The index of this process. Unlike `jax.process_index` it does not initialise devices."""
     return global_state.process_id or 0
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """The number of processes of the run."""
     return global_state.num_processes or 1
 
 
 def is_first() -> bool:
-    """Whether this process writes what a run writes once: log, scores, pictures."""
+    """Whether this process writes what is written once per run: log, scores, pictures."""
     return index() == 0
 
 
-def is_of_another(error: Exception) -> bool:
-    """Whether an error may be no more than the end of another process."""
+def is_peer_failure(error: Exception) -> bool:
+    """Whether an error may only be the consequence of another process having exited."""
     signs = ("Gloo", "NCCL", "oordination service", "Connection closed by peer")
     return isinstance(error, jax.errors.JaxRuntimeError) or any(s in str(error) for s in signs)
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Within, an error of one of several processes ends it with its index, waiting for no other."""
+def exit_on_error() -> Iterator[None]:
+    """In a multi-process run, exit on an error at once, naming the process, without cleanup."""
     try:
         yield
     except SystemExit:
-        # Told to stop, with all saved: another SIGTERM must not hurry the end, which all share.
+        # Stopped, with everything saved: another SIGTERM must not interrupt the joint shutdown.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     except Exception as error:
         if count() == 1:
             raise
         text = out_of_memory.explanation(error) or _message(error)
-        _end(f"error: process {index()} of {count()}: {text}")
+        _exit(f"error: process {index()} of {count()}: {text}")
 
 
 def _message(error: Exception) -> str:
-    """What tells the user most of an error of one among several processes."""
-    if is_of_another(error):
+    """The most useful message for an error in one of several processes."""
+    if is_peer_failure(error):
         return (
-            f"{error}\nWhere one process ends, all do: the first error among them is the cause."
-            " Started again, the run goes on from its last checkpoint."
+            f"{error}\nWhen one process exits, all do: the first error among them is the cause."
+            " Run again to resume from the last checkpoint."
         )
     if isinstance(error, (InputError, OSError, FloatingPointError)):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def _end(message: str) -> NoReturn:
+def _exit(message: str) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     if is_first() and count() > 1:
-        time.sleep(1)  # all meet in this process: let the others hear what it has heard
-    os._exit(1)  # at once: what Python and JAX do at an end waits for the other processes
+        time.sleep(1)  # the coordinator is in this process: let the others get the same error
+    os._exit(1)  # without cleanup, in which Python and JAX wait for the other processes
 
 
 @contextlib.contextmanager
-def noted_sigterm() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM does not end the process; the function says whether it has come."""
-    come = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: come.set())
+def deferred_sigterm() -> Iterator[Callable[[], bool]]:
+    """Defer SIGTERM inside the block; the function says whether it was received."""
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
-        yield come.is_set
+        yield received.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def stop_requests(mesh: Mesh) -> Iterator[StopRequests]:
-    """Within, SIGTERM does not end the process; the function asks whether all are to stop.
+    """Defer SIGTERM inside the block; the function asks whether all processes should stop.
 
-    All processes must ask, and hear the same once it is known: whether SIGTERM has come to any of
-    them, or one asks with `failed`.
+    All processes must call it, and get the same answer once it is computed: whether any of them
+    received SIGTERM, or called it with `failed`.
     """
-    with noted_sigterm() as has_come:
-        yield lambda failed=False: sharding.any_process(has_come() or failed, mesh)
+    with deferred_sigterm() as sigterm_received:
+        yield lambda failed=False: sharding.any_process(sigterm_received() or failed, mesh)
 
 
 def stop_together(requests: StopRequests, error: Exception | None) -> None:
-    """Raise the same in all processes where one has an error, or was told to stop; all must ask."""
+    """Raise the same in all processes if one has an error or must stop; all must call it."""
     if requests(error is not None):
         raise_shared(reason(error) if error else "")
         raise Stopped
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes, in their order; waits for the slowest, however long."""
+    """The texts of all processes, ordered by index; waits for the slowest, however long."""
     if count() == 1:
         return [text]
-    question = f"gather/{next(_questions)}"
-    _client().key_value_set(f"{question}/{index()}", text)
+    name = f"gather/{next(_gather_ids)}"
+    _client().key_value_set(f"{name}/{index()}", text)
     texts = [
-        _client().blocking_key_value_get(f"{question}/{other}", PATIENCE_MS)
+        _client().blocking_key_value_get(f"{name}/{other}", GATHER_TIMEOUT_MS)
         for other in range(count())
     ]
-    _client().wait_at_barrier(question, PATIENCE_MS)  # process 0 may end after it, and the store
+    _client().wait_at_barrier(name, GATHER_TIMEOUT_MS)  # process 0, with the store, may exit next
     return texts
 
 
@@ -229,11 +229,12 @@ def _client() -> Any:
     return global_state.client
 
 
-def together(work: Callable[[], Result]) -> Result:
-    """What `work` gives in this process.
+def sync_errors(work: Callable[[], Result]) -> Result:
+    """Run `work` in each process, and raise its errors in all of them.
 
     Raises:
-        SharedError: in all processes, if `work` raised one or an OSError in any; it names them.
+        SharedError: in all processes, if `work` raised an InputError or OSError in any; it names
+            them.
     """
     if count() == 1:
         return work()
@@ -243,11 +244,11 @@ def together(work: Callable[[], Result]) -> Result:
     except (InputError, OSError) as error:
         problem = str(error)
     raise_shared(problem)
-    return result  # pyright: ignore[reportReturnType]  # None only where `work` gave it
+    return result  # pyright: ignore[reportReturnType]  # None only where `work` returned it
 
 
 def raise_shared(problem: str) -> None:
-    """Raise a SharedError in all processes, if one has a problem; all must ask."""
+    """Raise a SharedError in all processes if one has a problem; all must call it."""
     problems = [(other, text) for other, text in enumerate(gather(problem)) if text]
     if problems:
         texts = "\n".join(dict.fromkeys(text for _, text in problems))
@@ -256,15 +257,15 @@ def raise_shared(problem: str) -> None:
 
 
 def first_then_others(work: Callable[[], Result]) -> Result:
-    """`work` in process 0, and then in the others, which find what it has written."""
-    of_first = together(lambda: work() if is_first() else None)
-    of_others = together(lambda: None if is_first() else work())
+    """Run `work` in process 0, then in the others, which find what it has written."""
+    of_first = sync_errors(lambda: work() if is_first() else None)
+    of_others = sync_errors(lambda: None if is_first() else work())
     return of_first if is_first() else of_others  # pyright: ignore[reportReturnType]
 
 
-def require_same(facts: Mapping[str, object]) -> None:
-    """Raise an InputError in all processes that names what one has other than process 0."""
-    everyone = [json.loads(text) for text in gather(json.dumps(facts, default=str))]
+def require_same(values: Mapping[str, object]) -> None:
+    """Raise an InputError in all processes naming the values that differ from process 0's."""
+    everyone = [json.loads(text) for text in gather(json.dumps(values, default=str))]
     problems = [
         f"{name}: process 0 has {everyone[0].get(name)!r}, process {other} has {value!r}"
         for other, theirs in enumerate(everyone)
@@ -272,28 +273,28 @@ def require_same(facts: Mapping[str, object]) -> None:
         if value != everyone[0].get(name)
     ]
     if problems:
-        raise listed("what the processes of this run were started with", problems)
+        raise listed("the arguments of the processes of this run", problems)
 
 
 def require_shared(folder: Path) -> None:
-    """Raise an InputError in all processes unless each sees the same folder."""
+    """Raise an InputError in all processes unless the folder is shared by all of them."""
     token = gather(secrets.token_hex(8))[0]
     path = folder / ".shared"
-    together(lambda: write_atomically(path, token) if is_first() else None)
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not (seen := _holds(path, token)) and time.monotonic() < deadline:
+    sync_errors(lambda: write_atomically(path, token) if is_first() else None)
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (seen := _contains(path, token)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    apart = [other for other, text in enumerate(gather(str(seen))) if text != "True"]
+    missing = [other for other, text in enumerate(gather(str(seen))) if text != "True"]
     if is_first():
         path.unlink()
-    if apart:
+    if missing:
         raise InputError(
-            f"--workdir={folder}: process {', '.join(map(str, apart))} does not see what process 0"
-            " writes there; it must be a folder that all hosts share"
+            f"--workdir={folder}: process {', '.join(map(str, missing))} does not see what process"
+            " 0 writes there; it must be a folder shared by all hosts"
         )
 
 
-def _holds(path: Path, text: str) -> bool:
+def _contains(path: Path, text: str) -> bool:
     try:
         return path.read_text() == text
     except OSError:
@@ -301,7 +302,7 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def code_digest() -> str:
-    """Of all source files of this package."""
+    """A digest of all source files of this package."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):

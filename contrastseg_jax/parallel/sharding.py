@@ -1,4 +1,4 @@
-"""One mesh axis, `data`: batches are split over it; bank and parameters where asked."""
+"""One mesh axis, `data`: shards batches and, optionally, the memory bank and the parameters."""
 
 import functools
 import math
@@ -13,24 +13,24 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from contrastseg_jax.structs import Batch, MemoryBank
 
 Tree = TypeVar("Tree")
-AnyMesh = Mesh | AbstractMesh  # abstract: devices that are only counted, to plan for
+AnyMesh = Mesh | AbstractMesh  # abstract: a number of devices to plan for
 
-SMALL = 2**14  # numbers; arrays with fewer are whole on every device, they would gain nothing
+MIN_SPLIT_SIZE = 2**14  # elements; sharding smaller arrays would gain nothing
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """The given devices, or all devices of all processes, in one row.
+    """A 1-D mesh of the given devices, or of all devices of all processes.
 
-    In the order of processes: which rows of a batch a process reads depends on nothing else.
-    `jax.make_mesh` would follow the wiring of a TPU slice, in which processes alternate.
+    Ordered by process, as that determines which rows of a batch a process reads.
+    `jax.make_mesh` would follow the TPU topology, in which processes alternate.
     """
     devices = jax.devices() if devices is None else devices
     in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(in_order), ("data",), axis_types=(AxisType.Auto,))
 
 
-def split(mesh: AnyMesh) -> NamedSharding:
-    """Leading axis over the devices."""
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
+    """The leading axis sharded over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
@@ -39,51 +39,53 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def everywhere(mesh: AnyMesh, tree: Any) -> Any:
-    """Every array of a tree whole on every device."""
+def replicated_tree(mesh: AnyMesh, tree: Any) -> Any:
+    """Every array of a tree replicated."""
     return jax.tree.map(lambda _: replicated(mesh), tree)
 
 
-def in_parts(mesh: AnyMesh, tree: Any) -> Any:
-    """A part of every large array of a tree on each device, small ones whole."""
+def fsdp_sharding(mesh: AnyMesh, tree: Any) -> Any:
+    """Every large array of a tree sharded, small ones replicated."""
     return jax.tree.map(lambda x: _longest_axis(mesh, x.shape), tree)
 
 
-def slots_sharding(mesh: AnyMesh, bank: MemoryBank) -> MemoryBank:
-    """Each device holds a part of each queue's slots; counters are everywhere."""
+def bank_sharding(mesh: AnyMesh, bank: MemoryBank) -> MemoryBank:
+    """The slots of each queue sharded, the counters replicated."""
     slots: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
-    return everywhere(mesh, bank).replace(pixel=slots, segment=slots)
+    return replicated_tree(mesh, bank).replace(pixel=slots, segment=slots)
 
 
 def _longest_axis(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
-    """A large array split along its longest axis of those that come out even."""
+    """A large array sharded along its longest axis divisible by the number of devices."""
     even = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
-    if math.prod(shape) < SMALL or not even:
+    if math.prod(shape) < MIN_SPLIT_SIZE or not even:
         return replicated(mesh)
     longest = max(even, key=lambda axis: shape[axis])
     return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """The global batch of which this process holds its own rows."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), batch)
+    """The global batch, from this process's rows."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), batch
+    )
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """Inside `jit`: bring every array of the tree to all devices (an all-gather if split)."""
+    """Inside `jit`: replicate every array of the tree (an all-gather if it is sharded)."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of an array that is split over all devices."""
+    """This process's rows of an array sharded over all devices."""
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def any_process(flag: bool, mesh: Mesh) -> jax.Array:
-    """Whether `flag` holds in any process: the same answer in all, once it is computed."""
+    """Whether `flag` is set in any process: the same answer in all, computed asynchronously."""
     flags = jax.make_array_from_process_local_data(
-        split(mesh), np.full(len(mesh.local_devices), flag)
+        batch_sharding(mesh), np.full(len(mesh.local_devices), flag)
     )
     return _any(mesh)(flags)
 
@@ -94,7 +96,7 @@ def _any(mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def all_finite(tree: Any, mesh: Mesh) -> jax.Array:
-    """Whether all numbers of arrays on the mesh are finite: the same answer in all processes."""
+    """Whether all values of arrays on the mesh are finite: the same answer in all processes."""
     return _all_finite(mesh)(tree)
 
 

@@ -1,1 +1,1 @@
-"""What a run will take, before it starts."""
+"""Compute, memory and communication of a run, before it starts."""

@@ -20,12 +20,12 @@ TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclass(frozen=True)
 class Collective:
-    """One operation between devices, as each of them executes it."""
+    """One collective operation, per device."""
 
-    kind: str  # of KINDS
-    num_bytes: int  # that a device puts in, each time; of an all-gather, that it gets
+    kind: str  # one of KINDS
+    num_bytes: int  # operand bytes per execution; for an all-gather, result bytes
     times: int = 1  # per run of the program
-    in_loop: bool = False  # whose number of rounds XLA does not know: `times` is of one round
+    in_loop: bool = False  # with an unknown trip count: `times` is for one iteration
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ Computations = dict[str, dict[str, Instruction]]
 
 
 def collectives(text: str) -> list[Collective]:
-    """What a program, as `Compiled.as_text()` gives it, sends between devices.
+    """The collectives of a program, from `Compiled.as_text()`.
 
-    A loop's counts as often as the loop is known to go round. Of the branches of a conditional the
-    one that moves most is taken. The parts of an asynchronous operation are one.
+    Those in a loop count as often as its known trip count. Of the branches of a conditional,
+    the one that moves most bytes counts. The parts of an asynchronous operation count once.
     """
-    computations, entry = _parsed(text)
+    computations, entry = _parse(text)
     return list(_walk(computations, entry))
 
 
 def total_bytes(found: list[Collective]) -> int:
-    """Bytes of all of them per run, on one device."""
+    """Bytes of all of them per execution of the program, on one device."""
     return sum(c.num_bytes * c.times for c in found)
 
 
 def num_bytes(types: str) -> int:
-    """Bytes of the arrays in an HLO type: of `(f32[8,4]{1,0}, pred[])` 129."""
+    """Bytes of the arrays in an HLO type: `(f32[8,4]{1,0}, pred[])` has 129."""
     return sum(
         math.ceil(math.prod(int(n) for n in shape.split(",") if n) * _bits(kind) / 8)
         for kind, shape in ARRAY.findall(types)
@@ -68,7 +68,7 @@ def _bits(kind: str) -> int:
     return int(digits[0]) if digits else 8  # pred
 
 
-def _parsed(text: str) -> tuple[Computations, str]:
+def _parse(text: str) -> tuple[Computations, str]:
     """The instructions of every computation by name, and the name of the entry."""
     computations: Computations = {}
     entry = name = ""
@@ -83,15 +83,15 @@ def _parsed(text: str) -> tuple[Computations, str]:
 
 
 def _walk(computations: Computations, name: str) -> Iterator[Collective]:
-    """The collectives of a computation and of all that it calls.
+    """The collectives of a computation and of all it calls.
 
-    An asynchronous one is counted where it starts. A TPU may spread it over several fusions.
+    Asynchronous ones are counted at their start; on TPUs they may be spread over several fusions.
     """
     instructions = computations.get(name, {})
     for key, instruction in instructions.items():
         kind = instruction.name.removesuffix("-start")
         if kind in KINDS:
-            yield Collective(kind, _moved(instruction, instructions))
+            yield Collective(kind, _sent_bytes(instruction, instructions))
         elif not (
             instruction.name.endswith(("-done", "-update"))
             or key.startswith("async-collective-done")
@@ -106,17 +106,17 @@ def _walk_called(computations: Computations, instruction: Instruction) -> Iterat
     if instruction.name == "conditional":
         yield from max(inside, key=total_bytes, default=[])
         return
-    rounds, is_loop = TRIP_COUNT.search(instruction.rest), instruction.name == "while"
+    trip_count, is_loop = TRIP_COUNT.search(instruction.rest), instruction.name == "while"
     for collective in (c for part in inside for c in part):
         yield replace(
             collective,
-            times=collective.times * (int(rounds[1]) if is_loop and rounds else 1),
-            in_loop=collective.in_loop or (is_loop and not rounds),
+            times=collective.times * (int(trip_count[1]) if is_loop and trip_count else 1),
+            in_loop=collective.in_loop or (is_loop and not trip_count),
         )
 
 
-def _moved(instruction: Instruction, instructions: dict[str, Instruction]) -> int:
-    """`Collective.num_bytes`; the start of an all-gather has operands and results as its result."""
+def _sent_bytes(instruction: Instruction, instructions: dict[str, Instruction]) -> int:
+    """`Collective.num_bytes`; an all-gather-start returns both its operands and its results."""
     operands, _, _ = instruction.rest.partition("), ")
     names = [name for name in NAMES.findall(operands) if name in instructions]
     given = sum(num_bytes(instructions[name].result) for name in names)

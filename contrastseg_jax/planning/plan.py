@@ -1,8 +1,8 @@
-"""What a run will take, from its config alone: parameters, operations, memory, what travels.
+"""Parameters, FLOPs, memory and communication of a run, from its config alone.
 
-Two kinds of figures. The quick ones are computed: from the shapes of the state, the program before
-it is optimised, and formulas of their own. The others are read from the real train step, compiled
-for the devices that are planned for, be they there or not.
+The quick figures are estimates: from the shapes of the state, the program before optimisation, and
+formulas. The others are read from the real train step, compiled for the target devices, whether or
+not they are available.
 """
 
 import dataclasses
@@ -30,27 +30,27 @@ from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import abstract_state, state_sharding
 from contrastseg_jax.training.train_step import batch_shape, compile_step
 
-PERIOD = 30  # seconds between two lines that say that the compiler is at work
-POOL = {"random": 1, "hardest": None, "semi_hard": 10, "all": None}  # drawn per one selected
+LOG_SECONDS = 30  # between log lines while compiling
+POOL = {"random": 1, "hardest": None, "semi_hard": 10, "all": None}  # drawn per selected one
 
 
 def plan_run(
     config: Config, *, topology: str | None, quick: bool, time_limit: float, output: Path | None
 ) -> int:
-    """Print the plan, and write it to `output` as JSON if given; the program's exit status.
+    """Print the plan, write it to `output` as JSON if given, and return the exit status.
 
-    0: it fits, or is not known to be too large and `quick` figures were asked for. 1: it does not
-    fit, or the `time_limit` of compiling, in seconds, has passed: there are the quick figures then,
-    and the compiler may still be at work.
+    0: it fits, or with `quick`, it is not known not to fit. 1: it does not fit, or compiling has
+    exceeded `time_limit`, in seconds: then only the quick figures are printed, and the compiler may
+    still be running.
     """
-    where = find_topology(topology, count_only=quick)
-    check(config, mode="plan", num_devices=where.num_devices)
-    plan = quick_plan(config, where)
+    target = find_topology(topology, count_only=quick)
+    check(config, mode="plan", num_devices=target.num_devices)
+    plan = quick_plan(config, target)
     if quick:
-        unknown = ", nor is it known whether there is such a slice" if not where.devices else ""
+        unknown = ", and whether such a slice exists is not known" if not target.devices else ""
         plan = dataclasses.replace(plan, note=f"--quick: not compiled{unknown}")
     else:
-        plan = compiled_plan(plan, config, where, time_limit)
+        plan = compiled_plan(plan, config, target, time_limit)
     print(report(plan, config), flush=True)
     if output:
         values = dataclasses.asdict(plan) | {"fits": plan.fits, "least_bytes": plan.least_bytes}
@@ -58,34 +58,34 @@ def plan_run(
     return 0 if plan.fits or (quick and plan.fits is None) else 1
 
 
-# --- Computed ------------------------------------------------------------------------------------
+# --- Estimates -----------------------------------------------------------------------------------
 
 
-def quick_plan(config: Config, where: Topology) -> Plan:
-    """What can be known without compiling, in seconds."""
+def quick_plan(config: Config, target: Topology) -> Plan:
+    """The figures available without compiling, within seconds."""
     setup = resolve(config, jax.devices()[:1])
     lowered, state, batch = _lower(setup)
-    mesh = AbstractMesh((where.num_devices,), ("data",))
+    mesh = AbstractMesh((target.num_devices,), ("data",))
     of_contrast = contrast_flops(setup)
     return Plan(
         model=config.model.name,
         batch_size=config.train.batch_size,
-        topology=where.name,
-        device=where.kind,
-        num_devices=where.num_devices,
-        device_bytes=where.device_bytes,
+        topology=target.name,
+        device=target.kind,
+        num_devices=target.num_devices,
+        device_bytes=target.device_bytes,
         parameters=sum(x.size for x in jax.tree.leaves(state.params)),
         anchors_per_image=num_anchors(config, setup.model) if setup.objective else 0,
         cells_per_image=num_cells(config, setup.model),
         flops=(lowered.cost_analysis() or {}).get("flops", 0.0) + of_contrast,
         contrast_flops=of_contrast,
-        bytes_held=held_bytes(setup, state, mesh) | {"batch": _bytes(batch) // where.num_devices},
+        bytes_held=state_bytes(setup, state, mesh) | {"batch": _bytes(batch) // target.num_devices},
         bytes_sent=sent_bytes(setup, state, mesh),
     )
 
 
-def held_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]:
-    """Bytes of each part of the state on each device, padding of the device's layouts left out."""
+def state_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]:
+    """Bytes of each part of the state per device, without the padding of device layouts."""
     of_state = state_sharding(setup, state, mesh)
     parts = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype),
@@ -102,14 +102,13 @@ def held_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]
 
 
 def contrast_flops(setup: Setup) -> float:
-    """Operations of the walks over candidates in a step, on all devices together.
+    """FLOPs of the contrast loss in a step, over all devices.
 
         4 A d (N + P) + 4 A d B
 
-    A anchors of length d. Each meets N negatives and P positives: a product gives the similarity, a
-    second one the gradient. N is all candidates (others than negatives are masked), P those of one
-    of the classes, or the pools that a selection draws. B candidates of the batch have a gradient
-    of their own.
+    A anchors of length d, each with N negatives and P positives: one product for the similarity,
+    one for the gradient. N is all candidates (others than negatives are masked), P those of one
+    class, or the pools that a selection draws. B candidates of the batch have their own gradient.
     """
     config, num_classes = setup.config, setup.model.num_classes
     if not uses_contrast(config):
@@ -127,15 +126,14 @@ def contrast_flops(setup: Setup) -> float:
 
 
 def sent_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]:
-    """Bytes that must travel in a step, on each device, whatever the number of devices above one.
+    """Bytes that each device must communicate in a step, for any number of devices above one.
 
-    gradients: those of all parameters, summed. parameters: those of which each device keeps a part,
-    whole. BatchNorm: sums over the batch of every channel, two in the forward pass and two in the
-    backward pass: 2 |statistics|. anchors, of b images with s each, d long: b s (4 d + 5),
-    embedding, label and mask, where other devices contrast theirs with them; 4 d more for those
-    that are contrasted with a bank in parts. anchors' gradient: b s 4 d; with the bank in parts
-    five sums per anchor more. keys: b k (v + 1) (4 d + 1), rows and masks of v pixels and one mean
-    per class and image.
+    gradients: all-reduced, of all parameters. parameters: gathered, those that are sharded.
+    BatchNorm: sums over the batch per channel, two in the forward and two in the backward pass:
+    2 |statistics|. anchors, b images with s each of length d: b s (4 d + 5) for embedding, label
+    and mask, where other devices use them as candidates; 4 d more if the bank is sharded. anchors'
+    gradient: b s 4 d; five sums per anchor more if the bank is sharded. keys:
+    b k (v + 1) (4 d + 1), embeddings and masks of v pixels and one mean per class and image.
     """
     config = setup.config
     if mesh.size == 1:
@@ -162,7 +160,7 @@ def sent_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]
 
 
 def _lower(setup: Setup) -> tuple[jax.stages.Lowered, TrainState, Any]:
-    """The train step as written, with the shapes of its arguments."""
+    """The lowered train step, with the shapes of its arguments."""
     tx, _ = build_optimizer(setup.config)
     state, batch = abstract_state(setup, tx), batch_shape(setup)
     return compile_step(setup, tx).lower(state, batch), state, batch
@@ -175,10 +173,10 @@ def _bytes(tree: Any) -> int:
 # --- Compiled ------------------------------------------------------------------------------------
 
 
-def compiled_plan(plan: Plan, config: Config, where: Topology, time_limit: float) -> Plan:
-    """The plan with the figures of the compiled step, or with a note why there are none."""
-    log.info(f"compiling the train step for {where.num_devices} x {where.kind}")
-    lowered, _, _ = _lower(resolve(config, where.devices))
+def compiled_plan(plan: Plan, config: Config, target: Topology, time_limit: float) -> Plan:
+    """The plan with the figures of the compiled step, or a note why there are none."""
+    log.info(f"compiling the train step for {target.num_devices} x {target.kind}")
+    lowered, _, _ = _lower(resolve(config, target.devices))
     started = time.monotonic()
     try:
         program = compile_within(lowered, time_limit)
@@ -196,10 +194,9 @@ def compiled_plan(plan: Plan, config: Config, where: Topology, time_limit: float
 
 
 def compile_within(lowered: jax.stages.Lowered, time_limit: float) -> Any:
-    """The compiled program, or None where the time limit, in seconds, is too short.
+    """The compiled program, or None if compiling exceeds the time limit, in seconds.
 
-    The compiler runs in a thread that nothing can stop and no one waits for, so that an interrupt
-    is obeyed at once.
+    The compiler cannot be stopped; it runs in a daemon thread, so that Ctrl-C works at once.
     """
     results: list[Any] = []
 
@@ -213,18 +210,18 @@ def compile_within(lowered: jax.stages.Lowered, time_limit: float) -> Any:
     thread.start()
     started = time.monotonic()
     while thread.is_alive() and (left := started + time_limit - time.monotonic()) > 0:
-        thread.join(min(PERIOD, left))
-        if thread.is_alive() and left > PERIOD:
-            log.info(f"compiling for {time.monotonic() - started:.0f} s")
+        thread.join(min(LOG_SECONDS, left))
+        if thread.is_alive() and left > LOG_SECONDS:
+            log.info(f"still compiling after {time.monotonic() - started:.0f} s")
     if results and isinstance(results[0], Exception):
         raise results[0]
     return results[0] if results else None
 
 
 def figures(program: Any, plan: Plan, seconds: float) -> Compiled:
-    """What XLA says of the compiled step that is planned.
+    """XLA's analysis of the compiled step.
 
-    On one device it may have collectives too, which XLA leaves in though nothing is sent.
+    A program for one device may contain collectives too, though nothing is communicated.
     """
     memory, text = program.memory_analysis(), program.as_text()
     return Compiled(
@@ -240,7 +237,7 @@ def figures(program: Any, plan: Plan, seconds: float) -> Compiled:
 
 
 def traffic(found: list[hlo.Collective]) -> dict[str, Traffic]:
-    """The collectives by kind, kinds that do not occur left out."""
+    """The collectives by kind; kinds that do not occur are left out."""
     by_kind = {kind: [c for c in found if c.kind == kind] for kind in hlo.KINDS}
     return {
         kind: Traffic(

@@ -1,1 +1,1 @@
-"""Pages and curves: numbers and pictures in, files out."""
+"""HTML pages and curves of a run."""

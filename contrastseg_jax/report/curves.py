@@ -1,4 +1,4 @@
-"""The curves of a run."""
+"""Plots of a run's metrics."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from contrastseg_jax.data.pictures import plain_style, save_figure
 
-# The curves of a run, several in a panel where they are to be compared.
+# Metrics by panel, several in one where they are to be compared.
 PANELS = {
     "cross entropy": ("train/cross_entropy",),
     "contrast": ("train/contrast",),
@@ -21,7 +21,7 @@ PANELS = {
 
 @plain_style
 def save_curves(path: Path, metrics_file: Path) -> None:
-    """Losses, similarities and validation mIoU over the steps of a run, of its `metrics.jsonl`."""
+    """Plot losses, similarities and validation mIoU over the steps, from `metrics.jsonl`."""
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     curves = {key: curve(lines, key) for keys in PANELS.values() for key in keys}
     panels = {
@@ -47,8 +47,8 @@ def save_curves(path: Path, metrics_file: Path) -> None:
 def curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """The points (step, value) of a metric in the lines of `metrics.jsonl`; none where it is null.
 
-    A stop or a start makes an interval short, and a mean over a few steps goes up or down by chance
-    alone: such intervals are put together until they are as long as the longest.
+    A restart makes an interval short, and a mean over few steps is noisy: such intervals are merged
+    until they are as long as the longest.
     """
     longest = max((line.get("train/interval_steps", 1) for line in lines), default=1)
     found = [

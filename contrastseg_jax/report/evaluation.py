@@ -1,4 +1,4 @@
-"""The page of an evaluation, and the numbers on it."""
+"""The HTML page and the JSON of an evaluation."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 
 
 def score_rows(results: Mapping[str, Any]) -> dict[str, float]:
-    """The scores of an evaluation by the names to print."""
+    """The scores of an evaluation by display name."""
     rows = {"mean IoU": results["mean_iou"], "pixel accuracy": results["pixel_accuracy"]}
     return rows | {f"IoU {name}": value for name, value in results["iou"].items()}
 
@@ -24,7 +24,7 @@ def score_rows(results: Mapping[str, Any]) -> dict[str, float]:
 def save_evaluation(
     folder: Path, results: Mapping[str, Any], pictures: Sequence[str], advice: str = ""
 ) -> None:
-    """`metrics.json`, and `index.html` that shows the same numbers with the pictures."""
+    """Write `metrics.json`, and `index.html` with the same numbers and the pictures."""
     write_atomically(folder / "metrics.json", to_json(dict(results)) + "\n")
     rows = "".join(
         f"<tr><td>{html.escape(printable(name))}</td><td>{value:.4f}</td></tr>"

@@ -1,1 +1,1 @@
-"""The folder of a run: config, checkpoints, numbers, log."""
+"""The workdir of a run: config, checkpoints, metrics, log."""

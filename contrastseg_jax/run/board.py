@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, and TensorBoard's files beside it."""
+"""Metrics of a run: `metrics.jsonl`, and TensorBoard event files."""
 
 import contextlib
 import json
@@ -13,8 +13,8 @@ from typing import Any, cast
 from contrastseg_jax.errors import best_effort
 from contrastseg_jax.files import to_json, write_atomically
 
-# Where PyTorch is installed, tensorboardX imports it: seconds, and 200 MB, for tensors that no run
-# has. With None in its place, Python says that there is none.
+# tensorboardX imports PyTorch if it is installed, which takes seconds and 200 MB, and is not used
+# here. None in `sys.modules` makes that import fail.
 _hidden = "torch" not in sys.modules
 if _hidden:
     sys.modules["torch"] = cast(Any, None)
@@ -28,14 +28,14 @@ if _hidden:
 
 @dataclass(frozen=True)
 class Board:
-    """Where numbers go, besides `metrics.jsonl`."""
+    """The writer of TensorBoard events."""
 
-    events: EventsWriter | None  # None: TensorBoard's file cannot be written
+    events: EventsWriter | None  # None: the event file cannot be written
 
 
 @contextlib.contextmanager
-def opened(workdir: Path, start_step: int) -> Iterator[Board]:
-    """`open_board`, closed at the end."""
+def open_metrics_log(workdir: Path, start_step: int) -> Iterator[Board]:
+    """`open_board`, closed on exit."""
     board = open_board(workdir, start_step)
     try:
         yield board
@@ -44,10 +44,10 @@ def opened(workdir: Path, start_step: int) -> Iterator[Board]:
 
 
 def open_board(workdir: Path, start_step: int) -> Board:
-    """The numbers go on after `start_step`; what cannot be written is a warning.
+    """Continue the metrics after `start_step`; a file that cannot be written is a warning.
 
-    A run that was killed has logged steps that it will take again: they are dropped. TensorBoard's
-    files cannot be shortened, so what is left of `metrics.jsonl` is written into a new one.
+    Steps that a killed run logged and will repeat are dropped. Event files cannot be truncated, so
+    the rest of `metrics.jsonl` is written into a new one.
     """
     events, lines, path = None, None, workdir / "metrics.jsonl"
     with best_effort(str(path)):
@@ -55,15 +55,15 @@ def open_board(workdir: Path, start_step: int) -> Board:
         if path.exists():
             lines = _lines_until(path.read_text(), start_step)
             write_atomically(path, "".join(lines))
-    # Not tensorboardX's SummaryWriter: the thread that it writes with dies of a full disk, and
-    # whoever has more to write waits for it for ever.
+    # Not tensorboardX's SummaryWriter: its writer thread dies on a full disk, and further writes
+    # then block for ever.
     folder = (workdir / "tensorboard").absolute()
     with best_effort(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("events.out.tfevents.*") if lines is not None else ():
             old.unlink()
         events = EventsWriter(str(folder / "events"))
-        # By which a TensorBoard that shows the old files forgets all their steps.
+        # Makes a running TensorBoard discard the steps of the old files.
         restart = SessionLog(status=SessionLog.START)
         events.write_event(Event(step=0, session_log=restart, wall_time=time.time()))
         for line in lines or ():
@@ -73,7 +73,7 @@ def open_board(workdir: Path, start_step: int) -> Board:
 
 
 def write_metrics(workdir: Path, board: Board, step: int, values: Mapping[str, float]) -> None:
-    """Append one line of numbers; what is not finite (IoU of an absent class) becomes null."""
+    """Append one line; values that are not finite (IoU of an absent class) become null."""
     path, line = workdir / "metrics.jsonl", {"step": step, "time": round(time.time(), 3), **values}
     with best_effort(str(path)), path.open("a") as file:
         file.write(to_json(line) + "\n")
@@ -84,15 +84,15 @@ def write_metrics(workdir: Path, board: Board, step: int, values: Mapping[str, f
 
 
 def close_board(board: Board) -> None:
-    """Write what is left to write."""
+    """Flush and close the event file."""
     if board.events:
         with best_effort("TensorBoard"):
             board.events.close()
 
 
 def _event(line: Mapping[str, Any]) -> Event:
-    """A line of `metrics.jsonl` for TensorBoard, with the time at which it was logged."""
-    # Not tensorboardX's `scalar`, which takes ASCII alone: 天 and 地 would be one curve, `_`.
+    """A line of `metrics.jsonl` as a TensorBoard event, with its original time."""
+    # Not tensorboardX's `scalar`, which is ASCII only: 天 and 地 would both become `_`.
     scalars = [
         Summary.Value(
             tag=key.encode(errors="backslashreplace").decode(),
@@ -106,7 +106,7 @@ def _event(line: Mapping[str, Any]) -> Event:
 
 
 def _lines_until(text: str, last_step: int) -> list[str]:
-    """The whole lines of steps up to `last_step`; a kill may have cut a line short."""
+    """The complete lines up to `last_step`; a kill may have truncated the last one."""
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [line for line in lines if _step(line) <= last_step]
 

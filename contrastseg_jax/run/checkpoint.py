@@ -1,7 +1,7 @@
-"""Checkpoints of the whole `TrainState`: written by Orbax, and read back before they count.
+"""Checkpoints of the whole `TrainState`: written by Orbax, and verified by reading them back.
 
-checkpoints/STEP/          a whole one: Orbax puts it there once all of it is written
-checkpoints/STEP.damaged/  one whose arrays are not what was saved; kept, and read by nobody
+checkpoints/STEP/          a finished one: Orbax renames it once it is complete
+checkpoints/STEP.damaged/  one whose arrays are not what was saved; kept, but ignored
 """
 
 import contextlib
@@ -21,25 +21,25 @@ import tensorstore
 from etils import epath
 
 from contrastseg_jax.errors import InputError, best_effort, listed, reason, warn_once
-from contrastseg_jax.files import require_room
+from contrastseg_jax.files import require_disk_space
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import digests
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import read_score, saved_steps
 from contrastseg_jax.structs import TrainState
 
-ITEM = "default"  # the folder of the state, in that of a checkpoint
-METADATA = "_CHECKPOINT_METADATA"  # the file, there, of what Orbax notes, and of the digests
-CACHE_BYTES = 2**27  # of what TensorStore reads again and again: which array lies where
-NETWORK = ("params", "batch_stats")  # the fields of a state that running averages stand in for
-LEFTOVERS = (".orbax-checkpoint-tmp", ".deleted")  # what a kill leaves behind ends so
+ITEM = "default"  # the folder of the state within a checkpoint
+METADATA = "_CHECKPOINT_METADATA"  # the file within a checkpoint with the digests
+CACHE_BYTES = 2**27  # for the index of arrays, which TensorStore reads repeatedly
+NETWORK = ("params", "batch_stats")  # the fields of a state that the EMA replaces
+LEFTOVERS = (".orbax-checkpoint-tmp", ".deleted")  # suffixes of what a killed run leaves behind
 
 
 class LiteralPath(type(epath.Path("/"))):
-    """A path for Orbax in which `[`, `*` and `?` are letters, and `/s3` is a folder like others."""
+    """A path that Orbax takes literally: `[`, `*`, `?` are characters, `/s3` is a local folder."""
 
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:
-        """Without this, what stands before `pattern` would be one too."""
+        """Treat only `pattern` as a pattern, not the path before it."""
         return (self / name for name in glob.glob(pattern, root_dir=self))
 
     @property
@@ -54,29 +54,31 @@ class Writer:
     workdir: Path
     keep_checkpoints: int
     orbax: ocp.AsyncCheckpointer
-    thread: ThreadPoolExecutor  # waits for Orbax, and reads back what it has written
-    saving: Future[str] | None = None  # its result: as `problem`
-    problem: str = ""  # why the newest checkpoint could not be saved; empty: it could
+    thread: ThreadPoolExecutor  # waits for Orbax, and verifies what it has written
+    saving: Future[str] | None = None  # its result becomes `problem`
+    problem: str = ""  # why the newest checkpoint could not be saved; empty: it was
 
 
 def prepare(workdir: Path, state: TrainState) -> None:
-    """Clear away what a kill has left, and see that checkpoints written there come back.
+    """Clean up after a killed run, and test that checkpoints can be written and read back.
 
-    `state`: arrays, or their shapes and dtypes, as large as those that will be saved.
+    `state`: the arrays that will be saved, or their shapes and dtypes.
 
     Raises:
-        InputError: they do not come back, or the disk has no room for one.
+        InputError: the test failed, or the disk has no space for one.
     """
     size = _num_bytes(state)
-    processes.together(lambda: _prepare(_folder(workdir), size) if processes.is_first() else None)
+    processes.sync_errors(
+        lambda: _prepare(_folder(workdir), size) if processes.is_first() else None
+    )
 
 
 @contextlib.contextmanager
 def open_writer(workdir: Path, *, keep_checkpoints: int) -> Iterator[Writer]:
-    """Keeps the newest checkpoints and the best by val mIoU; all are written when it ends.
+    """Keeps the newest checkpoints and the best by val mIoU; on exit, waits for pending writes.
 
     Raises:
-        InputError: at its end, the newest checkpoint could not be saved.
+        InputError: on exit, the newest checkpoint could not be saved.
     """
     if processes.is_first():
         _folder(workdir).mkdir(parents=True, exist_ok=True)
@@ -91,93 +93,94 @@ def open_writer(workdir: Path, *, keep_checkpoints: int) -> Iterator[Writer]:
         try:
             yield writer
         finally:
-            _finish(writer)
+            _wait(writer)
         if writer.problem:
             raise InputError(f"the last checkpoint is missing: {writer.problem}")
         if processes.is_first():
-            _give_up_old(writer)  # once more, as the newest may have been evaluated since
+            _delete_old(writer)  # again, as the newest may have been evaluated since
 
 
 def save(writer: Writer, step: int, state: TrainState) -> None:
-    """Start saving; the checkpoint appears whole or not at all.
+    """Start saving in the background, atomically.
 
-    Once it was read back, older ones are given up. What goes wrong is a warning, and the last whole
-    checkpoint stays.
+    Once the checkpoint is verified, older ones are deleted. A failure is a warning, and the last
+    intact checkpoint is kept.
     """
-    _finish(writer)
+    _wait(writer)
     path, stored = _folder(writer.workdir) / str(step), _without_empty(state)
     size = _num_bytes(state)
     try:
-        # Orbax would find a full disk too, but its threads go on writing after it has.
-        processes.together(
-            lambda: require_room(path.parent, size) if processes.is_first() else None
+        # Orbax would fail on a full disk too, but its threads keep writing after that.
+        processes.sync_errors(
+            lambda: require_disk_space(path.parent, size) if processes.is_first() else None
         )
         writer.orbax.save(
             LiteralPath(path),
             args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(stored)}),
-            custom_metadata={"digests": digests.of_state(stored)},
+            custom_metadata={"digests": digests.state_digests(stored)},
         )
     except Exception as error:
         if processes.count() > 1 and not isinstance(error, InputError):
             raise  # the others wait for this one
         writer.problem = _not_saved(path, reason(error))
         return
-    writer.saving = writer.thread.submit(_written, writer, path)
+    writer.saving = writer.thread.submit(_finish_save, writer, path)
 
 
-def find_step(workdir: Path, which: str) -> int:
-    """The step that "latest", "best" or a number names."""
+def find_step(workdir: Path, checkpoint: str) -> int:
+    """The step of "latest", "best" or a number."""
     steps = saved_steps(workdir)
     if not steps:
         raise InputError(
-            f"{_folder(workdir)}: holds no finished checkpoint; train a run there first"
+            f"{_folder(workdir)}: contains no finished checkpoint; train a run there first"
         )
-    if which == "latest":
+    if checkpoint == "latest":
         return steps[-1]
-    if which == "best":
+    if checkpoint == "best":
         return _best(workdir, steps)
-    if not which.isdecimal() or int(which) not in steps:
+    if not checkpoint.isdecimal() or int(checkpoint) not in steps:
         known = ", ".join(map(str, steps))
-        raise InputError(f"--checkpoint={which}: must be latest, best or one of {known}")
-    return int(which)
+        raise InputError(f"--checkpoint={checkpoint}: must be latest, best or one of {known}")
+    return int(checkpoint)
 
 
-def find_whole(
-    workdir: Path, which: str, *, goes_on: bool = False, fields: Sequence[str] = ()
+def find_intact(
+    workdir: Path, checkpoint: str, *, resume: bool = False, fields: Sequence[str] = ()
 ) -> int:
-    """As `find_step`, of a checkpoint whose arrays are what was saved; all processes must ask.
+    """`find_step` for checkpoints whose arrays are intact; all processes must call it.
 
-    In place of the latest, the newest whole one is taken, with a warning. `goes_on`: as by the run
-    itself, which will save those steps again: the damaged ones are moved aside. `fields`: those
-    that will be restored by `restore_variables`, where not the whole state will be.
+    If the latest is damaged, the newest intact one is used instead, with a warning. `resume`: the
+    run itself will continue and save those steps again, so the damaged ones are renamed. `fields`:
+    the only fields to check, as `restore_variables` will restore no others.
 
     Raises:
         InputError: there is no such checkpoint, or it is damaged.
     """
-    # As process 0 sees it: a run beside this one may save another at any moment.
-    found = processes.together(
-        lambda: _find_whole(workdir, which, goes_on, fields) if processes.is_first() else None
+    # Decided by process 0: a concurrent run may save another at any moment.
+    found = processes.sync_errors(
+        lambda: _find_intact(workdir, checkpoint, resume, fields) if processes.is_first() else None
     )
     return int(processes.gather(str(found))[0])
 
 
 def restore(workdir: Path, step: int, state: TrainState, sharding: Any) -> TrainState:
-    """The state saved at a step, laid out as `sharding` says (a prefix of the state's tree).
+    """The state saved at a step, with the given `sharding` (a prefix of the state's tree).
 
-    `state` has its structure, shapes and dtypes; it may have been saved with another layout.
+    `state`: its structure, shapes and dtypes. It may have been saved with another sharding.
     """
-    abstract = _laid_out(state, sharding)
+    abstract = _with_sharding(state, sharding)
     stored = _without_empty(abstract)
     restored = _read(_folder(workdir) / str(step), ocp.args.StandardRestore(stored))
     return jax.tree.map(_or_empty, abstract, cast(TrainState, restored))
 
 
 def restore_variables(workdir: Path, step: int, variables: Any, sharding: Any) -> Any:
-    """`params` and `batch_stats` of a checkpoint: the running averages where the run keeps them.
+    """`params` and `batch_stats` of a checkpoint: their EMA if the run keeps one.
 
-    Nothing else is read, but what else `variables` has: shapes and dtypes by the state's fields.
+    `variables`: shapes and dtypes by field of the state. Its other fields are restored too, nothing
+    else is read.
     """
-    path, abstract = _folder(workdir) / str(step), _laid_out(variables, sharding)
+    path, abstract = _folder(workdir) / str(step), _with_sharding(variables, sharding)
     tree = {name: abstract[name] for name in abstract if name not in NETWORK}
     network = {name: abstract[name] for name in NETWORK}
     has_ema = "ema" in _stored_fields(_array_names(path / ITEM), NETWORK)
@@ -188,8 +191,8 @@ def restore_variables(workdir: Path, step: int, variables: Any, sharding: Any) -
     return jax.tree.map(_or_empty, abstract, restored)
 
 
-def _laid_out(tree: Any, sharding: Any) -> Any:
-    """Shapes and dtypes of a tree, where `sharding`, a prefix of it, says."""
+def _with_sharding(tree: Any, sharding: Any) -> Any:
+    """Shapes and dtypes of a tree with shardings; `sharding` is a prefix of the tree."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         tree,
@@ -198,34 +201,35 @@ def _laid_out(tree: Any, sharding: Any) -> Any:
 
 
 def _read(path: Path, args: Any) -> Any:
-    """What Orbax restores of a state; an InputError where it cannot be read."""
+    """The state restored by Orbax; an InputError if it cannot be read."""
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
             return orbax.restore(LiteralPath(path), args=ocp.args.Composite(**{ITEM: args}))[ITEM]
     except Exception as error:
-        if processes.is_of_another(error):
+        if processes.is_peer_failure(error):
             raise
         raise InputError(
             f"{path}: cannot be read as a checkpoint of this config ({reason(error)})"
         ) from error
 
 
-def damage(path: Path, fields: Sequence[str] = ()) -> str:
-    """What of a checkpoint is not as it was saved; empty if all is. One process is enough to ask.
+def find_damage(path: Path, fields: Sequence[str] = ()) -> str:
+    """What in a checkpoint is not as it was saved; empty if intact. One process may call it alone.
 
-    Reads every array, or those of some `fields` as `find_whole` has them, one after the other, and
-    those of a checkpoint without digests, as former versions have written it, for nothing but
-    whether they can be read.
+    Reads every array, or those of some `fields` as in `find_intact`, one after the other. Of a
+    checkpoint without digests, from an earlier version, it only checks that they can be read.
     """
     try:
         notes = json.loads((path / METADATA).read_text())["custom_metadata"] or {}
         arrays = _open_arrays(path / ITEM, fields)
-        found = {name: digests.of_array(array.read().result()) for name, array in arrays.items()}
+        found = {
+            name: digests.array_digest(array.read().result()) for name, array in arrays.items()
+        }
         step = int(arrays["step"].read().result()) if "step" in arrays else None
     except Exception as error:
         return reason(error)
     if "digests" not in notes:
-        warn_once(str(path), f"{path}: has no digests, so damage in its arrays would not show")
+        warn_once(str(path), f"{path}: has no digests, so damaged arrays would go unnoticed")
     saved = notes.get("digests", found)
     names = found if fields else saved | found
     wrong = [name for name in names if saved.get(name) != found.get(name)]
@@ -233,7 +237,7 @@ def damage(path: Path, fields: Sequence[str] = ()) -> str:
         others = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         return f"{', '.join(wrong[:3])}{others} not as saved"
     if step is not None and path.name != str(step):
-        return f"it holds the state after {step} steps, so it was renamed, or is of another run"
+        return f"it holds the state after {step} steps, so it was renamed or belongs to another run"
     return ""
 
 
@@ -241,33 +245,33 @@ def _folder(workdir: Path) -> Path:
     return (workdir / "checkpoints").absolute()
 
 
-def _find_whole(workdir: Path, which: str, goes_on: bool, fields: Sequence[str]) -> int:
+def _find_intact(workdir: Path, checkpoint: str, resume: bool, fields: Sequence[str]) -> int:
     folder, damaged = _folder(workdir), {}
     while True:
         left = [step for step in saved_steps(workdir) if step not in damaged]
         if damaged and not left:
             problems = [f"{step}: {problem}" for step, problem in damaged.items()]
-            remedy = "put one back from a copy, or train in another --workdir"
-            raise listed(f"{folder}, which holds no whole checkpoint ({remedy})", problems)
-        step = left[-1] if damaged else find_step(workdir, which)
-        problem = damage(folder / str(step), fields)
+            remedy = "restore one from a backup, or train in another --workdir"
+            raise listed(f"{folder}, which contains no intact checkpoint ({remedy})", problems)
+        step = left[-1] if damaged else find_step(workdir, checkpoint)
+        problem = find_damage(folder / str(step), fields)
         if not problem:
             break
         if not (folder / str(step)).exists():
-            continue  # a run beside this one has given it up
-        if which != "latest":
+            continue  # deleted by a concurrent run
+        if checkpoint != "latest":
             raise InputError(f"{folder / str(step)}: is damaged ({problem})")
         damaged[step] = problem
     for other, problem in damaged.items():
         path, moved = folder / str(other), ""
-        if goes_on:
-            moved = f"; it is now {_set_aside(path).name}"
-        log.warning(f"{path}: is damaged ({problem}): step {step} is taken instead{moved}")
+        if resume:
+            moved = f"; renamed to {_set_aside(path).name}"
+        log.warning(f"{path}: is damaged ({problem}): using step {step} instead{moved}")
     return step
 
 
 def _best(workdir: Path, steps: list[int]) -> int:
-    """Of equals the newest, so of none that was evaluated the latest."""
+    """The newest of equals; so the latest if none was evaluated."""
     return max(steps, key=lambda step: (read_score(workdir, step), step))
 
 
@@ -279,28 +283,28 @@ def _prepare(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder)
     try:
-        require_room(folder, size)
+        require_disk_space(folder, size)
     except OSError as error:
         raise InputError(f"a checkpoint would not fit: {reason(error)}") from error
     path, arrays = folder / "probe.deleted", {"probe": np.arange(1000, dtype=np.float32)}
-    notes = {"digests": {name: digests.of_array(array) for name, array in arrays.items()}}
+    notes = {"digests": {name: digests.array_digest(array) for name, array in arrays.items()}}
     try:
-        with _alone() as orbax:
+        with _single_process_checkpointer() as orbax:
             args = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(arrays)})
             orbax.save(LiteralPath(path), args=args, custom_metadata=notes)
-        problem = damage(path)
+        problem = find_damage(path)
     except Exception as error:
         problem = reason(error)
     shutil.rmtree(path, ignore_errors=True)
     if problem:
         raise InputError(
-            f"{folder}: checkpoints cannot be kept there; a small one, written to try, did not come"
-            f" back ({problem})"
+            f"{folder}: checkpoints cannot be stored there; a small test one could not be read back"
+            f" ({problem})"
         )
 
 
-def _written(writer: Writer, path: Path) -> str:
-    """Wait until Orbax has written a checkpoint, and let it count."""
+def _finish_save(writer: Writer, path: Path) -> str:
+    """Wait until Orbax has written a checkpoint, and verify it; the problem, if any."""
     try:
         writer.orbax.wait_until_finished()
     except Exception as error:
@@ -308,14 +312,14 @@ def _written(writer: Writer, path: Path) -> str:
             raise
         return _not_saved(path, reason(error))
     if processes.is_first():
-        if problem := damage(path):
-            return _not_saved(path, f"read back, {problem}; it is now {_set_aside(path).name}")
-        _give_up_old(writer)
+        if problem := find_damage(path):
+            return _not_saved(path, f"read back, {problem}; renamed to {_set_aside(path).name}")
+        _delete_old(writer)
     return ""
 
 
-def _finish(writer: Writer) -> None:
-    """Wait for the checkpoint that is being written."""
+def _wait(writer: Writer) -> None:
+    """Wait for the checkpoint being written."""
     if writer.saving:
         writer.problem, writer.saving = writer.saving.result(), None
 
@@ -325,13 +329,13 @@ def _not_saved(path: Path, why: str) -> str:
         shutil.rmtree(partial, ignore_errors=True)
     problem = f"{path}: could not be saved ({why})"
     steps = saved_steps(path.parents[1])
-    last = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no other"
+    last = f"the last checkpoint is step {steps[-1]}" if steps else "there is no other"
     log.warning(f"{problem}; {last}")
     return problem
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Delete what a kill, or a save that failed, has left; while nothing is being saved."""
+    """Delete what a kill or a failed save left behind; not while saving."""
     for path in folder.iterdir():
         if path.name.endswith(LEFTOVERS):
             shutil.rmtree(path, ignore_errors=True)
@@ -339,7 +343,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _cleared_at_end(folder: Path) -> Iterator[None]:
-    """As Orbax's threads may write on after a failure, until Orbax is closed."""
+    """Clear leftovers on exit: Orbax's threads may keep writing after a failure until closed."""
     try:
         yield
     finally:
@@ -347,8 +351,8 @@ def _cleared_at_end(folder: Path) -> Iterator[None]:
             _clear_leftovers(folder)
 
 
-def _give_up_old(writer: Writer) -> None:
-    _clear_leftovers(_folder(writer.workdir))  # Orbax's threads may write on after a failure
+def _delete_old(writer: Writer) -> None:
+    _clear_leftovers(_folder(writer.workdir))  # Orbax's threads may keep writing after a failure
     steps = saved_steps(writer.workdir)
     kept = {*steps[-writer.keep_checkpoints :], *([_best(writer.workdir, steps)] if steps else [])}
     for step in set(steps) - kept:
@@ -358,7 +362,7 @@ def _give_up_old(writer: Writer) -> None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it no longer counts as one."""
+    """Rename a damaged checkpoint, so that it is ignored."""
     target, number = path.with_name(f"{path.name}.damaged"), 1
     while target.exists():
         number += 1
@@ -367,10 +371,10 @@ def _set_aside(path: Path) -> Path:
 
 
 def _first_replicas_handler() -> ocp.CompositeCheckpointHandler:
-    """Writes the first replica of each array, of which the digests are.
+    """Writes the first replica of each array, which is the one the digests are computed from.
 
-    By default every process writes a part of what all of them hold. Processes whose machines or
-    caches gave them programs of their own hold arrays that differ in their last bits, though.
+    By default every process writes a part of each replicated array. But replicas may differ in the
+    last bits, where different hosts or compilation caches led to different programs.
     """
     handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
@@ -378,8 +382,8 @@ def _first_replicas_handler() -> ocp.CompositeCheckpointHandler:
     return ocp.CompositeCheckpointHandler(**{ITEM: state})
 
 
-def _alone() -> ocp.Checkpointer:
-    """Orbax for this process, which waits for no other."""
+def _single_process_checkpointer() -> ocp.Checkpointer:
+    """An Orbax checkpointer for this process alone, without barriers."""
     index = processes.index()
     options = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     composite = ocp.CompositeOptions(multiprocessing_options=options)
@@ -388,7 +392,7 @@ def _alone() -> ocp.Checkpointer:
 
 
 def _array_names(item: Path) -> list[str]:
-    """The names of the arrays of a state, as they are stored."""
+    """The names of the stored arrays of a state."""
     nodes = json.loads((item / "_METADATA").read_text())["tree_metadata"].values()
     return [
         ".".join(part["key"] for part in node["key_metadata"])
@@ -398,13 +402,13 @@ def _array_names(item: Path) -> list[str]:
 
 
 def _stored_fields(names: Sequence[str], fields: Sequence[str]) -> set[str]:
-    """The fields of a stored state in which the wanted ones are, running averages where kept."""
+    """The stored fields to read for the given ones: the EMA for the network, if kept."""
     has_ema = any(name.startswith("ema.") for name in names)
     return {"ema" if has_ema and field in NETWORK else field for field in fields}
 
 
 def _open_arrays(item: Path, fields: Sequence[str]) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of a state, or of some of its fields, as they are stored, by their names."""
+    """The stored arrays of a state, or of some of its fields, by name."""
     names = _array_names(item)
     if fields:
         stored = {"step", *_stored_fields(names, fields)}
@@ -420,7 +424,7 @@ def _open_arrays(item: Path, fields: Sequence[str]) -> dict[str, tensorstore.Ten
 
 
 def _without_empty(tree: Any) -> Any:
-    """The arrays that have elements; Orbax stores no others."""
+    """The tree without empty arrays, which Orbax does not store."""
     return jax.tree.map(lambda x: x if x.size else None, tree)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run belongs to one run, and to one program at a time."""
+"""Locking a workdir: it belongs to one run, and one program at a time."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from contrastseg_jax.run.workdir import find_run, record_config
 
 
 def resumes(workdir: Path) -> bool:
-    """Whether the workdir holds a run to go on with: the same answer in all processes."""
-    return processes.together(lambda: find_run(workdir)) is not None
+    """Whether the workdir contains a run to resume: the same answer in all processes."""
+    return processes.sync_errors(lambda: find_run(workdir)) is not None
 
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: Config) -> Iterator[None]:
-    """Within, no other program trains in the workdir, whose config is this one.
+    """Lock the workdir for this run, and record its config.
 
-    Makes the folder, so it comes after all that may fail.
+    Creates the folder, so everything that may fail is done before.
 
     Raises:
-        InputError: in all processes, if the workdir holds a run of another config, another program
-            trains there, or the processes do not see the same folder.
+        InputError: in all processes, if the workdir contains a run of another config, another
+            program trains there, or the processes do not see the same folder.
     """
     with contextlib.ExitStack() as stack:
 
@@ -32,6 +32,6 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
                 stack.enter_context(lock(workdir / ".lock"))
             record_config(workdir, config, write=processes.is_first())
 
-        processes.together(claim)
+        processes.sync_errors(claim)
         processes.require_shared(workdir)
         yield

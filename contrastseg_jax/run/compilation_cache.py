@@ -1,4 +1,4 @@
-"""Where compiled programs are kept."""
+"""JAX's persistent compilation cache."""
 
 import os
 import warnings
@@ -11,8 +11,8 @@ from contrastseg_jax.config.tree import Config
 from contrastseg_jax.run.logging import log
 
 
-def keep_compiled(config: Config, workdir: Path | None) -> None:
-    """Keep compiled programs where the environment or the config says, else in the workdir."""
+def set_compilation_cache(config: Config, workdir: Path | None) -> None:
+    """Use the cache folder of the environment or the config, by default one in the workdir."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or config.parallel.compilation_cache
     if not folder and workdir:
         folder = str(workdir / "compilation_cache")
@@ -21,7 +21,7 @@ def keep_compiled(config: Config, workdir: Path | None) -> None:
 
 
 def _shorten_warnings(folder: str) -> None:
-    """JAX warns of each program that it cannot read or write in its folder: log the first alone."""
+    """Log only the first of JAX's warnings, of one per program it cannot read or write."""
     show, logged = warnings.showwarning, False
 
     def show_or_log(message: Warning | str, *details: Any) -> None:
@@ -32,6 +32,6 @@ def _shorten_warnings(folder: str) -> None:
         elif not logged:
             logged = True
             reason = text.partition(": ")[2]
-            log.warning(f"{folder}: compiled programs are not kept, or not found there ({reason})")
+            log.warning(f"{folder}: the compilation cache cannot be read or written ({reason})")
 
     warnings.showwarning = show_or_log

@@ -1,8 +1,8 @@
-"""A digest of every array of a state: the same on any number of devices and processes.
+"""Digests of the arrays of a state, independent of the number of devices and processes.
 
-It is the sum over an array's elements of splitmix64, of the element's bits and of its place in the
-whole array, modulo 2**64. So parts can be added up in any order, and one element that changes
-always changes the sum.
+The sum modulo 2**64, over the elements of an array, of splitmix64 of the element's bits and its
+index in the whole array. So shards can be summed in any order, and a change of one element always
+changes the sum.
 """
 
 from collections.abc import Sequence
@@ -18,66 +18,66 @@ from contrastseg_jax.parallel import processes
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))  # shift right, then multiply
 MASK = 2**64 - 1
-SMALL = 2**16  # elements that are mixed at once: what fits a processor's cache
+BLOCK_SIZE = 2**16  # elements hashed at once, to fit the CPU cache
 
 
-def of_state(state: Any) -> dict[str, str]:
-    """The digest of each array of a state by its name; all processes must ask.
+def state_digests(state: Any) -> dict[str, str]:
+    """The digest of each array of a state by name; all processes must call it.
 
-    Every element is counted once, on the device that holds the first copy of it.
+    Every element is counted once, on the device with its first replica.
     """
-    arrays = named(state)
-    with ThreadPoolExecutor() as pool:  # NumPy computes without Python's lock
-        sums = list(pool.map(_of_shards, arrays.values()))
+    arrays = named_leaves(state)
+    with ThreadPoolExecutor() as pool:  # NumPy releases the GIL
+        sums = list(pool.map(_local_sum, arrays.values()))
     everyone = [text.split() for text in processes.gather(" ".join(f"{part:x}" for part in sums))]
     return {
-        name: written(array.dtype, array.shape, sum(int(part, 16) for part in parts))
+        name: format_digest(array.dtype, array.shape, sum(int(part, 16) for part in parts))
         for (name, array), *parts in zip(arrays.items(), *everyone, strict=True)
     }
 
 
-def of_array(array: np.ndarray) -> str:
+def array_digest(array: np.ndarray) -> str:
     """The digest of a whole array."""
-    return written(array.dtype, array.shape, of_part(array, (0,) * array.ndim, array.shape))
+    return format_digest(array.dtype, array.shape, part_sum(array, (0,) * array.ndim, array.shape))
 
 
-def named(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by the names under which Orbax stores them."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def written(dtype: Any, shape: Sequence[int], total: int) -> str:
-    """A digest as text, with what else makes an array what it is."""
+def format_digest(dtype: Any, shape: Sequence[int], total: int) -> str:
+    """A digest as text, with dtype and shape."""
     return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}] {total & MASK:016x}"
 
 
-def of_part(part: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:
-    """The sum over a part, which begins at `start`, of an array of `shape`."""
-    if part.shape == tuple(shape):  # whole: one axis will do, which is faster
+def part_sum(part: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:
+    """The sum over a part of an array of `shape`, starting at index `start`."""
+    if part.shape == tuple(shape):  # the whole array: flattened, which is faster
         part, start, shape = part.reshape(-1), (0,), (part.size,)
     bits = part.view(np.dtype(f"u{part.dtype.itemsize}"))
     strides = [int(np.prod(shape[axis + 1 :], dtype=object)) for axis in range(len(shape))]
-    return _mixed(bits, [(begin, stride) for begin, stride in zip(start, strides, strict=True)])
+    return _mixed_sum(bits, [(begin, stride) for begin, stride in zip(start, strides, strict=True)])
 
 
-def _of_shards(array: jax.Array) -> int:
+def _local_sum(array: jax.Array) -> int:
     return sum(
-        of_part(np.asarray(shard.data), [side.start or 0 for side in shard.index], array.shape)
+        part_sum(np.asarray(shard.data), [side.start or 0 for side in shard.index], array.shape)
         for shard in array.addressable_shards
         if shard.replica_id == 0
     )
 
 
-def _mixed(bits: np.ndarray, axes: list[tuple[int, int]]) -> int:
-    """The sum over elements; `axes`: of each the place of its first element, and its stride."""
-    if bits.size > SMALL:
+def _mixed_sum(bits: np.ndarray, axes: list[tuple[int, int]]) -> int:
+    """The sum over elements; `axes`: index of the first element, and stride, per axis."""
+    if bits.size > BLOCK_SIZE:
         axis = int(np.argmax(bits.shape))
         half = bits.shape[axis] // 2
         first, second = np.split(bits, [half], axis)
         begin, stride = axes[axis]
         later = [*axes[:axis], (begin + half, stride), *axes[axis + 1 :]]
-        return _mixed(first, axes) + _mixed(second, later)
+        return _mixed_sum(first, axes) + _mixed_sum(second, later)
     mixed = bits.astype(np.uint64) + np.uint64(GOLDEN)
     for axis, (begin, stride) in enumerate(axes):
         step, first = np.uint64(stride * GOLDEN & MASK), np.uint64(begin * stride * GOLDEN & MASK)

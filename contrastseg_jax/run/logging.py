@@ -1,19 +1,19 @@
-"""Messages: on the terminal, and of the libraries only what is wrong."""
+"""Logging to the terminal, with errors only from the libraries."""
 
 import logging
 
 import absl.logging
 
 log = logging.getLogger("contrastseg_jax")
-# What these libraries log of an error is its traceback, and they raise it as well.
-TELL_TWICE = ("orbax", "tensorstore", "asyncio")
+# These libraries log a traceback of errors that they also raise.
+DUPLICATE_LOGGERS = ("orbax", "tensorstore", "asyncio")
 
 
 def start_logging(process: int = 0) -> None:
-    """Plain lines on standard error; of the libraries, and of processes but 0, what is wrong."""
+    """Log to stderr; from libraries only errors, from processes other than 0 only warnings."""
     absl.logging.set_verbosity(absl.logging.ERROR)
     for library in (absl.logging.get_absl_logger(), logging.getLogger("asyncio")):
-        library.addFilter(_is_news)
+        library.addFilter(_is_not_duplicate)
     handler = logging.StreamHandler()
     name = f"process {process}: " if process else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S"))
@@ -22,5 +22,5 @@ def start_logging(process: int = 0) -> None:
     log.setLevel(logging.WARNING if process else logging.INFO)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not any(f"/{name}/" in record.pathname for name in TELL_TWICE)
+def _is_not_duplicate(record: logging.LogRecord) -> bool:
+    return not any(f"/{name}/" in record.pathname for name in DUPLICATE_LOGGERS)

@@ -1,6 +1,6 @@
-"""The folder of a run: the config that it has, which others may go on in it, what it holds.
+"""The workdir of a run: its config, checkpoint steps and scores.
 
-No JAX here.
+Does not import JAX.
 """
 
 import json
@@ -16,37 +16,36 @@ from contrastseg_jax.files import write_atomically
 
 
 def read_config(
-    workdir: Path, overrides: Sequence[str] = (), *, free: Sequence[str] = ()
+    workdir: Path, overrides: Sequence[str] = (), *, may_differ: Sequence[str] = ()
 ) -> Config:
-    """The config of the run in a workdir; only OPERATIONAL and `free` settings may differ."""
+    """The config of the run in a workdir; only OPERATIONAL and `may_differ` settings may differ."""
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"--workdir={workdir}: has no config.json; train a run there first")
     run = from_json(path.read_text(), str(path))
     config = override(run, overrides)
-    refuse_differences(config, run, workdir, free=free)
+    require_same_config(config, run, workdir, may_differ=may_differ)
     return config
 
 
 def record_config(workdir: Path, config: Config, *, write: bool = True) -> None:
-    """Make the workdir that of this config, unless it holds the run of another one.
+    """Record the config in the workdir, unless it contains a run of another config.
 
-    `write`: as one process of a run does; the others look alone.
+    `write`: only process 0 writes; the others only check.
     """
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir={workdir}: is a file, not a folder")
     run = find_run(workdir)
     if run is not None:
-        refuse_differences(config, run, workdir)
+        require_same_config(config, run, workdir)
     if write:
         write_atomically(workdir / "config.json", to_json(config))
 
 
 def find_run(workdir: Path) -> Config | None:
-    """The config of the run that a workdir holds, if it holds one.
+    """The config of the run in a workdir, if there is one.
 
-    What counts as a run is a finished checkpoint: one that stopped before may be begun again with
-    other settings.
+    A run has a finished checkpoint: one that stopped before may be restarted with other settings.
     """
     path = workdir / "config.json"
     if not saved_steps(workdir):
@@ -64,12 +63,12 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def evaluation_folder(workdir: Path, step: int, split: str = "val") -> Path:
-    """Where the scores and pictures of a checkpoint are."""
+    """The folder for scores and pictures of a checkpoint."""
     return workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
 
 
 def read_score(workdir: Path, step: int) -> float:
-    """What "best" means: val mIoU. Below all others: a checkpoint without one, or on no pixel."""
+    """The val mIoU, by which "best" is chosen; -inf for a checkpoint without a score."""
     path = evaluation_folder(workdir, step) / "metrics.json"
     try:
         score = json.loads(path.read_text())["mean_iou"]
@@ -81,21 +80,21 @@ def read_score(workdir: Path, step: int) -> float:
         return -math.inf
 
 
-def refuse_differences(
-    config: Config, run: Config, workdir: Path, *, free: Sequence[str] = ()
+def require_same_config(
+    config: Config, run: Config, workdir: Path, *, may_differ: Sequence[str] = ()
 ) -> None:
-    """Raise an error that names all settings, but OPERATIONAL ones, in which two configs differ.
+    """Raise an InputError listing the settings, except OPERATIONAL ones, that differ.
 
-    `free`: paths of further settings that may.
+    `may_differ`: paths of further settings that may differ.
     """
     values = dict(leaves(run))
     other_weights = config.model.init_from != run.model.init_from
     of_weights = LEFT_OPEN if other_weights else ()  # settings that follow the weights
-    ignored = (*OPERATIONAL, *free, *of_weights)
+    ignored = (*OPERATIONAL, *may_differ, *of_weights)
     different = [
         f"{path} = {value!r}: the run has {values[path]!r}"
         for path, value in leaves(config)
         if path not in ignored and value != values[path]
     ]
     if different:
-        raise listed(f"--workdir={workdir}, which holds a run of another config", different)
+        raise listed(f"--workdir={workdir}, which contains a run of another config", different)

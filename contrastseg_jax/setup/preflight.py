@@ -1,4 +1,4 @@
-"""Whether settings fit each other, network, data set and machine: before anything is written."""
+"""Checks of a config against network, data set and machine, before anything is written."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from contrastseg_jax.config.tree import Config, replaced
 from contrastseg_jax.contrast.selection import POOLED, RANK_BITS
 from contrastseg_jax.data.dataset import dataset_names
 from contrastseg_jax.errors import InputError, listed
-from contrastseg_jax.files import OF_PREPARED_DATA, require_literal
+from contrastseg_jax.files import TFDS_MISREADS, require_literal
 from contrastseg_jax.models.zoo import model_names, stage_names
 from contrastseg_jax.parallel import device_memory
 from contrastseg_jax.run.logging import log
@@ -25,31 +25,31 @@ from contrastseg_jax.setup.resolve import (
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.weights import pretrained
 
-BANK_SHARE = 0.5  # of a device's memory at most; the network needs the rest
-# Values from which a BatchNorm can estimate a variance. That of n values is (n - 1) / n of the true
-# one on average, so that with its running mean an evaluation sees larger features than training
-# did: by 41% with 2, 15% with 4, 7% with 8, the fewest of the original's recipes.
-ENOUGH_VALUES = 8
+BANK_SHARE = 0.5  # largest share of a device's memory; the network needs the rest
+# Values per channel for BatchNorm. The variance of n values is (n - 1) / n of the true one on
+# average, so features in evaluation, with the running average, are larger than in training: by 41%
+# with 2, 15% with 4, 7% with 8, the fewest in the original's recipes.
+MIN_BATCH_NORM_VALUES = 8
 
 
 def set_up(
     config: Config, *, mode: str, run: Config | None = None, from_init: bool = False
 ) -> Setup:
-    """What a config means, after all that is wrong with it has been said.
+    """Check a config, and resolve it to a `Setup`.
 
-    `run`: the config of the run that is resumed, if there is one. `from_init`: the weights of
-    `model.init_from` are taken as they are.
+    `run`: the config of the run being resumed, if any. `from_init`: use the weights of
+    `model.init_from` without training.
 
     Raises:
-        InputError: settings do not fit each other, network, data set or machine.
+        InputError: settings are inconsistent with each other, network, data set or machine.
     """
-    starts = mode == "train" and run is None
-    check(config, mode=mode, reads_weights=from_init or starts)
+    is_new_run = mode == "train" and run is None
+    check(config, mode=mode, reads_weights=from_init or is_new_run)
     if from_init and not config.model.init_from:
         raise InputError("--checkpoint=init: needs --config.model.init_from=FOLDER")
     if from_init or mode == "train":
         config = adopt_image_format(config, None if from_init else run)
-    # Images to predict come one by one.
+    # Images are predicted one by one.
     return resolve(config, jax.local_devices()[:1] if mode == "predict" else None)
 
 
@@ -60,13 +60,13 @@ def check(
     reads_weights: bool = False,
     num_devices: int | None = None,
 ) -> None:
-    """Raise one error for all settings that do not fit each other, this package or the machine.
+    """Raise one InputError for all invalid settings, for this package or this machine.
 
-    Those that fit, but of which training suffers, are warnings.
+    Settings that are valid but harm training are warnings.
 
-    `reads_weights`: whether those of `model.init_from`, if it names any, are to be started from.
-    `num_devices`: those to train on, of a plan, which itself says what does not fit them; else this
-    machine's.
+    `reads_weights`: whether the weights of `model.init_from`, if set, will be loaded.
+    `num_devices`: to train on, for a plan, which itself reports what does not fit into memory;
+    default: this machine's.
     """
     trains = mode in ("train", "plan")
     if num_devices is None:
@@ -79,15 +79,15 @@ def check(
     if mode == "plan":  # reads no data
         problems = [problem for problem in problems if not problem.startswith("data.root")]
     else:
-        problems += place_problems(config)
+        problems += folder_problems(config)
     if config.model.name in model_names():
         problems += weights_problems(config) if reads_weights else []
         problems += stage_problems(config)
     if not any(problem.startswith("data.") for problem in problems):
         problems += class_problems(config)
-        # Else there is no network, or no batch, of which to say more.
-        of_shapes = ("model.", "augment.crop_size", "train.batch_size")
-        if trains and not any(problem.startswith(of_shapes) for problem in problems):
+        # Otherwise there is no valid network or batch to check further.
+        shape_settings = ("model.", "augment.crop_size", "train.batch_size")
+        if trains and not any(problem.startswith(shape_settings) for problem in problems):
             num_classes = len(class_names(config))
             problems += contrast_problems(
                 config,
@@ -95,13 +95,13 @@ def check(
                 num_devices=num_devices,
                 device_bytes=device_memory.device_bytes() if mode == "train" else None,
             )
-            problems += statistics_problems(config, num_classes=num_classes)
+            problems += batch_norm_problems(config, num_classes=num_classes)
     if problems:
         raise listed("the config", problems)
 
 
 def stage_problems(config: Config) -> list[str]:
-    """Stages to compute again that the network does not have."""
+    """Stages of model.remat that the network does not have."""
     stages = stage_names(config.model.name)
     return [
         f"model.remat names {stage!r}: must be stages of {config.model.name}: " + ", ".join(stages)
@@ -111,7 +111,7 @@ def stage_problems(config: Config) -> list[str]:
 
 
 def class_problems(config: Config) -> list[str]:
-    """Class weights that are not one for each class."""
+    """A number of class weights other than that of the classes."""
     names, weights = class_names(config), config.loss.class_weights
     if len(weights) in (0, len(names)):
         return []
@@ -121,21 +121,21 @@ def class_problems(config: Config) -> list[str]:
     ]
 
 
-def place_problems(config: Config) -> list[str]:
-    """Folders that the library which prepares data sets would take for other ones."""
+def folder_problems(config: Config) -> list[str]:
+    """Folders that TFDS would misread."""
     names = ("prepared_dir", "root") if config.data.name == "tfds" else ("prepared_dir",)
     problems = []
     for name in names:
         try:
             folder = Path(config.data[name]).expanduser()
-            require_literal(folder, f"data.{name}", OF_PREPARED_DATA)
+            require_literal(folder, f"data.{name}", TFDS_MISREADS)
         except InputError as error:
             problems.append(str(error))
     return problems
 
 
 def weights_problems(config: Config) -> list[str]:
-    """What keeps a network from starting with `model.init_from`."""
+    """Why `model.init_from` cannot be loaded into the network."""
     net = config.model
     if not net.init_from:
         return []
@@ -149,31 +149,31 @@ def weights_problems(config: Config) -> list[str]:
     return []
 
 
-def statistics_problems(config: Config, *, num_classes: int) -> list[str]:
-    """BatchNorms without a variance, as one value of each channel has none.
+def batch_norm_problems(config: Config, *, num_classes: int) -> list[str]:
+    """BatchNorm layers with one value per channel, which have no variance.
 
-    Those that take theirs of few values are a warning.
+    A warning for those with few values.
     """
     model = build_model(config, num_classes)
     size, crop_size = config.train.batch_size, tuple(config.augment.crop_size)
     num_values = training_shapes(config, model).num_values
     fewest = min(num_values.values())
-    if fewest >= ENOUGH_VALUES:
+    if fewest >= MIN_BATCH_NORM_VALUES:
         return []
     layers = [name for name, number in num_values.items() if number == fewest]
     others = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
-    # A mean over the image, or one vector of a class, is what it is on any crop.
+    # Global pooling, or one vector per class, does not depend on the crop.
     larger = replaced(config, {"augment.crop_size": tuple(2 * side for side in crop_size)})
     by_crop = training_shapes(larger, model).num_values[layers[0]] > fewest
     text = (
         f"train.batch_size = {size}, augment.crop_size = {crop_size}: BatchNorm of"
-        f" {config.model.name} takes the variance of a channel from {fewest}"
+        f" {config.model.name} computes the variance of a channel from {fewest}"
         f" value{'s' if fewest > 1 else ''} ({layers[0]}{others})"
     )
-    remedy = f"raise train.batch_size to {-(-ENOUGH_VALUES * size // fewest)}"
+    remedy = f"raise train.batch_size to {-(-MIN_BATCH_NORM_VALUES * size // fewest)}"
     remedy += ", or augment.crop_size" if by_crop else ""
     if fewest == 1:
-        return [f"{text}, which has none: {remedy}"]
+        return [f"{text}, which is always 0: {remedy}"]
     log.warning(f"{text}, so that evaluation differs from training: {remedy}")
     return []
 
@@ -181,9 +181,9 @@ def statistics_problems(config: Config, *, num_classes: int) -> list[str]:
 def contrast_problems(
     config: Config, *, num_classes: int, num_devices: int, device_bytes: int | None
 ) -> list[str]:
-    """What the bank cannot hold, and what cannot hold the bank; each with its figures.
+    """Problems with the sizes of bank, candidates and anchors.
 
-    `device_bytes`: memory of one device; None: does not matter.
+    `device_bytes`: memory of one device; None: not checked.
     """
     if not uses_contrast(config):
         return []
@@ -197,13 +197,13 @@ def contrast_problems(
         if device_bytes is not None and size // parts > BANK_SHARE * device_bytes:
             problems.append(
                 f"memory: {num_classes} classes x {slots} slots x {config.model.proj_dim}"
-                f" {bank.dtype} take {size // parts / 2**30:.1f} GiB of a device's"
+                f" {bank.dtype} takes {size // parts / 2**30:.1f} GiB of a device's"
                 f" {device_bytes / 2**30:.1f}: must be at most {BANK_SHARE:.0%}; make the queues"
                 " smaller, or use memory.dtype = 'bfloat16' or memory.sharding = 'slots'"
             )
     if settings.candidates in ("batch", "both"):
         anchors = num_anchors(config, build_model(config, num_classes))
-    own = min(anchors, settings.max_views)  # of one class in an image, of which one is the anchor
+    own = min(anchors, settings.max_views)  # of one class in an image, including the anchor
     most = {
         "positives": slots + max(batch_size * own - 1, 0),
         "negatives": (num_classes - 1) * slots
@@ -228,7 +228,7 @@ def contrast_problems(
 
 
 def bank_problems(config: Config, *, num_devices: int) -> list[str]:
-    """Queues that are too short for a step, or that do not come out even over the devices."""
+    """Queues too short for one step, or not divisible by the number of devices."""
     problems, bank = [], config.memory
     for queue, per_image in (("pixel", bank.pixels_per_class), ("segment", 1)):
         size, rows = bank[f"{queue}_size"], per_image * config.train.batch_size

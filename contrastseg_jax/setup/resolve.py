@@ -1,4 +1,4 @@
-"""From a config to its Setup: what it names is built here, and nowhere else."""
+"""Resolve a config to a Setup: the only place where what it names is built."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from contrastseg_jax.config.load import filled_in
+from contrastseg_jax.config.load import inherit_image_format
 from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
@@ -31,7 +31,7 @@ def class_names(config: Config) -> tuple[str, ...]:
 
 
 def resolve(config: Config, devices: Sequence[Any] | None = None) -> Setup:
-    """What a checked config means on `devices`, by default all of all processes."""
+    """The Setup of a checked config on `devices`, by default all devices of all processes."""
     data, mesh = dataset_spec(config), sharding.make_mesh(devices)
     classes = label_map(data)
     model, images = build_model(config, len(classes.names)), image_format(config)
@@ -51,7 +51,7 @@ def resolve(config: Config, devices: Sequence[Any] | None = None) -> Setup:
 
 
 def build_objective(config: Config, model: Segmenter, mesh: Mesh) -> Objective | None:
-    """What is trained beside the segmentation loss."""
+    """The objective to add to the segmentation loss, if any."""
     if not uses_contrast(config):
         return None
     return pixel_contrast.pixel_contrast(
@@ -64,7 +64,7 @@ def build_objective(config: Config, model: Segmenter, mesh: Mesh) -> Objective |
 
 
 def image_format(config: Config) -> ImageFormat:
-    """How the network takes images; ImageNet's way where the config leaves it open."""
+    """The network's image format; ImageNet's for settings that the config leaves unset."""
     net = config.model
     return ImageFormat(
         mean=net.image_mean or IMAGENET.mean,
@@ -74,7 +74,7 @@ def image_format(config: Config) -> ImageFormat:
 
 
 def pad_color(image_format: ImageFormat) -> tuple[int, int, int]:
-    """What surrounds an image: the mean colour, which normalisation turns into about 0."""
+    """The padding colour: the mean, which is about 0 after normalisation."""
     red, green, blue = (round(value) for value in image_format.mean)
     return red, green, blue
 
@@ -95,13 +95,13 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
 
 
 def training_shapes(config: Config, model: Segmenter) -> segmenter.TrainingShapes:
-    """What the network makes of the config's training batch."""
+    """Shapes in the network for the config's training batch."""
     images = config.train.batch_size, *config.augment.crop_size
     return segmenter.training_shapes(model, images)  # pyright: ignore[reportArgumentType]
 
 
 def num_cells(config: Config, model: Segmenter) -> int:
-    """Cells of the map of embeddings of one training image, of which anchors are sampled."""
+    """Cells of the embedding map of one training image, from which anchors are sampled."""
     return math.prod(training_shapes(config, model).output_size)
 
 
@@ -112,47 +112,47 @@ def num_anchors(config: Config, model: Segmenter) -> int:
 
 
 def adopt_image_format(config: Config, run: Config | None) -> Config:
-    """The config with the image format of the weights in `model.init_from`, where it has none.
+    """The config, with unset image format settings taken from the weights in `model.init_from`.
 
-    `run`: the config of a run that is resumed. It holds the format, for when the weights are gone.
+    `run`: the config of a run being resumed, used if the weights no longer exist.
     """
     net = config.model
     if not net.init_from:
         return config
     folder = Path(net.init_from)
     if run is not None and run.model.init_from == net.init_from and not folder.exists():
-        return filled_in(config, run)
+        return inherit_image_format(config, run)
     expected = pretrained.read(folder, net.name).image_format
-    log.info(f"images as {folder} expects them: {pretrained.described(expected)}")
+    log.info(f"image format of {folder}: {pretrained.describe_image_format(expected)}")
     values = expected.mean, expected.std, expected.channel_order
     of_weights: dict[str, Any] = dict(zip(LEFT_OPEN, values, strict=True))
     given = {path: value for path, value in leaves(config) if path in LEFT_OPEN and value}
     overridden = [f"{path} = {v!r}" for path, v in given.items() if v != of_weights[path]]
     if overridden:
-        log.info(f"but {', '.join(overridden)}, as set in the config")
+        log.info(f"overridden by the config: {', '.join(overridden)}")
     return replaced(config, of_weights | given)
 
 
-def initial_variables(setup: Setup, *, whole: bool = False) -> Variables:
-    """What the network starts from: freshly initialised, or the weights in `model.init_from`.
+def initial_variables(setup: Setup, *, strict: bool = False) -> Variables:
+    """Initial variables: random, or the pretrained weights in `model.init_from`.
 
-    `whole`: raise an InputError where these lack what the logits depend on.
+    `strict`: raise an InputError if these lack anything that the logits depend on.
     """
     net = setup.config.model
     fresh = segmenter.init_variables(setup.model, setup.config.seed)
     if not net.init_from:
         return fresh
     names = setup.classes.names
-    return pretrained.start_from(Path(net.init_from), net.name, names, fresh, whole=whole)
+    return pretrained.start_from(Path(net.init_from), net.name, names, fresh, strict=strict)
 
 
 def load_network(setup: Setup, workdir: Path, checkpoint: str) -> tuple[Variables, int]:
-    """The variables of a checkpoint, "latest", "best" or a step, on the mesh; and its step.
+    """Load the checkpoint "latest", "best" or of a step onto the mesh: its variables and step.
 
-    "init": those that training starts from; there need not be a run.
+    "init": the initial variables; does not need a run.
     """
     if checkpoint == "init":
-        variables = initial_variables(setup, whole=True)
+        variables = initial_variables(setup, strict=True)
         return load.on_mesh(variables, setup.mesh, step=0), 0
     shapes = segmenter.variable_shapes(setup.model)
     if setup.objective and setup.objective.logits:

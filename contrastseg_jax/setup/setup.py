@@ -1,4 +1,4 @@
-"""What a config means, resolved once: what programs are handed instead of its names."""
+"""A resolved config: the objects that training and evaluation are given."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from contrastseg_jax.structs import ImageFormat
 
 @dataclass(frozen=True)
 class Setup:
-    """A config with what it names; `resolve.resolve` makes it."""
+    """A config with the objects it describes; built by `resolve.resolve`."""
 
     config: Config
     data: DatasetSpec

@@ -1,4 +1,4 @@
-"""Batches to steps: one step is computed while the batch of the next is made."""
+"""Feeding batches to the train step: the next batch is made while a step runs."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -36,10 +36,10 @@ def make_batches(setup: Setup, source: Source, start_step: int) -> pipeline.Batc
 def take_steps(
     step_fn: StepFn, state: TrainState, batches: Iterator[Batch], mesh: Mesh
 ) -> Iterator[tuple[TrainState, Metrics, float]]:
-    """A step for each batch: the new state, its metrics, seconds in which the devices had no work.
+    """One step per batch: the new state, its metrics, and seconds in which the devices were idle.
 
-    One step is in flight while the next batch is made ready, not a long queue of them. Only when
-    that step has ended, waiting for the batch costs time.
+    One step is in flight while the next batch is prepared, not a long queue of them. Waiting for
+    the batch costs time only once that step has finished.
     """
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(time.monotonic)
@@ -49,7 +49,7 @@ def take_steps(
             came = time.monotonic()
             if batch is None:
                 return
-            # Returns at once: the batch is copied while the step before is computed.
+            # Asynchronous: the batch is copied while the previous step runs.
             state, metrics = step_fn(state, sharding.to_devices(batch, mesh))
             waited = max(0.0, came - max(asked, ended.result()))
             ended = pool.submit(_time_of_end, metrics)

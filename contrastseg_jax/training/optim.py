@@ -16,7 +16,7 @@ Schedule = Callable[[Any], Float[Array, ""]]  # step -> learning rate
 def poly_schedule(
     *, learning_rate: float, num_steps: int, poly_power: float, warmup_steps: int
 ) -> Schedule:
-    """learning_rate · (1 - step/num_steps)^poly_power, times a linear rise in the first steps.
+    """learning_rate · (1 - step/num_steps)^poly_power, times a linear warm-up.
 
     Original: `lambda_poly` in `segmentor/tools/optim_scheduler.py`.
     """
@@ -35,8 +35,8 @@ def sgd(
 ) -> optax.GradientTransformation:
     """PyTorch's SGD: decay is added to the gradient of every parameter, before the momentum.
 
-    What is not in params["backbone"] takes steps `head_lr_multiplier` times as long, decay
-    included: PyTorch's parameter groups with learning rates of their own. Original: `nbb_mult` of
+    Everything outside params["backbone"] has `head_lr_multiplier` times the learning rate, which
+    scales the decay too, as in PyTorch's parameter groups. Original: `nbb_mult` of
     `_get_parameters` in `segmentor/trainer_contrastive.py`.
     """
     steps = [optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum)]
@@ -50,7 +50,7 @@ def _is_head(params: dict[str, Any]) -> dict[str, bool]:
 
 
 def update_ema(ema: Any, variables: Any, step: Int[Array, ""], *, ema_decay: float) -> Any:
-    """Running average of variables; its decay rises to `ema_decay` in the first steps."""
+    """Exponential moving average of variables; the decay is warmed up to `ema_decay`."""
     step = step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, variables)

@@ -1,4 +1,4 @@
-"""What a run says of itself with each line of the log: how far, how fast, whether sound."""
+"""Progress of a run: metrics and speed, logged regularly, and checks for divergence."""
 
 import os
 import time
@@ -16,11 +16,12 @@ from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run.board import Board, write_metrics
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import TrainState
+from contrastseg_jax.text import count_of
 from contrastseg_jax.training.optim import Schedule
 
-DATA_BOUND = 0.2  # share of time waiting for data from which on a run is told what may help
-# What is 0 in a step whose contrast compares nothing: in its warm-up, or without a pair.
-OF_CONTRAST = (
+DATA_BOUND = 0.2  # share of time spent waiting for data, above which a run logs advice
+# Metrics that are 0 in steps without pairs: during warm-up of the objective, or by chance.
+CONTRAST_METRICS = (
     *("contrast", "positive_similarity", "negative_similarity", "positives_per_anchor"),
     "hard_anchors",
 )
@@ -28,24 +29,24 @@ OF_CONTRAST = (
 
 @dataclass
 class Progress:
-    """The steps since the last line of the log, and where the lines go."""
+    """The steps since the last log line, and where to log."""
 
     config: Config
     schedule: Schedule
     workdir: Path
-    board: Board | None  # None: another process writes the numbers
-    began: float  # by the monotonic clock; later by the pauses that do not count
+    board: Board | None  # None: another process writes the metrics
+    start_time: float  # of the interval, monotonic clock; moved forward by pauses
     metrics: list[Metrics] = field(default_factory=list)
-    waited: float = 0.0  # seconds in which the devices had no work
-    is_start: bool = True  # of the program, when the first batches are made
-    is_advised: bool = False  # on waiting for data, which is said once
+    waited: float = 0.0  # seconds in which the devices were idle
+    is_start: bool = True  # first interval, which includes making the first batches
+    is_warned: bool = False  # about waiting for data, once
 
 
 def log_progress(progress: Progress, step: int) -> None:
-    """A line of means over the steps up to `step`; the next line begins after them."""
+    """Log means over the steps since the last call, and start a new interval after `step`."""
     require_finite(progress.metrics, step)
     config, size = progress.config, len(progress.metrics)
-    seconds = time.monotonic() - progress.began
+    seconds = time.monotonic() - progress.start_time
     values = interval_means(sharding.fetch(progress.metrics)) | {
         "interval_steps": size,
         "learning_rate": float(progress.schedule(step - 1)),
@@ -57,20 +58,20 @@ def log_progress(progress: Progress, step: int) -> None:
         write_metrics(progress.workdir, progress.board, step, numbers)
     log.info(_line(step, config.train.num_steps, values, size / seconds))
     advice = "" if progress.is_start else data_advice(values["data_wait"], config)
-    if advice and not progress.is_advised:
+    if advice and not progress.is_warned:
         log.warning(advice)
-        progress.is_advised = True
-    progress.began, progress.metrics, progress.waited = time.monotonic(), [], 0.0
+        progress.is_warned = True
+    progress.start_time, progress.metrics, progress.waited = time.monotonic(), [], 0.0
     progress.is_start = False
 
 
 def interval_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means of each metric over some steps; of the contrast's over those in which there were pairs.
+    """Means of each metric over some steps; CONTRAST_METRICS only over steps with pairs.
 
-    Where there were none, these are left out: no mean, and not 0.
+    Without any such step they are left out, rather than 0.
     """
     with_pairs = [metrics for metrics in history if metrics.get("positives_per_anchor") != 0]
-    steps = {key: with_pairs if key in OF_CONTRAST else history for key in history[0]}
+    steps = {key: with_pairs if key in CONTRAST_METRICS else history for key in history[0]}
     return {
         key: float(np.mean([metrics[key] for metrics in found]))
         for key, found in steps.items()
@@ -79,33 +80,33 @@ def interval_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def require_finite(history: Sequence[Metrics], step: int) -> None:
-    """Stop a run whose loss is lost; `history` ends with `step`."""
+    """Raise a FloatingPointError if a loss is not finite; `history` ends with `step`."""
     losses = [float(metrics["loss"]) for metrics in history]
     if not np.isfinite(losses).all():
         raise FloatingPointError(
-            f"the loss of the last {len(history)} steps before step {step + 1} is not finite:"
-            f" {losses}; lower optim.learning_rate or look at the data"
+            f"the loss is not finite in the {count_of(len(history), 'step')} up to step {step}:"
+            f" {losses}; lower optim.learning_rate or check the data"
         )
 
 
 def require_finite_state(state: TrainState, step: int, mesh: Mesh) -> None:
-    """Stop a run of which `step` has lost the state, though its loss was finite still."""
+    """Raise a FloatingPointError if the state after `step` is not finite, though the loss was."""
     if not sharding.all_finite(state, mesh):
         raise FloatingPointError(
-            f"the state after step {step} is not finite; lower optim.learning_rate or look at the"
+            f"the state after step {step} is not finite; lower optim.learning_rate or check the"
             " data"
         )
 
 
 def data_advice(data_wait: float, config: Config) -> str:
-    """What to change in a run that spends the share `data_wait` of its time waiting for data."""
+    """Advice for a run that spends the share `data_wait` of its time waiting for data."""
     if data_wait <= DATA_BOUND:
         return ""
     data = config.data
     return (
-        f"the run waits for data {data_wait:.0%} of the time; what may help, on {os.cpu_count()}"
-        f" CPU cores: more data.num_threads (now {data.num_threads}) or data.num_workers (now"
-        f" {data.num_workers}), or, where memory allows, data.cache_size (now {data.cache_size})"
+        f"training waits for data {data_wait:.0%} of the time; on {os.cpu_count()} CPU cores, try"
+        f" raising data.num_threads (now {data.num_threads}) or data.num_workers (now"
+        f" {data.num_workers}), or, if memory allows, data.cache_size (now {data.cache_size})"
     )
 
 

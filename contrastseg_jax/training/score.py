@@ -1,4 +1,4 @@
-"""Scores of a run while it trains: an extra, of which nothing else depends."""
+"""Evaluation during training; a failure does not stop the run."""
 
 from pathlib import Path
 
@@ -26,12 +26,12 @@ def score(
     board: Board | None,
     requests: StopRequests,
 ) -> None:
-    """Evaluate the state after `step` steps; all scores go where the run's numbers go.
+    """Evaluate the state after `step` steps, and log the scores with the run's metrics.
 
-    An evaluation that fails is a warning.
+    A failed evaluation is a warning.
 
     Raises:
-        Stopped: in all processes, if one was told to stop.
+        Stopped: in all processes, if one was asked to stop.
     """
     objective, mesh = evaluator.setup.objective, evaluator.setup.mesh
     try:
@@ -50,7 +50,7 @@ def score(
         if processes.count() > 1 and not isinstance(error, processes.SharedError):
             raise  # the others wait for this one
         cause = out_of_memory.explanation(error) or reason(error)
-        log.warning(f"step {step}: the evaluation failed, and training continues: {cause}")
+        log.warning(f"step {step}: evaluation failed, training continues: {cause}")
         return
     if board:
         scores = {key: results[key] for key in ("mean_iou", "pixel_accuracy")}

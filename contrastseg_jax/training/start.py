@@ -1,4 +1,4 @@
-"""How a run begins: its data, what the network starts from or is resumed at, the compiled step."""
+"""Starting or resuming a run: its data, the initial state and the compiled train step."""
 
 import time
 from collections.abc import Callable
@@ -19,11 +19,12 @@ from contrastseg_jax.objectives.objective import Metrics
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint
 from contrastseg_jax.run.claim import resumes
-from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import initial_variables, num_anchors, num_cells
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import Batch, TrainState
+from contrastseg_jax.text import count_of
 from contrastseg_jax.training.optim import Schedule, build_optimizer
 from contrastseg_jax.training.score import has_scores
 from contrastseg_jax.training.state import abstract_state, init_state, state_sharding
@@ -35,50 +36,53 @@ StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 @dataclass(frozen=True)
 class Start:
-    """What the steps of a run begin with."""
+    """The state and programs that the training loop starts with."""
 
     step: int  # of the checkpoint that the run resumes from, or 0
     state: TrainState
     step_fn: StepFn
     schedule: Schedule
-    is_scored: bool  # whether that checkpoint has the scores that are due; a stop may have come
+    is_scored: bool  # False: a stop came before the evaluation due at that checkpoint
 
 
 def is_due(step: int, period: int, num_steps: int) -> bool:
-    """Whether what happens every `period` steps, and at the end, happens after `step` steps."""
+    """Whether something done every `period` steps and at the end is due after `step` steps."""
     return step % period == 0 or step == num_steps
 
 
 def open_data(setup: Setup) -> tuple[Source, Evaluator]:
-    """The records to train on, and what evaluates those to validate on."""
+    """The training records, and the evaluator of the validation split."""
     source, val_source = processes.first_then_others(
         lambda: open_splits(setup.data, ("train", "val"))
     )
     sizes = {"images": (len(source), len(val_source))}
     processes.require_same(dict(leaves(setup.config)) | sizes)
-    log.info(f"{setup.data.name}: {len(source)} images to train on, {len(val_source)} to validate")
+    log.info(
+        f"{setup.data.name}: {count_of(len(source), 'training image')},"
+        f" {count_of(len(val_source), 'validation image')}"
+    )
     log.info(label_table(setup.classes))
     return source, make_evaluator(setup, val_source, "val")
 
 
 def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:
-    """What the network starts from; None where the workdir holds a run to go on with."""
+    """Initial variables of a new run; None if the workdir contains a run to resume."""
     is_fresh = not resumes(workdir)
     processes.require_same({"resumes": not is_fresh})
-    return processes.together(lambda: initial_variables(setup)) if is_fresh else None
+    return processes.sync_errors(lambda: initial_variables(setup)) if is_fresh else None
 
 
 def start(
     setup: Setup, workdir: Path, variables: Variables | None, evaluator: Evaluator
 ) -> Start | None:
-    """From `variables`, or without from the newest whole checkpoint; None: training has finished.
+    """Start from `variables`, or if None, from the newest intact checkpoint; None: finished.
 
     Raises:
-        InputError: checkpoints cannot be kept there, none is whole, or memory is missing.
+        InputError: checkpoints cannot be stored, none is intact, or it does not fit into memory.
     """
     config = setup.config
-    keep_compiled(config, workdir)
-    step = 0 if variables else checkpoint.find_whole(workdir, "latest", goes_on=True)
+    set_compilation_cache(config, workdir)
+    step = 0 if variables else checkpoint.find_intact(workdir, "latest", resume=True)
     needs_scores = step > 0 and is_due(step, config.train.eval_steps, config.train.num_steps)
     is_scored = not needs_scores or has_scores(workdir, step)
     if step >= config.train.num_steps and is_scored:
@@ -109,8 +113,8 @@ def _log_network(setup: Setup, state: TrainState) -> None:
     config, num_devices = setup.config, setup.mesh.size
     num_params = parameter_overview.count_parameters(state.params)
     log.info(
-        f"{config.model.name}: {num_params / 1e6:.2f} M parameters on {num_devices}"
-        f" {jax.default_backend()} device{'s' if num_devices > 1 else ''}"
+        f"{config.model.name}: {num_params / 1e6:.2f} M parameters on"
+        f" {count_of(num_devices, f'{jax.default_backend()} device')}"
     )
     if setup.objective:
         anchors, cells = num_anchors(config, setup.model), num_cells(config, setup.model)

@@ -1,4 +1,4 @@
-"""The state of a training: at step 0, its shapes, and where its arrays lie."""
+"""The train state: its initial value, shapes and shardings."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from contrastseg_jax.structs import TrainState
 
 
 def init_state(setup: Setup, tx: optax.GradientTransformation, variables: Variables) -> TrainState:
-    """The state at step 0: what the network starts from, and that of the objective."""
+    """The state at step 0, from the initial variables."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -24,20 +24,20 @@ def init_state(setup: Setup, tx: optax.GradientTransformation, variables: Variab
 
 
 def abstract_state(setup: Setup, tx: optax.GradientTransformation) -> TrainState:
-    """Shapes and types of `init_state`, whatever the network starts from."""
+    """Shapes and dtypes of `init_state`."""
     return jax.eval_shape(
         lambda variables: init_state(setup, tx, variables), segmenter.variable_shapes(setup.model)
     )
 
 
 def state_sharding(setup: Setup, state: TrainState, mesh: sharding.AnyMesh) -> TrainState:
-    """Where each array of the state, or of its shapes, lies: whole on every device, or in parts.
+    """The sharding of each array of the state, or of its shapes.
 
-    With parallel.fsdp each device holds a part of every large array of parameters, optimiser state
-    and EMA; the objective says where its own state lies.
+    With parallel.fsdp the large arrays of parameters, optimiser state and EMA are sharded, else
+    replicated. The objective decides for its own state.
     """
-    place = sharding.in_parts if setup.config.parallel.fsdp else sharding.everywhere
-    where = sharding.everywhere(mesh, state).replace(
+    place = sharding.fsdp_sharding if setup.config.parallel.fsdp else sharding.replicated_tree
+    where = sharding.replicated_tree(mesh, state).replace(
         params=place(mesh, state.params),
         opt_state=place(mesh, state.opt_state),
         ema=place(mesh, state.ema),

@@ -1,4 +1,4 @@
-"""The training loop: from a setup to its last checkpoint, through stops and starts."""
+"""The training loop: trains to the last step, resuming where there is a checkpoint."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.evaluation.evaluate import Evaluator
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint
-from contrastseg_jax.run.board import opened
+from contrastseg_jax.run.board import open_metrics_log
 from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import evaluation_folder
@@ -34,11 +34,11 @@ from contrastseg_jax.training.start import Start, fresh_variables, is_due, open_
 
 
 def train(setup: Setup, workdir: Path) -> None:
-    """Train to `train.num_steps`, from the newest checkpoint of the workdir where it has one.
+    """Train to `train.num_steps`, resuming from the newest checkpoint of the workdir if any.
 
-    SIGTERM saves and ends the program with status 143; the next start goes on.
+    SIGTERM saves a checkpoint and exits with status 143; running again resumes.
     """
-    # What is wrong with data or weights shows before anything is compiled or written.
+    # Errors in data or weights are raised before anything is compiled or written.
     source, evaluator = open_data(setup)
     variables = fresh_variables(setup, workdir)
     num_steps = setup.config.train.num_steps
@@ -49,9 +49,7 @@ def train(setup: Setup, workdir: Path) -> None:
             return
         stopped_after = _train(setup, workdir, begin, source, evaluator)
     if stopped_after is not None:
-        log.warning(
-            f"SIGTERM: stopped after step {stopped_after}, which is saved; run again to resume"
-        )
+        log.warning(f"SIGTERM: stopped and saved after step {stopped_after}; run again to resume")
         sys.exit(processes.TERMINATED)
     page = evaluation_folder(workdir, num_steps) / "index.html"
     if page.exists():
@@ -60,7 +58,7 @@ def train(setup: Setup, workdir: Path) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What is at hand while steps are taken."""
+    """What the training loop uses between steps."""
 
     setup: Setup
     progress: Progress
@@ -72,7 +70,7 @@ class Run:
 def _train(
     setup: Setup, workdir: Path, begin: Start, source: Source, evaluator: Evaluator
 ) -> int | None:
-    """Take all steps that are left; the step after which the run was told to stop, if it was."""
+    """Take the remaining steps; returns the step after which the run was stopped, if it was."""
     config, is_first = setup.config, processes.is_first()
     with contextlib.ExitStack() as stack:
         # Outermost: SIGTERM must not end the process before the last checkpoint is written.
@@ -80,7 +78,7 @@ def _train(
         keep_checkpoints = config.train.keep_checkpoints
         writer = checkpoint.open_writer(workdir, keep_checkpoints=keep_checkpoints)
         writer = stack.enter_context(writer)
-        board = stack.enter_context(opened(workdir, begin.step)) if is_first else None
+        board = stack.enter_context(open_metrics_log(workdir, begin.step)) if is_first else None
         batches = stack.enter_context(contextlib.closing(make_batches(setup, source, begin.step)))
         bar = tqdm(
             take_steps(begin.step_fn, begin.state, batches, setup.mesh),
@@ -100,9 +98,9 @@ def _train(
 
 
 def _loop(run: Run, begin: Start, steps: tqdm) -> int | None:
-    """What happens between steps, which are those of `take_steps` behind a progress bar.
+    """Log, save and evaluate between the steps of `take_steps` (in a progress bar).
 
-    The step after which the run was told to stop, if it was.
+    Returns the step after which the run was stopped, if it was.
     """
     train, mesh, progress = run.setup.config.train, run.setup.mesh, run.progress
     due = functools.partial(is_due, num_steps=train.num_steps)
@@ -114,14 +112,14 @@ def _loop(run: Run, begin: Start, steps: tqdm) -> int | None:
         for step, (state, metrics, waited) in enumerate(steps, begin.step + 1):
             progress.metrics.append(metrics)
             progress.waited += waited
-            # Asked a step ago, so that nothing waits: all processes stop after the same step.
+            # Requested a step earlier, to avoid waiting: all processes stop after the same step.
             is_stopping, stop = bool(stop), run.stop_requests()
             if is_stopping or due(step, train.log_steps):
                 log_progress(progress, step)
             paused = time.monotonic()
             is_scoring = not is_stopping and due(step, train.eval_steps)
             if is_stopping or is_scoring or due(step, train.checkpoint_steps):
-                # A lost state must not replace a good one; its loss is that of before the step.
+                # A diverged state must not replace a good one; the loss is from before the update.
                 require_finite([metrics], step)
                 require_finite_state(state, step, mesh)
                 checkpoint.save(run.writer, step, state)
@@ -129,7 +127,7 @@ def _loop(run: Run, begin: Start, steps: tqdm) -> int | None:
                 raise processes.Stopped
             if is_scoring:
                 run.score(state, step)
-            progress.began += time.monotonic() - paused
+            progress.start_time += time.monotonic() - paused
     except processes.Stopped:
         return step
     return None

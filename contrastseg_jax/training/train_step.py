@@ -23,10 +23,10 @@ from contrastseg_jax.training.state import abstract_state, state_sharding
 def train_step(
     state: TrainState, batch: Batch, *, setup: Setup, tx: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One step of Eq. 4: cross entropy plus the weighted objective, then the objective's update.
+    """One step of Eq. 4: cross entropy plus the weighted objective, then the update of its state.
 
     A pure function of its arguments: all randomness comes from the seed, the step and, per image,
-    the example's id, so it does not depend on how images are spread over devices.
+    the example's id, so it does not depend on how images are distributed over devices.
     """
     config, mesh, objective = setup.config, setup.mesh, setup.objective
     step_rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -46,8 +46,8 @@ def train_step(
         loss, metrics = total_loss(setup, state, output, batch.label, image_rng, shared_rng)
         return loss, (updates["batch_stats"], output, metrics)
 
-    # Whole, even where each device keeps a part: batches are what devices share out. Of the
-    # gradients a device then needs its part alone.
+    # Gathered if sharded, as only batches are computed in parallel. The gradients are then
+    # reduced to the same shards.
     whole = sharding.replicate(state.params, mesh)
     grads, (batch_stats, output, metrics) = jax.grad(loss_fn, has_aux=True)(whole)
     grads = lax.with_sharding_constraint(grads, state_sharding(setup, state, mesh).params)
@@ -55,15 +55,15 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        # Statistics belong to the weights they were taken with, so both are averaged.
+        # BatchNorm statistics belong to their weights, so both are averaged.
         variables = {"params": params, "batch_stats": batch_stats}
         ema = update_ema(ema, variables, state.step, ema_decay=config.optim.ema_decay)
     memory = state.memory
     if objective is not None:
         # After the loss: an image is never contrasted with its own rows of this step.
-        label = label_of(output, batch.label)
-        # A lost step must not spoil the state. Besides, the loss is then known to be computed
-        # before a bank is written, without which XLA keeps a copy of the whole bank for it.
+        label = output_label(output, batch.label)
+        # A diverged step must not corrupt the state. This also orders the loss before the write to
+        # the bank; otherwise XLA keeps a copy of the whole bank for it.
         label = jnp.where(jnp.isfinite(metrics["loss"]), label, IGNORE_LABEL)
         image_rng = per_image(update_rng, batch.example_id)
         memory, diagnostics = objective.update(memory, output, label, image_rng)
@@ -105,9 +105,9 @@ def objective_loss(
     image_rng: Key[Array, " b"],
     rng: Key[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The objective's loss and diagnostics; zeros during its warm-up, in which none is computed."""
+    """The objective's loss and diagnostics; zeros, not computed, during its warm-up."""
     measure = functools.partial(objective.loss, state.memory)
-    label = label_of(output, label)
+    label = output_label(output, label)
     arguments = (output, label, image_rng, rng)
     shapes = jax.eval_shape(measure, *arguments)
     return lax.cond(
@@ -118,25 +118,25 @@ def objective_loss(
     )
 
 
-def label_of(output: SegmentationOutput, label: UInt8[Array, "b h w"]) -> Int[Array, "b hs ws"]:
-    """Labels at the stride of the network's output."""
+def output_label(output: SegmentationOutput, label: UInt8[Array, "b h w"]) -> Int[Array, "b hs ws"]:
+    """Labels at the network's output stride."""
     return label_at_stride(label, (output.logits.shape[1], output.logits.shape[2]))
 
 
 def compile_step(setup: Setup, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
-    """`train_step` on the setup's mesh; the state it is given is used up."""
+    """The jitted `train_step` on the setup's mesh; the state argument is donated."""
     of_state = state_sharding(setup, abstract_state(setup, tx), setup.mesh)
     return jax.jit(
         functools.partial(train_step, setup=setup, tx=tx),
-        in_shardings=(of_state, sharding.split(setup.mesh)),
+        in_shardings=(of_state, sharding.batch_sharding(setup.mesh)),
         out_shardings=(of_state, sharding.replicated(setup.mesh)),
         donate_argnums=0,
     )
 
 
 def batch_shape(setup: Setup) -> Batch:
-    """Shapes, types and shardings of a global training batch."""
-    size, by_rows = setup.config.train.batch_size, sharding.split(setup.mesh)
+    """Shapes, dtypes and shardings of a global training batch."""
+    size, by_rows = setup.config.train.batch_size, sharding.batch_sharding(setup.mesh)
     image, row = (size, *setup.config.augment.crop_size), (size,)
     return Batch(
         image=jax.ShapeDtypeStruct((*image, 3), jnp.uint8, sharding=by_rows),

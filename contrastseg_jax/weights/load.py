@@ -1,4 +1,4 @@
-"""The variables of a network, from a training state or a checkpoint: neither optimiser nor bank."""
+"""Load a network's variables from a checkpoint or train state, without optimiser and bank."""
 
 from pathlib import Path
 from typing import Any
@@ -16,32 +16,32 @@ from contrastseg_jax.structs import TrainState
 
 
 def load(workdir: Path, name: str, shapes: Any, mesh: Mesh) -> tuple[Variables, int]:
-    """The variables of the checkpoint "latest", "best" or of a step, on the mesh, and its step.
+    """Load the checkpoint "latest", "best" or of a step onto the mesh: its variables and step.
 
-    Running averages where the run keeps them. Nothing else of the checkpoint is read. `shapes`:
-    `params` and `batch_stats`, and `memory` where inference needs the objective's state too.
+    The EMA if the run keeps one. Nothing else of the checkpoint is read. `shapes`: `params` and
+    `batch_stats`, and `memory` if inference needs the objective's state too.
 
     Raises:
-        InputError: there is no such checkpoint, it is damaged, or it is of another network.
+        InputError: there is no such checkpoint, it is damaged, or from another network.
         FloatingPointError: a value is not finite.
     """
-    step = checkpoint.find_whole(workdir, name, fields=tuple(shapes))
+    step = checkpoint.find_intact(workdir, name, fields=tuple(shapes))
     variables = checkpoint.restore_variables(workdir, step, shapes, sharding.replicated(mesh))
-    log.info(f"{workdir / 'checkpoints' / str(step)}: restored, after {step} steps of training")
+    log.info(f"{workdir / 'checkpoints' / str(step)}: restored, step {step}")
     require_finite(variables, step)
     return variables, step
 
 
 def on_mesh(variables: Variables, mesh: Mesh, *, step: int) -> Variables:
-    """Variables on every device; a FloatingPointError where one is not finite."""
+    """Variables replicated on the mesh; a FloatingPointError if a value is not finite."""
     require_finite(variables, step)
     return jax.device_put(variables, sharding.replicated(mesh))
 
 
 def inference_variables(state: TrainState, objective: Objective | None) -> Variables:
-    """What a network needs to predict: the running averages where the run keeps them.
+    """The variables for inference: the EMA if the run keeps one.
 
-    And the state of an objective that changes the logits, as `memory`.
+    Includes the state of an objective that changes the logits, as `memory`.
     """
     variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
     if objective and objective.logits:
@@ -50,12 +50,12 @@ def inference_variables(state: TrainState, objective: Objective | None) -> Varia
 
 
 def require_finite(variables: Variables, step: int) -> None:
-    """Raise an error for a diverged network: argmax would predict the first class for its NaN."""
+    """Raise a FloatingPointError for a diverged network: argmax of NaN is the first class."""
     arrays = jax.tree_util.tree_leaves_with_path(variables)
     broken = [path for path, x in arrays if not np.isfinite(np.asarray(x)).all()]
     if broken:
         name = jax.tree_util.keystr(broken[0], simple=True, separator="/")
         raise FloatingPointError(
-            f"the network after {step} steps predicts nothing: {len(broken)} of its {len(arrays)}"
-            f" arrays hold values that are not finite, e.g. {name}; take an earlier checkpoint"
+            f"the network has diverged after step {step}: {len(broken)} of its {len(arrays)}"
+            f" arrays have values that are not finite, e.g. {name}; use an earlier checkpoint"
         )

@@ -1,6 +1,6 @@
-"""The same networks in torchvision and timm, where these are installed.
+"""Compare converted weights with the same network in torchvision or timm, if installed.
 
-What a conversion is held against: one state dict and one image, computed there and here.
+One state dict and one image, evaluated by both.
 """
 
 import importlib
@@ -21,16 +21,16 @@ from contrastseg_jax.weights.torch_names import StateDict
 def peer_output(
     networks: Sequence[str], state: StateDict, image: Float[np.ndarray, "b h w 3"]
 ) -> Float[np.ndarray, "b hs ws c"] | None:
-    """What PyTorch computes with a state dict, in evaluation; None where there is no peer.
+    """PyTorch's output for a state dict, in eval mode; None if no peer is installed.
 
-    Of a backbone its last features, at the stride of the first of `networks`; several maps at the
-    size of the first. Of torchvision's FCN and DeepLabV3 the logits before they are resized to the
-    image.
+    For a backbone, its last features, at the stride of the first of `networks`; several maps are
+    resized to the first. For torchvision's FCN and DeepLabV3, the logits before they are resized to
+    the image.
 
-    `networks`: those that the state dict fits. `image`: normalised, float32, of any size.
+    `networks`: those that the state dict matches. `image`: normalised, float32, of any size.
 
     Raises:
-        RuntimeError: the peer has other tensors, or of other shapes (PyTorch lists them).
+        RuntimeError: the peer has tensors of other names or shapes (PyTorch lists them).
     """
     tensors = {state.names[key]: array for key, array in state.tensors.items()}
     is_backbone = all(path[1] == "backbone" for path in state.paths.values())
@@ -59,9 +59,9 @@ def peer_output(
 def own_output(
     network: str, num_classes: int, variables: Variables, image: Float[np.ndarray, "b h w 3"]
 ) -> Float[np.ndarray, "b hs ws c"]:
-    """The same of our network: logits, or with 0 classes the features of the backbone alone.
+    """The same output of our network: logits, or with 0 classes the backbone's features.
 
-    On the CPU, which keeps float32: accelerators round the factors of a product.
+    On the CPU in full float32: accelerators round the inputs of matrix products.
     """
     model: Any = zoo.build(network, num_classes=max(num_classes, 1), proj_dim=0, dropout_rate=0.0)
 
@@ -71,22 +71,22 @@ def own_output(
         backbone = {collection: parts["backbone"] for collection, parts in variables.items()}
         return model.backbone.apply(backbone, image, train=False)["last"]
 
-    # Compiling costs more than running here.
+    # Compiling takes longer than running here.
     quick = jax.jit(evaluate, compiler_options={"xla_backend_optimization_level": 0})
     with jax.default_device(jax.devices("cpu")[0]):
         return np.asarray(quick(jax.device_get(variables), image))
 
 
 def _peer_backbone(peer: Peer | None) -> Any:
-    """A backbone of another library, as a module that returns a list of maps."""
+    """A backbone of another library, as a module that returns a list of feature maps."""
     if peer is None:
         return None
     return {"timm": _timm_backbone, "torchvision": _torchvision_backbone}[peer.library](peer)
 
 
 def _torchvision_backbone(peer: Peer) -> Any:
-    models = _imported("torchvision.models")
-    extraction = _imported("torchvision.models.feature_extraction")
+    models = _try_import("torchvision.models")
+    extraction = _try_import("torchvision.models.feature_extraction")
     if models is None or extraction is None:
         return None
     model = getattr(models, peer.name)(weights=None)
@@ -96,7 +96,7 @@ def _torchvision_backbone(peer: Peer) -> Any:
 
 
 def _timm_backbone(peer: Peer) -> Any:
-    timm = _imported("timm")
+    timm = _try_import("timm")
     if timm is None or not timm.is_model(peer.name):
         return None
     model = timm.create_model(peer.name, features_only=True, **peer.settings)
@@ -107,10 +107,10 @@ def _timm_backbone(peer: Peer) -> Any:
 
 
 def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:
-    """Let a module of timm's HRNet upsample as the one for segmentation does.
+    """Make a module of timm's HRNet upsample like the segmentation HRNet.
 
-    timm's, for classification, repeats pixels by a factor, which fits only where the image's sides
-    are multiples of 32. The one for segmentation interpolates to the size of the target branch.
+    timm's, for classification, upsamples by a factor with nearest neighbour, which needs sides that
+    are multiples of 32. The segmentation HRNet interpolates to the size of the target branch.
     """
     for target, layers in zip(inputs[0], module.fuse_layers, strict=True):
         for layer in layers.modules():
@@ -121,7 +121,7 @@ def _fuse_bilinearly(module: Any, inputs: tuple[Any, ...]) -> None:
 
 def _torchvision_network(network: str, tensors: Mapping[str, np.ndarray]) -> Any:
     """The whole network in torchvision, which has FCN and DeepLabV3 on ResNet-50 and 101."""
-    segmentation = _imported("torchvision.models.segmentation")
+    segmentation = _try_import("torchvision.models.segmentation")
     if segmentation is None or "classifier.4.weight" not in tensors:
         return None
     head, _, depth = network.removesuffix("_torchvision").rpartition("_r")
@@ -136,9 +136,9 @@ def _torchvision_network(network: str, tensors: Mapping[str, np.ndarray]) -> Any
     )
 
 
-def _imported(library: str) -> Any:
-    """A library that need not be there; None too for one that does not fit its PyTorch."""
+def _try_import(library: str) -> Any:
+    """An optional library; None also if it is incompatible with the installed PyTorch."""
     try:
         return importlib.import_module(library)
-    except Exception:  # torchvision beside another PyTorch raises a RuntimeError
+    except Exception:  # torchvision raises a RuntimeError for another PyTorch
         return None

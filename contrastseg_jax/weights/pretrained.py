@@ -1,6 +1,6 @@
-"""Weights that training starts from: a folder that says what they are, and holds them.
+"""Pretrained weights for `model.init_from`: a folder with their description and arrays.
 
-weights.json   `Weights`, and the SHA-256 of every file of variables/
+weights.json   `Weights`, and the SHA-256 of every file in variables/
 variables/     `params` and `batch_stats`, as Orbax stores them
 report.txt     every array with its shape, mean and standard deviation
 """
@@ -21,52 +21,52 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from contrastseg_jax.errors import InputError, reason
-from contrastseg_jax.files import OF_CHECKPOINTS, require_literal, require_room
+from contrastseg_jax.files import ORBAX_MISREADS, require_disk_space, require_literal
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.models.zoo import NETWORKS, sharing_backbone
 from contrastseg_jax.run import digests
 from contrastseg_jax.run.checkpoint import LiteralPath
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import CHANNEL_ORDERS, ImageFormat
-from contrastseg_jax.weights import torch_names as weights_lib
+from contrastseg_jax.weights import torch_names
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What is known of the variables in a folder."""
+    """The description of the weights in a folder."""
 
-    networks: tuple[str, ...]  # one, or of a backbone alone all that stand on it
+    networks: tuple[str, ...]  # one, or for a backbone alone, all that share it
     num_classes: int  # 0: no head
     proj_dim: int  # 0: no projection head
     class_names: tuple[str, ...]  # in the order of the logits; empty: not known
     image_format: ImageFormat
-    source: str  # name of the file, or of the run, that they come from
-    sha256: str  # of that file; empty: they come from a run
+    source: str  # name of the file or run that they come from
+    sha256: str  # of that file; empty: from a run
 
 
 def save(folder: Path, weights: Weights, variables: Variables, report: str) -> None:
-    """Write the folder, which must be empty or missing: it appears whole or not at all.
+    """Write the folder, which must be empty or missing, atomically.
 
     Raises:
         InputError: it cannot be written.
     """
     target = folder.resolve()
-    # One that is there may be a mount point, or have nothing writable around it: it is filled.
-    is_there = target.exists()
-    partial = (target if is_there else target.parent) / f".{target.name}.{os.getpid()}.partial"
+    # An existing folder may be a mount point or in a read-only parent: it is filled, not replaced.
+    exists = target.exists()
+    partial = (target if exists else target.parent) / f".{target.name}.{os.getpid()}.partial"
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
-        require_room(partial, sum(leaf.nbytes for leaf in jax.tree.leaves(variables)))
+        require_disk_space(partial, sum(leaf.nbytes for leaf in jax.tree.leaves(variables)))
         (partial / "report.txt").write_text(report)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(LiteralPath(partial / "variables"), variables)
             found: Any = checkpointer.restore(LiteralPath(partial / "variables"))
-        _require_same(variables, found)
+        _require_same_arrays(variables, found)
         record = dataclasses.asdict(weights) | {"files": _digests(partial / "variables")}
         (partial / "weights.json").write_text(json.dumps(record, indent=2))
-        if is_there:
-            for name in ("variables", "report.txt", "weights.json"):  # the last makes it count
+        if exists:
+            for name in ("variables", "report.txt", "weights.json"):  # the last makes it valid
                 os.replace(partial / name, target / name)
         else:
             os.replace(partial, target)
@@ -80,20 +80,20 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
 
 
 def read(folder: Path, network: str) -> Weights:
-    """What weights.json says.
+    """Read weights.json.
 
     Raises:
-        InputError: there is none, it is damaged, or the weights are not of this network's backbone.
+        InputError: it is missing or damaged, or the weights are for another backbone.
     """
     path = folder / "weights.json"
     if not path.is_file():
         why = f"{path} does not exist"
         if folder.is_file() or (folder / "checkpoints").is_dir():
-            why = f"python main.py --mode=convert --input={folder} --output=FOLDER makes one"
+            why = f"python main.py --mode=convert --input={folder} --output=FOLDER writes one"
         raise InputError(
-            f"model.init_from = '{folder}': must be a folder that --mode=convert has written; {why}"
+            f"model.init_from = '{folder}': must be a folder written by --mode=convert; {why}"
         )
-    require_literal(folder, "model.init_from", OF_CHECKPOINTS)
+    require_literal(folder, "model.init_from", ORBAX_MISREADS)
     try:
         values = json.loads(path.read_text())
         image, files = values.pop("image_format"), values.pop("files")
@@ -113,14 +113,14 @@ def read(folder: Path, network: str) -> Weights:
         raise InputError(f"{path}: is damaged ({error!r}); convert the weights again") from error
     if network not in fitting:
         raise InputError(
-            f"model.init_from = '{folder}': {weights.source} is of {weights.networks[0]}, whose"
-            f" backbone model.name = {network!r} does not have; these have it: {', '.join(fitting)}"
+            f"model.init_from = '{folder}': {weights.source} is for {weights.networks[0]}, whose"
+            f" backbone model.name = {network!r} does not use; these use it: {', '.join(fitting)}"
         )
     return weights
 
 
-def described(image_format: ImageFormat) -> str:
-    """How images are given to a network, for people."""
+def describe_image_format(image_format: ImageFormat) -> str:
+    """The image format in words, for logs and reports."""
     return (
         f"{image_format.channel_order}; red, green, blue have mean {image_format.mean},"
         f" std {image_format.std}"
@@ -128,9 +128,9 @@ def described(image_format: ImageFormat) -> str:
 
 
 def require_intact(folder: Path) -> None:
-    """Raise an InputError where the arrays are not, byte for byte, what the conversion wrote.
+    """Raise an InputError unless the arrays are byte for byte what the conversion wrote.
 
-    Orbax finds some damage alone, only while it reads, and goes on talking of it afterwards.
+    Orbax detects only some damage, only while reading, and keeps logging it afterwards.
     """
     written = json.loads((folder / "weights.json").read_text())["files"]
     found = _digests(folder / "variables")
@@ -144,50 +144,50 @@ def require_intact(folder: Path) -> None:
 
 
 def start_from(
-    folder: Path, network: str, class_names: tuple[str, ...], fresh: Variables, *, whole: bool
+    folder: Path, network: str, class_names: tuple[str, ...], fresh: Variables, *, strict: bool
 ) -> Variables:
-    """`fresh` with all that the weights of a folder have for it; the log says what they have not.
+    """`fresh` with the weights of a folder loaded into it; logs what stays randomly initialised.
 
-    Of another network on the same backbone only the backbone is taken.
+    Of another network with the same backbone, only the backbone is loaded.
 
     Raises:
-        InputError: the folder cannot be read, or its weights are of another backbone; with `whole`,
-            something that the logits depend on would stay fresh, or the classes have other names.
+        InputError: the folder cannot be read, or its weights are of another backbone; if `strict`,
+            something that the logits depend on is missing, or the classes have other names.
     """
     weights = read(folder, network)
     require_intact(folder)
     with ocp.StandardCheckpointer() as checkpointer:
         given: Any = checkpointer.restore(LiteralPath(folder.absolute() / "variables"))
     parts = None if network in weights.networks else ("backbone",)
-    variables, kept = weights_lib.merge(given, fresh, parts=parts, source=str(folder))
+    variables, kept = torch_names.merge(given, fresh, parts=parts, source=str(folder))
     fresh_parts = {name: f"{name} ({why})" for name, why in kept.items()}
     for_training = ("proj_head",) if NETWORKS[network].aux_guides else ("proj_head", "aux_head")
     needed = [text for name, text in fresh_parts.items() if name.split("/")[0] not in for_training]
-    if whole and needed:
+    if strict and needed:
         raise InputError(
-            f"--checkpoint=init: model.init_from = '{folder}' lacks what the logits of {network},"
-            f" as it is configured, depend on: {', '.join(needed)}"
+            f"--checkpoint=init: model.init_from = '{folder}' lacks weights that the logits of"
+            f" {network} depend on in this config: {', '.join(needed)}"
         )
     were = ", ".join(weights.class_names)
     renamed = bool(were) and not needed and weights.class_names != class_names
-    if whole and renamed:
+    if strict and renamed:
         raise InputError(
             f"--checkpoint=init: model.init_from = '{folder}' was trained on the classes {were},"
             f" the data set has {', '.join(class_names)}"
         )
-    log.info(f"starting from {weights.source} ({folder})")
+    log.info(f"initialised from {weights.source} ({folder})")
     if renamed:
-        log.warning(f"its classes were {were}: the last layer is kept")
+        log.warning(f"it was trained on the classes {were}: the last layer is loaded anyway")
     if fresh_parts:
-        log.info(f"starting anew: {', '.join(fresh_parts.values())}")
+        log.info(f"randomly initialised: {', '.join(fresh_parts.values())}")
     unread = sorted(given["params"].keys() - variables["params"].keys())
     if unread:
-        log.info(f"left out: {', '.join(unread)}")
+        log.info(f"not used: {', '.join(unread)}")
     return variables
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a folder."""
+    """The SHA-256 of every file in a folder."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -196,20 +196,23 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _require_same(written: Variables, found: Any) -> None:
-    """Raise an error where what was written did not come back."""
+def _require_same_arrays(written: Variables, found: Any) -> None:
+    """Raise a ValueError unless the arrays read back are those written."""
     sent, came = (
-        {name: digests.of_array(np.asarray(array)) for name, array in digests.named(tree).items()}
+        {
+            name: digests.array_digest(np.asarray(array))
+            for name, array in digests.named_leaves(tree).items()
+        }
         for tree in (written, found)
     )
     if wrong := [name for name in sent | came if sent.get(name) != came.get(name)]:
-        raise ValueError(f"read back, it is another: {', '.join(wrong[:3])}")
+        raise ValueError(f"differs when read back: {', '.join(wrong[:3])}")
 
 
 def _require_format(image_format: ImageFormat) -> None:
     numbers = (*image_format.mean, *image_format.std)
     is_sound = len(image_format.mean) == len(image_format.std) == 3 and min(image_format.std) > 0
     if not is_sound or not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"no format of images: {image_format}")
+        raise ValueError(f"invalid image format: {image_format}")
     if image_format.channel_order not in CHANNEL_ORDERS:
         raise ValueError(f"channel_order = {image_format.channel_order!r}")

@@ -1,4 +1,4 @@
-"""Which network a PyTorch state dict is of, read from the names and shapes of its tensors."""
+"""Recognise the network of a PyTorch state dict by the names and shapes of its tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,28 +7,28 @@ from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import LeafPath, Variables
 from contrastseg_jax.models.zoo import NETWORKS
-from contrastseg_jax.weights.torch_names import LAST_LAYERS, StateDict, misfits
+from contrastseg_jax.weights.torch_names import LAST_LAYERS, StateDict, mismatches
 
 Shapes = Mapping[LeafPath, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Recognized:
-    """What a state dict is of."""
+    """The network or backbone of a state dict."""
 
-    networks: tuple[str, ...]  # one, or of a backbone alone all that stand on it
+    networks: tuple[str, ...]  # one, or for a backbone alone, all that share it
     num_classes: int  # 0: a backbone alone
     proj_dim: int  # 0: no projection head
 
 
 def recognize(state: StateDict, *, source: str) -> Recognized:
-    """The network whose leaves a state dict fills, every one of them and nothing else.
+    """The network whose variables match a state dict exactly.
 
     An auxiliary head that only training needs may be missing.
 
     Raises:
-        InputError: there is none; it lists what keeps the nearest from fitting. `source` is the
-            file it names.
+        InputError: there is none; it lists the mismatches with the closest one. `source` is the
+            file name in it.
     """
     shapes = {path: leaf.shape for path, leaf in state.leaves.items()}
     of_backbone = {path[2:]: shape for path, shape in shapes.items() if path[1] == "backbone"}
@@ -37,8 +37,8 @@ def recognize(state: StateDict, *, source: str) -> Recognized:
         names = ", ".join(sorted([*state.tensors, *state.unused])[:5])
         *others, last_family = (family.family for family in zoo.backbone_families())
         raise InputError(
-            f"{source}: its tensors ({names}, …) are of no backbone that is known here, which are"
-            f" {', '.join(others)} and {last_family} as the README lists them"
+            f"{source}: its tensors ({names}, …) match no supported backbone; those are"
+            f" {', '.join(others)} and {last_family} as listed in the README"
         )
     last = [shapes.get(("params", "cls_head", layer, "kernel")) for layer in LAST_LAYERS]
     num_classes = next((shape[-1] for shape in last if shape), 0)
@@ -46,7 +46,8 @@ def recognize(state: StateDict, *, source: str) -> Recognized:
     if not num_classes:
         candidates = candidates[:1]  # they share the backbone
     problems_of = {
-        name: misfits(state, _expected(name, num_classes, proj_dim, shapes)) for name in candidates
+        name: mismatches(state, _expected(name, num_classes, proj_dim, shapes))
+        for name in candidates
     }
     network, problems = min(problems_of.items(), key=lambda item: len(item[1]))
     if problems:
@@ -56,7 +57,7 @@ def recognize(state: StateDict, *, source: str) -> Recognized:
 
 
 def _expected(network: str, num_classes: int, proj_dim: int, shapes: Shapes) -> Variables:
-    """The leaves to fill: those of the backbone alone where there is no head, else of all parts."""
+    """The variables to fill: of the backbone alone if there is no head, else of all parts."""
     model = zoo.build(network, num_classes=max(num_classes, 1), proj_dim=proj_dim, dropout_rate=0.0)
     leaves = segmenter.variable_shapes(model)
     parts = set(leaves["params"]) if num_classes else {"backbone"}

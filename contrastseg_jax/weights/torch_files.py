@@ -1,4 +1,4 @@
-"""Reading the tensors of a PyTorch or safetensors file, without running what is in it."""
+"""Read the tensors of a PyTorch or safetensors file, without executing code in it."""
 
 import importlib
 import importlib.util
@@ -16,8 +16,8 @@ from contrastseg_jax.errors import InputError
 
 Tensors = dict[str, Shaped[np.ndarray, "..."]]
 
-CONTAINERS = ("state_dict", "model")  # keys under which a checkpoint may hold its state dict
-# Of these the original's checkpoints have a few besides their tensors, such as their score.
+CONTAINERS = ("state_dict", "model")  # keys of the state dict within a checkpoint
+# The original's checkpoints contain a few of these besides tensors, such as their score.
 NUMPY_OBJECTS = (
     *("numpy.dtype", "numpy.ndarray"),
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
@@ -26,7 +26,7 @@ NUMPY_OBJECTS = (
 
 
 class _Ignored:
-    """In place of NumPy's own objects, which a file can make crash: does nothing that it says."""
+    """Stands in for NumPy's objects, which a malicious file could crash; ignores its state."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -34,29 +34,29 @@ class _Ignored:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file or one that `torch.save` wrote, whatever its name ends in.
+    """The tensors of a safetensors file or one written by `torch.save`, whatever its suffix.
 
-    Floating-point ones are float32, whatever they were. A checkpoint's state dict may be the whole
-    file or one of its CONTAINERS.
+    Floating-point tensors are converted to float32. The state dict may be the whole file or under
+    one of CONTAINERS.
 
     Raises:
-        InputError: the file is missing, cut short, no such file, holds no tensors, or holds
-            objects that only running its code could make.
+        InputError: the file is missing, truncated, of another kind, has no tensors, or contains
+            objects that need executing code to load.
     """
     if not path.is_file():
-        reason = "is a folder, and not of a run" if path.is_dir() else "no such file"
+        reason = "is a folder, but not a run" if path.is_dir() else "no such file"
         raise InputError(f"--input={path}: {reason}")
     if _is_safetensors(path):
         tensors = _read_safetensors(path)
     else:
         tensors = _state_dict(_read_torch(path), path)
     if not tensors:
-        raise InputError(f"{path}: holds no tensor")
+        raise InputError(f"{path}: contains no tensors")
     return {key: _as_float32(array, f"{path}: {key}") for key, array in tensors.items()}
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By the first bytes; of a file that is of neither kind, by its name."""
+    """By the first bytes, or if they are of neither kind, by the suffix."""
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:] == b"{":  # after the header's length, its JSON
@@ -73,58 +73,58 @@ def _read_safetensors(path: Path) -> Tensors:
                     tensors[key] = file.get_tensor(key)
                 except AttributeError as error:  # NumPy has no such type
                     kind = file.get_slice(key).get_dtype()
-                    raise TypeError(f"{key} holds {kind}, a type that NumPy lacks") from error
+                    raise TypeError(f"{key} is {kind}, which NumPy does not support") from error
         return tensors
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
 def _read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, with PyTorch's tensors still in it."""
+    """The content of a `torch.save` file, with PyTorch tensors."""
     if not importlib.util.find_spec("torch"):
         raise InputError(
-            f"{path}: reading it needs PyTorch (pip install torch); .safetensors files do not"
+            f"{path}: needs PyTorch to be read (pip install torch); .safetensors files do not"
         )
     torch = importlib.import_module("torch")
     stand_ins = [(_Ignored, name) for name in NUMPY_OBJECTS]
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, before the error
-            with path.open("rb") as file:  # of a path PyTorch judges by its suffix
+            with path.open("rb") as file:  # given a path, PyTorch goes by its suffix
                 return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
-        # PyTorch's own message advises to unpickle whatever the file holds.
+        # PyTorch's own message advises to unpickle the file regardless.
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise InputError(
-                f"{path}: holds {code[1]}, which is no tensor; nothing but tensors and numbers is"
-                " ever unpickled, because doing so may run code; save a model's state_dict()"
+                f"{path}: contains {code[1]}, which is not a tensor; only tensors and numbers are"
+                " unpickled, as anything else may execute code; save a model's state_dict()"
             ) from error
         if "TorchScript" in str(error):
             raise InputError(
                 f"{path}: is a TorchScript program; save the state_dict() of its model instead"
             ) from error
         raise InputError(
-            f"{path}: cannot be read as a PyTorch file; it is damaged, cut short or of another kind"
+            f"{path}: cannot be read as a PyTorch file; it is damaged, truncated or of another kind"
         ) from error
 
 
 def _state_dict(content: Any, path: Path) -> Tensors:
-    """The tensors by name, out of the container in which they may be."""
+    """The tensors by name, taken out of their container if any."""
     torch = importlib.import_module("torch")
     for key in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds a {type(content).__name__}, must be a state dict")
+        raise InputError(f"{path}: contains a {type(content).__name__}, must be a state dict")
     others = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise InputError(
-            f"{path}: must hold a state dict, alone or as {' or '.join(map(repr, CONTAINERS))};"
-            f" {', '.join(others[:5])} {'is' if len(others) == 1 else 'are'} no tensor"
+            f"{path}: must contain a state dict, alone or under"
+            f" {' or '.join(map(repr, CONTAINERS))}; not a tensor: {', '.join(others[:5])}"
         )
     return {str(key): _to_numpy(tensor, f"{path}: {key}") for key, tensor in content.items()}
 
@@ -142,5 +142,5 @@ def _to_numpy(tensor: Any, name: str) -> Shaped[np.ndarray, "..."]:
 
 def _as_float32(array: Shaped[np.ndarray, "..."], name: str) -> Shaped[np.ndarray, "..."]:
     if array.dtype.kind == "c":
-        raise InputError(f"{name}: must hold real numbers, holds {array.dtype}")
+        raise InputError(f"{name}: must be real, is {array.dtype}")
     return array if array.dtype.kind in "iub" else array.astype(np.float32, copy=False)

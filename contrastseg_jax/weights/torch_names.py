@@ -1,8 +1,8 @@
-"""PyTorch state dicts as Flax variables: which name there is which here.
+"""Map the names of PyTorch state dicts to Flax variables.
 
-Backbones carry the names of their state dicts, indices joined by `_`: `backbone.layer1.0.conv1` is
-`backbone/layer1_0/conv1`. What else is to be known of them their files say, as `TorchNames`; the
-tables below are for what stands on them.
+Backbones keep the names of their state dicts, with indices joined by `_`: `backbone.layer1.0.conv1`
+is `backbone/layer1_0/conv1`. Exceptions are in the backbone's file, as `TorchNames`; the tables
+below are for the heads.
 """
 
 import re
@@ -64,45 +64,44 @@ TORCHVISION_DEEPLAB: Table = (
     *TORCHVISION_AUX,
 )
 
-# Of the heads, that give logits or embeddings; in this order, for a head may have more than one.
+# Layers of the heads that compute logits or embeddings; the first one that a head has counts.
 LAST_LAYERS = ("classifier", "refine_2", "conv3", "conv2")
 
-# Around a whole model: of DistributedDataParallel, of torch.compile, the usual names of a Lightning
-# module's network, and of the original's model with memory.
+# Prefixes of wrapped models: DistributedDataParallel, torch.compile, the usual attributes of a
+# Lightning module, and the original's model with memory.
 WRAPPERS = re.compile(r"((module|_orig_mod|model|net|network|encoder_q)\.)*")
 
-# What has no place here by rule, of any backbone: counters, ImageNet classifiers, the original's
-# memory.
+# Tensors not used, for any backbone: counters, ImageNet classifiers, the original's memory.
 UNUSED = re.compile(
     r".*\.num_batches_tracked|(fc|classifier)\.(weight|bias)|(segment|pixel)_queue(_ptr)?"
 )
 
-# PyTorch's axes in the order they have here, by their number: kernels of convolutions (depthwise
-# ones too), scales of the channels of a map, kernels of linear layers.
+# Permutations of PyTorch's axes, by their number: kernels of convolutions (depthwise too),
+# per-channel scales, kernels of linear layers.
 CHANNELS_LAST = {4: (2, 3, 1, 0), 3: (1, 2, 0), 2: (1, 0)}
 
 
 @dataclass(frozen=True)
 class StateDict:
-    """What is known of the tensors of a PyTorch state dict, by the keys they have in it."""
+    """The tensors of a PyTorch state dict and their Flax variables, by the state dict's keys."""
 
-    tensors: dict[str, np.ndarray]  # all that have a place here, in PyTorch's layouts
-    names: dict[str, str]  # of each, without what wraps the model
-    paths: dict[str, LeafPath]  # of each, where it lives among a network's variables
-    leaves: dict[LeafPath, Float[np.ndarray, "..."]]  # what lives there, in the layouts here
-    unused: dict[str, str]  # the tensors without a place by rule, and the kind of each
+    tensors: dict[str, np.ndarray]  # the tensors that are used, in PyTorch's layouts
+    names: dict[str, str]  # of each, without WRAPPERS
+    paths: dict[str, LeafPath]  # of each, the path of its Flax variable
+    leaves: dict[LeafPath, Float[np.ndarray, "..."]]  # Flax variables, in Flax's layouts
+    unused: dict[str, str]  # the kind of each tensor that is not used
 
 
 def locate(tensors: Mapping[str, np.ndarray]) -> StateDict:
-    """Where each tensor of a state dict lives.
+    """Map each tensor of a state dict to a variable.
 
-    One that no table knows keeps its name, under which no network has a place for it.
+    Unknown tensors keep their names, which match no variable of any network.
     """
     names = {key: WRAPPERS.sub("", key, count=1) for key in tensors}
-    family = _family_of(names.values())
+    family = _backbone_family(names.values())
     unused = {key: kind for key, name in names.items() if (kind := _unused_kind(name, family))}
     names = {key: name for key, name in names.items() if key not in unused}
-    renamed, heads = family.renamed(names.values()), _table_of_heads(names.values())
+    renamed, heads = family.renamed(names.values()), _head_table(names.values())
     paths = {}
     for key, name in names.items():
         module, _, leaf = name.rpartition(".")
@@ -122,10 +121,10 @@ def locate(tensors: Mapping[str, np.ndarray]) -> StateDict:
     )
 
 
-def misfits(state: StateDict, expected: Variables) -> list[str]:
-    """Every leaf that is not filled, every tensor without a place, every shape that is another one.
+def mismatches(state: StateDict, expected: Variables) -> list[str]:
+    """Missing and unexpected tensors, and shapes that differ.
 
-    In PyTorch's layouts and names; only of heads, whose names there are many, leaves have ours.
+    In PyTorch's layouts and names; but for missing tensors of heads, which have several, in ours.
 
     `expected`: arrays or shapes, as `segmenter.variable_shapes` gives them.
     """
@@ -134,14 +133,14 @@ def misfits(state: StateDict, expected: Variables) -> list[str]:
     for key, path in state.paths.items():
         shape = state.tensors[key].shape
         if path not in wanted:
-            problems.append(f"- {key} {shape}: the network has no place for it")
+            problems.append(f"- {key} {shape}: unexpected, the network has no such tensor")
         elif path in filled:
-            problems.append(f"- {key}: its place is that of {filled[path]} too")
+            problems.append(f"- {key}: duplicate of {filled[path]}")
         elif shape != _torch_shape(wanted[path].shape):
             problems.append(f"! {key}: is {shape}, must be {_torch_shape(wanted[path].shape)}")
         filled[path] = key
     return problems + [
-        f"+ {_torch_name(path)} {_torch_shape(leaf.shape)}: no tensor fills it"
+        f"+ {_torch_name(path)} {_torch_shape(leaf.shape)}: missing"
         for path, leaf in wanted.items()
         if path not in filled
     ]
@@ -150,18 +149,18 @@ def misfits(state: StateDict, expected: Variables) -> list[str]:
 def merge(
     given: Variables, fresh: Variables, *, parts: Sequence[str] | None, source: str
 ) -> tuple[Variables, dict[str, str]]:
-    """`fresh` variables with the values `given`, and by name and reason what stayed fresh.
+    """`fresh` variables replaced by those `given`, and by name the reason what was not replaced.
 
-    `parts`: the parts of a network (backbone, cls_head, …) to take; None: all that both have. A
-    part that is not given stays fresh, and of LAST_LAYERS one of another width: it has another
-    number of classes, or length of embeddings.
+    `parts`: the parts of a network (backbone, cls_head, …) to replace; None: all that both have.
+    Parts that are not given stay fresh, and so does one of LAST_LAYERS with another width: another
+    number of classes or embedding dimension.
 
     Raises:
-        InputError: any other difference; it lists them all. `source` is the folder it names.
+        InputError: for any other difference; it lists all. `source` is the folder name in it.
     """
-    there, merged = flatten(given), flatten(fresh)
-    known = {path: x for path, x in there.items() if parts is None or path[1] in parts}
-    parts_there, taken = {path[1] for path in there}, {path[1] for path in known}
+    source_leaves, merged = flatten(given), flatten(fresh)
+    known = {path: x for path, x in source_leaves.items() if parts is None or path[1] in parts}
+    given_parts, taken = {path[1] for path in source_leaves}, {path[1] for path in known}
     kept, problems = {}, []
     for path, leaf in merged.items():
         part, name = path[1], "/".join(path)
@@ -170,14 +169,14 @@ def merge(
         if shape == leaf.shape:
             merged[path] = known[path]
         elif shape is None and part not in taken and part != "backbone":
-            kept[part] = "there of another network" if part in parts_there else "not there"
+            kept[part] = "of another network" if part in given_parts else "missing"
         elif shape is not None and is_last and shape[:-1] == leaf.shape[:-1]:
-            kept["/".join(path[1:-1])] = f"{leaf.shape[-1]} wide, there {shape[-1]}"
+            kept["/".join(path[1:-1])] = f"size {leaf.shape[-1]}, weights have {shape[-1]}"
         else:
             problems.append(f"{name}: is {shape or 'missing'}, must be {leaf.shape}")
     parts_here = {path[1] for path in merged}
     problems += [
-        f"{'/'.join(path)}: has no place in the network"
+        f"{'/'.join(path)}: unexpected, the network has no such variable"
         for path in sorted(known.keys() - merged.keys())
         if path[1] in parts_here
     ]
@@ -186,8 +185,8 @@ def merge(
     return unflatten(merged), kept
 
 
-def _family_of(names: Collection[str]) -> TorchNames:
-    """The family of backbones to whose modules most of the tensors belong."""
+def _backbone_family(names: Collection[str]) -> TorchNames:
+    """The backbone family whose module names match most of the tensors."""
     bare = [name.removeprefix("backbone.") for name in names]
     return max(
         zoo.backbone_families(),
@@ -196,7 +195,7 @@ def _family_of(names: Collection[str]) -> TorchNames:
 
 
 def _unused_kind(name: str, family: TorchNames) -> str:
-    """What kind of tensor it is if it has no place by rule, else nothing."""
+    """The kind of a tensor that is not used; empty if it is used."""
     name = name.removeprefix("backbone.")
     if not (UNUSED.fullmatch(name) or family.unused.fullmatch(name)):
         return ""
@@ -204,8 +203,8 @@ def _unused_kind(name: str, family: TorchNames) -> str:
     return "num_batches_tracked" if is_counter else name.split(".")[0]
 
 
-def _table_of_heads(names: Iterable[str]) -> Table:
-    """The original's names, or torchvision's."""
+def _head_table(names: Iterable[str]) -> Table:
+    """The table of head names: the original's or torchvision's."""
     of_classifier = [name for name in names if name.startswith("classifier.0.")]
     if not of_classifier:
         return ORIGINAL

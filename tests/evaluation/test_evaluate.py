@@ -83,7 +83,7 @@ def test_confusion_is_that_of_each_image_alone(trained, tmp_path, short_side):
 def test_resized_evaluations_send_nothing_but_their_counts(trained):
     """Rows of a batch are brought to the size of their labels where they are."""
     mesh = setup_of(trained[0]).mesh
-    split, sizes = sharding.split(mesh), np.full((2, 2), 20, np.int32)
+    split, sizes = sharding.batch_sharding(mesh), np.full((2, 2), 20, np.int32)
     label = np.zeros((2, 40, 40), np.uint8)
     image, row = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int32)
     batch = Batch(image, label, row, row >= 0, sizes, sizes)
@@ -130,8 +130,8 @@ def test_evaluate_run_writes_scores_and_pictures(trained, caplog):
     config, workdir = trained
     evaluate_run(setup_of(config), workdir, "best", "train")
     assert "ignored: 255\n  0->0->0 class_0  1->1->1 class_1" in caplog.text
-    assert "train: 6 images are evaluated in 3 batches" in caplog.text
-    assert "the network is compiled for 1 size of them" in caplog.text
+    assert "train: 6 images to evaluate in 3 batches" in caplog.text
+    assert "compiling the network for 1 image size" in caplog.text
     (folder,) = workdir.glob("eval/*_train")
     scores = json.loads((folder / "metrics.json").read_text())
     assert scores["split"] == "train" and scores["num_images"] == 6
@@ -206,7 +206,7 @@ def test_an_image_for_which_memory_is_missing_is_named_before_all_work(trained, 
     with pytest.raises(InputError) as error:
         evaluate_run(setup_of(config), workdir, "latest", "train")
     assert re.fullmatch(
-        r"train, image 000000: to evaluate 2 at a time, padded to 64x64 pixels, takes 0\.\d GiB"
+        r"train, image 000000: evaluating 2 at a time, padded to 64x64 pixels, needs 0\.\d GiB"
         r" of memory, 0\.0 GiB are free; lower eval\.batch_size or data\.short_side, or cut it"
         r" into tiles",
         str(error.value),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.evaluation.inputs import find_images, told
+from contrastseg_jax.evaluation.inputs import find_images, skipped_message
 
 
 @pytest.fixture
@@ -41,7 +41,9 @@ def test_files_of_other_kinds_are_counted(photos):
     photos("in/a.JPG", "in/b.gif", "in/c.GIF", "in/d.mp4", "in/README")
     found = find_images(["in"], photos() / "out")
     assert list(found.files) == ["a"]
-    assert told(found.others) == "4 files are not predicted: .gif 2, .mp4 1, no suffix 1"
+    assert (
+        skipped_message(found.others) == "skipped 4 files, not images: .gif 2, .mp4 1, no suffix 1"
+    )
     assert names("in/README", "in/b.gif") == {"README": "in/README", "b": "in/b.gif"}
 
 
@@ -100,7 +102,7 @@ def test_results_are_not_inputs(photos):
     assert set(names("more", output=".")) == {"a"}
     (photos() / "link").symlink_to("in")
     for folder, output in (("in", "in"), ("in", "link"), ("link", "in/."), ("in/masks", "link")):
-        with pytest.raises(InputError, match="must be another folder"):
+        with pytest.raises(InputError, match="choose another folder"):
             names(folder, output=output)
 
 
@@ -110,7 +112,9 @@ def test_inputs_that_are_none(photos):
         names("in", "nothing")
     with pytest.raises(InputError, match=r"--input=in/\*.tif: no file or folder matches"):
         names("in/*.tif")
-    with pytest.raises(InputError, match=r"--input=empty: holds no image \(.jpg .*; 1 file is not"):
+    with pytest.raises(
+        InputError, match=r"--input=empty: contains no image \(.jpg .*; skipped 1 file, not"
+    ):
         names("in", "empty")  # what is said of it does not count the files of others
 
 

@@ -63,21 +63,19 @@ def test_one_file(trained, photos, tmp_path):
     assert (tmp_path / "out" / "masks" / "a.png").exists()
 
 
-def test_a_photograph_that_viewers_turn_is_taken_as_stored_and_said_to_be(
-    trained, tmp_path, caplog
-):
+def test_an_exif_orientation_is_ignored_with_a_message(trained, tmp_path, caplog):
     caplog.set_level("INFO", "contrastseg_jax")
     note = Image.Exif()
     note[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (50, 41)).save(tmp_path / "x.jpg", exif=note)
     predict_run(*on_one_device(*trained), "latest", [str(tmp_path / "x.jpg")], tmp_path / "out")
-    assert "1 of them taken as stored, which EXIF data ask viewers to turn" in caplog.text
+    assert "1 image with an EXIF orientation, which was ignored" in caplog.text
     with Image.open(tmp_path / "out" / "masks" / "x.png") as mask:
         assert mask.size == (50, 41)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif", "png", "webp"])
-def test_a_photograph_is_turned_where_that_is_asked_for(trained, tmp_path, caplog, suffix):
+def test_a_photograph_is_rotated_by_exif_orientation_if_applied(trained, tmp_path, caplog, suffix):
     caplog.set_level("INFO", "contrastseg_jax")
     config, workdir = trained
     note = Image.Exif()
@@ -100,11 +98,13 @@ def test_sizes_are_those_that_the_network_will_see(tmp_path, caplog, suffix, rul
     caplog.set_level("INFO", "contrastseg_jax")
     note = Image.Exif()
     note[ExifTags.Base.Orientation] = 6
-    files = {name: tmp_path / f"{name}.{suffix}" for name in ("turned", "upright")}
-    Image.new("RGB", (90, 40)).save(files["turned"], exif=note)
+    files = {name: tmp_path / f"{name}.{suffix}" for name in ("rotated", "upright")}
+    Image.new("RGB", (90, 40)).save(files["rotated"], exif=note)
     Image.new("RGB", (40, 90)).save(files["upright"])
     predict._by_size(setup_of(make_config(f"data.exif_orientation={rule}")), files)
-    assert f"2 images to predict; the network is compiled for {number} padded size" in caplog.text
+    assert (
+        f"2 images to predict; compiling the network for {number} padded image size" in caplog.text
+    )
 
 
 def test_the_input_folder_may_hold_the_output(trained, photos):
@@ -160,7 +160,7 @@ def test_what_one_file_costs_does_not_end_a_folder(trained, photos, tmp_path, mo
     assert title == f"4 problems in {photos}:"
     told = {re.search(r"/(\w)\w*\.(\w+): ", line).groups(): line for line in lines}
     assert set(told) == {("d", "png"), ("l", "png"), ("m", "jpg"), ("m", "png")}
-    assert "not enough memory (Unable to allocate 42.4 GiB)" in told["d", "png"]
+    assert "out of memory (Unable to allocate 42.4 GiB)" in told["d", "png"]
     assert told["l", "png"].endswith(
         "has 4x1000 pixels, padded by eval.pad_multiple = 32 to 32x1024; at most 27,648 pixels are"
         " evaluated, cut it into tiles"
@@ -182,7 +182,7 @@ def test_an_image_for_which_memory_is_missing_is_told_before_it_is_used(
     assert title == f"2 problems in {photos}:"
     for name, line in zip(("a.png", "trip/b.jpg"), sorted(lines), strict=True):
         assert re.fullmatch(
-            rf"  {photos / name}: takes 0\.\d GiB of memory, 0\.0 GiB are free", line
+            rf"  {photos / name}: needs 0\.\d GiB of memory, 0\.0 GiB are free", line
         )
 
 
@@ -204,13 +204,13 @@ def test_an_overlay_too_long_for_a_jpeg_is_a_png(trained, tmp_path, monkeypatch,
     predict_run(*on_one_device(*trained), "latest", [str(tmp_path / "*.png")], tmp_path / "out")
     overlays = sorted(path.name for path in (tmp_path / "out" / "overlays").iterdir())
     assert overlays == ["long.png", "short.jpg"]
-    assert "1 of the overlays are PNG: a side is too long for a JPEG" in caplog.text
+    assert "1 overlay written as PNG: a side is too long for JPEG" in caplog.text
 
 
 def test_masks_of_something_else_are_not_replaced(trained, photos, tmp_path):
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "a.png").write_bytes(b"drawn by hand")
-    with pytest.raises(InputError, match="masks holds files that are no prediction's"):
+    with pytest.raises(InputError, match="masks contains files that are not predictions"):
         predict_run(*on_one_device(*trained), "latest", [str(photos)], tmp_path)
     assert (tmp_path / "masks" / "a.png").read_bytes() == b"drawn by hand"
 

@@ -10,7 +10,7 @@ from contrastseg_jax.parallel import device_memory
 
 
 def test_one_program_per_shape_and_no_more_than_are_kept(monkeypatch):
-    monkeypatch.setattr(programs, "KEPT", 2)
+    monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
     traced = []
 
     def add(x, *, number):
@@ -31,7 +31,7 @@ def test_memory_is_known_before_a_program_runs(monkeypatch):
     by_shape = programs.by_shape(outer)
     x = np.ones(4096, np.float32)
     monkeypatch.setattr(device_memory, "free_bytes", lambda: 1 << 20)
-    with pytest.raises(InputError, match=r"takes 0\.\d GiB of memory, 0\.0 GiB are free"):
+    with pytest.raises(InputError, match=r"needs 0\.\d GiB of memory, 0\.0 GiB are free"):
         by_shape(x)
     monkeypatch.setattr(device_memory, "free_bytes", lambda: 1 << 30)
     assert programs.run(by_shape, x) == 4096**2

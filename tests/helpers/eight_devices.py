@@ -93,25 +93,25 @@ def run_contrast(num_devices, bank_sharding, strategy, moved=False):
     bank = memory_bank.init_memory(
         num_classes=CLASSES, pixel_size=24, segment_size=16, proj_dim=DIM, dtype=FLOAT
     )
-    everywhere = sharding.replicated(mesh)
-    of_bank = sharding.slots_sharding(mesh, bank) if split_memory else everywhere
+    replicated = sharding.replicated(mesh)
+    of_bank = sharding.bank_sharding(mesh, bank) if split_memory else replicated
     step = jax.jit(
         functools.partial(contrast, mesh=mesh, split_memory=split_memory, strategy=strategy),
-        in_shardings=(sharding.split(mesh), of_bank),
+        in_shardings=(sharding.batch_sharding(mesh), of_bank),
         out_shardings=(None, None, None, of_bank),
         donate_argnums=1,
     )
     bank = jax.device_put(bank, of_bank)
     results = []
     for seed in range(3):
-        maps = jax.device_put(make_maps(seed, moved), sharding.split(mesh))
+        maps = jax.device_put(make_maps(seed, moved), sharding.batch_sharding(mesh))
         loss, metrics, grad, bank = step(maps, bank)
         results += [loss, grad, *(metrics[key] for key in sorted(metrics))]
         jax.block_until_ready(bank)
     # One image of a network that is lost: no device may miss it, and the bank does not keep it.
     embedding, *others = make_maps(3)
     embedding[3] = np.nan
-    maps = jax.device_put((embedding, *others), sharding.split(mesh))
+    maps = jax.device_put((embedding, *others), sharding.batch_sharding(mesh))
     with jax.debug_nans(False):
         loss, _, _, bank = step(maps, bank)
         assert np.isnan(loss)

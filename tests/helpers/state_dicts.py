@@ -7,7 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from contrastseg_jax.models import segmenter, zoo
-from contrastseg_jax.weights.torch_names import locate, misfits
+from contrastseg_jax.weights.torch_names import locate, mismatches
 
 ORIGINAL_FCN = {  # modules here and in the original's HRNet
     "cls_head/conv1": "cls_head.0",
@@ -72,7 +72,7 @@ def backbone_of(name):
 
 def filled(tensors, expected):
     """The variables that a state dict is, which fill `expected`: every leaf and nothing else."""
-    assert misfits(locate(tensors), expected) == []
+    assert mismatches(locate(tensors), expected) == []
     return flax_variables(tensors)
 
 

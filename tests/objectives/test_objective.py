@@ -50,7 +50,7 @@ def prototypes(num_classes, proj_dim):
         },
         loss=loss,
         update=update,
-        sharding=sharding.everywhere,
+        sharding=sharding.replicated_tree,
         logits=logits,
     )
 

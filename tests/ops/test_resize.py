@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from contrastseg_jax.ops import resize
-from contrastseg_jax.ops.resize import most_likely, resize_bilinear
+from contrastseg_jax.ops.resize import resize_bilinear, resized_argmax
 
 SIZES = [
     ((4, 6), (8, 12)),
@@ -90,7 +90,7 @@ def test_classes_are_those_of_each_image_alone(path):
     image_size = [(33, 47), (40, 64), (17, 64), (1, 1), (40, 1), (9, 9)]
     label_size = [(50, 71), (40, 64), (7, 23), (5, 3), (1, 72), (1, 1)]
     logits = np.random.default_rng(0).normal(size=(6, 10, 16, 5)).astype(np.float32)
-    classes_of = jax.jit(most_likely, static_argnames=("padded_image", "padded_label"))
+    classes_of = jax.jit(resized_argmax, static_argnames=("padded_image", "padded_label"))
     settings = {"padded_image": (40, 64), "padded_label": (56, 72)}
     result = classes_of(logits, np.int32(image_size), np.int32(label_size), **settings)
     assert result.shape == (6, 56, 72) and result.dtype == jnp.int32
@@ -114,7 +114,7 @@ def test_memory_goes_by_area(image_size, label_size):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(1, 2, image_size[1] // 4, 3)).astype(np.float32)
     settings = {"padded_image": image_size, "padded_label": label_size}
-    classes_of = jax.jit(most_likely, static_argnames=tuple(settings))
+    classes_of = jax.jit(resized_argmax, static_argnames=tuple(settings))
     sizes = np.int32([image_size]), np.int32([label_size])
     program = classes_of.lower(logits, *sizes, **settings).compile()
     assert program.memory_analysis().temp_size_in_bytes < 200 * np.prod(label_size)
@@ -145,7 +145,7 @@ def test_products_beyond_32_bits():
 def test_the_first_of_equal_classes_is_taken():
     logits, one = jnp.zeros((1, 2, 2, 3)), jnp.ones((1, 2), jnp.int32)
     logits = logits.at[..., 1:].set(4.0)
-    classes = most_likely(logits, one * 4, one * 6, padded_image=(4, 4), padded_label=(6, 6))
+    classes = resized_argmax(logits, one * 4, one * 6, padded_image=(4, 4), padded_label=(6, 6))
     assert np.all(classes == 1)
 
 

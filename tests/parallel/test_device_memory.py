@@ -3,7 +3,7 @@
 import pytest
 
 from contrastseg_jax.parallel import device_memory
-from contrastseg_jax.parallel.device_memory import available_bytes, left_by_groups
+from contrastseg_jax.parallel.device_memory import available_bytes, cgroup_available_bytes
 
 V2 = ("memory.max", "memory.current", "inactive_file")
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -25,17 +25,17 @@ def test_each_limit_around_the_process_counts(tmp_path, line, top, names):
     write_group(root / top / "job" / "step", names, "max", 10, 0)
     write_group(root / top / "job", names, 100, 70, 20)
     write_group(root / top / "others", names, 1, 0, 0)
-    assert list(left_by_groups(tmp_path / "own", root)) == [50]
+    assert list(cgroup_available_bytes(tmp_path / "own", root)) == [50]
     write_group(root / top, names, 80, 60, 0)
-    assert list(left_by_groups(tmp_path / "own", root)) == [50, 20]
+    assert list(cgroup_available_bytes(tmp_path / "own", root)) == [50, 20]
 
 
 def test_a_container_sees_its_group_as_the_top(tmp_path):
     (tmp_path / "own").write_text("0::/outside/it\n")
     write_group(tmp_path / "cgroup", V2, 100, 70, 0)
-    assert list(left_by_groups(tmp_path / "own", tmp_path / "cgroup")) == [30]
+    assert list(cgroup_available_bytes(tmp_path / "own", tmp_path / "cgroup")) == [30]
 
 
 def test_a_system_without_groups(tmp_path):
-    assert list(left_by_groups(tmp_path / "own", tmp_path)) == []
+    assert list(cgroup_available_bytes(tmp_path / "own", tmp_path)) == []
     assert 0 < device_memory.free_bytes() < available_bytes()

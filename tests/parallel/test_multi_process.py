@@ -66,7 +66,7 @@ def test_numbers_of_devices_and_processes_that_differ(prepared_dir, tmp_path, st
     statuses, messages = ended(start(arguments, num_processes=2, devices_of={1: 2}))
     assert statuses == [1, 1]
     for text in messages:
-        assert "devices of a process: process 0 has 1, process 1 has 2" in text
+        assert "devices per process: process 0 has 1, process 1 has 2" in text
 
     group = start(arguments, num_processes=2, of_process={1: ["--num_processes=3"]})
     statuses, messages = ended(group)
@@ -81,7 +81,7 @@ def test_a_process_without_the_others_gives_up(prepared_dir, tmp_path, start):
     group[1].kill()
     statuses, messages = ended(group)
     assert statuses[0] == 1
-    assert "process 0 of 2: not all processes have met at localhost" in messages[0]
+    assert "process 0 of 2: not all processes connected to localhost" in messages[0]
     assert "within --start_timeout=4 s" in messages[0]
 
     result = run(
@@ -89,7 +89,7 @@ def test_a_process_without_the_others_gives_up(prepared_dir, tmp_path, start):
         + ["--start_timeout=4"]
     )
     assert result.returncode == 1
-    assert "process 1 of 2: not all processes have met at localhost:1 within" in result.stderr
+    assert "process 1 of 2: not all processes connected to localhost:1 within" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -118,6 +118,6 @@ def test_an_evaluation_that_fails_in_one_process_ends_none(prepared_dir, tmp_pat
     statuses, messages = ended(start([arguments, failing], num_processes=2))
     assert statuses == [0, 0], messages
     for text in messages:
-        assert "step 6: the evaluation failed, and training continues: in process 1: x.png" in text
+        assert "step 6: evaluation failed, training continues: in process 1: x.png" in text
     saved = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert "6" in saved and not (workdir / "eval" / "6" / "metrics.json").exists()

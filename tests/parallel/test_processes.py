@@ -27,17 +27,17 @@ def test_flags_that_do_not_say_who_a_process_is(arguments, message):
 
 def test_alone_a_process_is_the_first_and_agrees_with_itself(tmp_path):
     assert processes.is_first() and processes.gather("ä") == ["ä"]
-    assert processes.together(lambda: 3) == processes.first_then_others(lambda: 3) == 3
+    assert processes.sync_errors(lambda: 3) == processes.first_then_others(lambda: 3) == 3
     processes.require_same({"seed": 1})
     processes.require_shared(tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError), processes.ending_at_once():
-        processes.together((tmp_path / "nothing").read_text)
+    with pytest.raises(FileNotFoundError), processes.exit_on_error():
+        processes.sync_errors((tmp_path / "nothing").read_text)
 
 
 def test_sigterm_is_noted_and_only_within():
     before = signal.getsignal(signal.SIGTERM)
-    with processes.noted_sigterm() as has_come:
+    with processes.deferred_sigterm() as has_come:
         assert not has_come()
         os.kill(os.getpid(), signal.SIGTERM)
         assert has_come()

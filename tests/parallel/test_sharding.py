@@ -23,7 +23,7 @@ def test_each_device_holds_its_rows_of_a_batch():
 
 def test_replicate_gathers_inside_jit():
     mesh = sharding.make_mesh()
-    rows = jax.device_put(jnp.arange(4), sharding.split(mesh))
+    rows = jax.device_put(jnp.arange(4), sharding.batch_sharding(mesh))
     gathered = jax.jit(lambda x: sharding.replicate((x,), mesh))(rows)[0]
     assert gathered.sharding.is_fully_replicated
     np.testing.assert_array_equal(gathered, np.arange(4))
@@ -60,7 +60,7 @@ def test_large_parameters_are_split_along_their_longest_axis():
     parts = state_sharding(setup_of(in_parts), state, mesh)
     for x, place in _pairs(state.params, parts.params):
         shard = place.shard_shape(x.shape)
-        if x.size < sharding.SMALL:
+        if x.size < sharding.MIN_SPLIT_SIZE:
             assert shard == x.shape
         else:
             longest = x.shape.index(max(n for n in x.shape if n % 2 == 0))
@@ -77,7 +77,7 @@ def _pairs(tree, other):
 
 def test_rows_and_flags_of_this_process():
     mesh = sharding.make_mesh()
-    rows = jax.device_put(jnp.arange(6).reshape(6, 1), sharding.split(mesh))
+    rows = jax.device_put(jnp.arange(6).reshape(6, 1), sharding.batch_sharding(mesh))
     np.testing.assert_array_equal(sharding.local_rows(rows), rows)
     for flag in (False, True):
         assert bool(sharding.any_process(flag, mesh)) is flag

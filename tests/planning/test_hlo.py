@@ -154,4 +154,6 @@ def test_a_real_program():
     }
     assert set(found) < set(hlo.KINDS)
     x = np.ones((20, 6), np.float32)
-    np.testing.assert_allclose(compiled(jax.device_put(x, sharding.split(mesh))), 128 + 2 + 1)
+    np.testing.assert_allclose(
+        compiled(jax.device_put(x, sharding.batch_sharding(mesh))), 128 + 2 + 1
+    )

@@ -55,7 +55,7 @@ def tiny_state(step, mesh=None):
 def split_of(state, mesh):
     """Large arrays lie in parts on the devices, as with parallel.fsdp."""
     return jax.tree.map(
-        lambda x: sharding.split(mesh) if x.size == LARGE else sharding.replicated(mesh),
+        lambda x: sharding.batch_sharding(mesh) if x.size == LARGE else sharding.replicated(mesh),
         state,
     )
 
@@ -98,7 +98,7 @@ def test_a_state_comes_back_bit_for_bit(run, tmp_path):
     state = state.replace(step=state.step + 3)
     assert state.memory.segment.size == 0  # a queue that is left out
     save_all(tmp_path, [3], state_of=lambda _: state)
-    assert checkpoint.find_whole(tmp_path, "latest") == 3
+    assert checkpoint.find_intact(tmp_path, "latest") == 3
     restored = checkpoint.restore(tmp_path, 3, abstract(config), sharding.replicated(mesh))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -116,7 +116,7 @@ def test_arrays_of_all_types_come_back_on_other_devices(tmp_path):
     assert not state.params["a"].is_fully_replicated
     save_all(tmp_path, [7])
     mesh = sharding.make_mesh(jax.devices()[:1])
-    assert checkpoint.find_whole(tmp_path, "7") == 7
+    assert checkpoint.find_intact(tmp_path, "7") == 7
     restored = checkpoint.restore(tmp_path, 7, state, sharding.replicated(mesh))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
@@ -133,17 +133,17 @@ def test_replicas_may_differ_in_their_last_bits(tmp_path):
         first.shape, sharding.replicated(mesh), replicas
     )
     save_all(tmp_path, [7], state_of=lambda _: state.replace(ema={"x": array}))
-    assert checkpoint.find_whole(tmp_path, "7") == 7
+    assert checkpoint.find_intact(tmp_path, "7") == 7
 
 
 def test_a_bank_may_be_restored_to_another_layout(tmp_path):
     config = make_config("memory.sharding=slots")
     _, state, mesh = start(config)
     assert not state.memory.pixel.is_fully_replicated
-    everywhere = sharding.everywhere(mesh, state)
-    split = everywhere.replace(memory=sharding.slots_sharding(mesh, state.memory))
+    everywhere = sharding.replicated_tree(mesh, state)
+    split = everywhere.replace(memory=sharding.bank_sharding(mesh, state.memory))
     save_all(tmp_path, [0], state_of=lambda _: state)
-    assert checkpoint.find_whole(tmp_path, "latest") == 0
+    assert checkpoint.find_intact(tmp_path, "latest") == 0
     whole = checkpoint.restore(tmp_path, 0, abstract(config), everywhere)
     again = checkpoint.restore(tmp_path, 0, abstract(config), split)
     assert whole.memory.pixel.is_fully_replicated
@@ -190,7 +190,7 @@ def test_a_score_of_the_last_checkpoint_counts(tmp_path):
 
 def test_missing_checkpoints(tmp_path):
     with pytest.raises(InputError, match="no finished checkpoint; train a run there first"):
-        checkpoint.find_whole(tmp_path, "latest")
+        checkpoint.find_intact(tmp_path, "latest")
     assert not list(tmp_path.iterdir())
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
     (tmp_path / "checkpoints" / "4.damaged").mkdir()
@@ -221,25 +221,27 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, caplog, spoil):
     save_all(tmp_path, [1, 2, 3], keep_checkpoints=3)
     spoil(data_file(tmp_path, 2))
     spoil(data_file(tmp_path, 3))
-    assert checkpoint.find_whole(tmp_path, "latest") == 1  # as an evaluation looks for it
+    assert checkpoint.find_intact(tmp_path, "latest") == 1  # as an evaluation looks for it
     assert f"{path_of(tmp_path, 3)}: is damaged (" in caplog.text
-    assert "step 1 is taken instead" in caplog.text
+    assert "using step 1 instead" in caplog.text
     assert names(tmp_path) == ["1", "2", "3"]
     for which in ("3", "best"):
         with pytest.raises(InputError, match="checkpoints/3: is damaged"):
-            checkpoint.find_whole(tmp_path, which)
+            checkpoint.find_intact(tmp_path, which)
 
     (tmp_path / "checkpoints" / "3.damaged").mkdir()  # from another time
-    assert checkpoint.find_whole(tmp_path, "latest", goes_on=True) == 1
+    assert checkpoint.find_intact(tmp_path, "latest", resume=True) == 1
     assert names(tmp_path) == ["1", "2.damaged", "3.damaged", "3.damaged.2"]
-    assert "it is now 3.damaged.2" in caplog.text
+    assert "renamed to 3.damaged.2" in caplog.text
     save_all(tmp_path, [2], keep_checkpoints=3)
-    assert checkpoint.find_whole(tmp_path, "latest") == 2
+    assert checkpoint.find_intact(tmp_path, "latest") == 2
 
     spoil(data_file(tmp_path, 1))
     spoil(data_file(tmp_path, 2))
-    with pytest.raises(InputError, match="(?s)2 problems in .*checkpoints, which holds no whole"):
-        checkpoint.find_whole(tmp_path, "latest", goes_on=True)
+    with pytest.raises(
+        InputError, match="(?s)2 problems in .*checkpoints, which contains no intact"
+    ):
+        checkpoint.find_intact(tmp_path, "latest", resume=True)
     assert {"1", "2"} < set(names(tmp_path))
 
 
@@ -259,22 +261,22 @@ def test_a_file_beside_the_arrays_is_damaged(tmp_path, name, spoil):
     save_all(tmp_path, [1, 2])
     for path in path_of(tmp_path, 2).rglob(name.rpartition("/")[2]):
         spoil(path)
-    assert checkpoint.find_whole(tmp_path, "latest") == 1
+    assert checkpoint.find_intact(tmp_path, "latest") == 1
 
 
 def test_a_renamed_checkpoint_is_named(tmp_path):
     save_all(tmp_path, [1])
     shutil.copytree(path_of(tmp_path, 1), path_of(tmp_path, 4))
     with pytest.raises(InputError, match="checkpoints/4: is damaged .it holds the state after 1 s"):
-        checkpoint.find_whole(tmp_path, "4")
+        checkpoint.find_intact(tmp_path, "4")
 
 
 def test_a_checkpoint_without_digests_is_read_with_a_warning(tmp_path, caplog):
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
         state = jax.tree.map(lambda x: x if x.size else None, tiny_state(2))
         manager.save(2, args=ocp.args.StandardSave(state))
-    assert checkpoint.find_whole(tmp_path, "latest") == 2
-    assert "checkpoints/2: has no digests, so damage in its arrays would not show" in caplog.text
+    assert checkpoint.find_intact(tmp_path, "latest") == 2
+    assert "checkpoints/2: has no digests, so damaged arrays would go unnoticed" in caplog.text
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, caplog):
@@ -292,7 +294,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
         for step in (1, 2, 3):
             checkpoint.save(writer, step, tiny_state(step))
     message = f"{path_of(tmp_path, 2)}: could not be saved (No space left on device); the last"
-    assert message in caplog.text and "is that of step 1" in caplog.text
+    assert message in caplog.text and "checkpoint is step 1" in caplog.text
     assert names(tmp_path) == ["1", "3"]
 
     with pytest.raises(InputError, match="the last checkpoint is missing: .*/2: could not be sav"):
@@ -328,24 +330,24 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_fills_up_while_orbax_writes(small_disk, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint, "require_room", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "require_disk_space", lambda *_: None)
     save_all(small_disk, [1])
     (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 40_000))
     with checkpoint.open_writer(small_disk, keep_checkpoints=2) as writer:
         checkpoint.save(writer, 2, tiny_state(2))
-        checkpoint._finish(writer)
+        checkpoint._wait(writer)
         assert f"{path_of(small_disk, 2)}: could not be saved (No space left" in caplog.text
         assert names(small_disk) == ["1"]
         os.remove(small_disk / "other")
         checkpoint.save(writer, 3, tiny_state(3))
     assert names(small_disk) == ["1", "3"]
-    assert checkpoint.find_whole(small_disk, "latest") == 3
+    assert checkpoint.find_intact(small_disk, "latest") == 3
 
 
 def test_what_does_not_come_back_does_not_count(tmp_path, monkeypatch, caplog):
     save_all(tmp_path, [1])
     with monkeypatch.context() as patch, contextlib.suppress(InputError):
-        patch.setattr(checkpoint.digests, "of_state", lambda _: {"params.a": "another"})
+        patch.setattr(checkpoint.digests, "state_digests", lambda _: {"params.a": "another"})
         save_all(tmp_path, [2], keep_checkpoints=1)
     assert "checkpoints/2: could not be saved (read back, params.a" in caplog.text
     assert names(tmp_path) == ["1", "2.damaged"]
@@ -356,7 +358,7 @@ def test_folders_with_any_name_hold_checkpoints(tmp_path, name):
     workdir = tmp_path / name
     checkpoint.prepare(workdir, tiny_state(0))
     save_all(workdir, [1])
-    assert checkpoint.find_whole(workdir, "latest") == 1
+    assert checkpoint.find_intact(workdir, "latest") == 1
     state = tiny_state(1)
     restored = checkpoint.restore(workdir, 1, state, split_of(state, sharding.make_mesh()))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
@@ -364,7 +366,7 @@ def test_folders_with_any_name_hold_checkpoints(tmp_path, name):
 
 def test_a_place_that_cannot_work_is_found_before_training(tmp_path, monkeypatch):
     workdir = tmp_path / "a\\b"  # of which TensorStore makes a/b
-    with pytest.raises(InputError, match="checkpoints cannot be kept there"):
+    with pytest.raises(InputError, match="checkpoints cannot be stored there"):
         checkpoint.prepare(workdir, tiny_state(0))
     assert names(workdir) == []
 
@@ -372,5 +374,5 @@ def test_a_place_that_cannot_work_is_found_before_training(tmp_path, monkeypatch
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(ocp.Checkpointer, "save", fail)
-    with pytest.raises(InputError, match=r"did not come back \(Input/output error\)"):
+    with pytest.raises(InputError, match=r"could not be read back \(Input/output error\)"):
         checkpoint.prepare(tmp_path / "other", tiny_state(0))

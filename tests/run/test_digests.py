@@ -40,24 +40,24 @@ def test_splitmix64_is_that_of_its_authors():
 def test_a_digest_is_the_same_on_any_devices(dtype):
     array = np.random.default_rng(0).normal(size=(3, 8, 5)).astype(jnp.dtype(dtype))
     expected = f"{dtype}[3,8,5] {literal(array)}"
-    assert digests.of_array(array) == expected
-    assert digests.of_array(np.asfortranarray(array)) == expected
+    assert digests.array_digest(array) == expected
+    assert digests.array_digest(np.asfortranarray(array)) == expected
     for devices, spec in ((1, ()), (2, ()), (2, (None, "data"))):
         mesh = sharding.make_mesh(jax.devices()[:devices])
         placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-        assert digests.of_state({"x": [placed]}) == {"x.0": expected}
+        assert digests.state_digests({"x": [placed]}) == {"x.0": expected}
 
 
 def test_arrays_of_no_and_of_many_elements(monkeypatch):
-    assert digests.of_array(np.zeros((0, 3), np.float32)) == f"float32[0,3] {0:016x}"
+    assert digests.array_digest(np.zeros((0, 3), np.float32)) == f"float32[0,3] {0:016x}"
     one = np.float32(3)
-    assert digests.of_array(np.asarray(one)) == f"float32[] {literal(np.asarray(one))}"
+    assert digests.array_digest(np.asarray(one)) == f"float32[] {literal(np.asarray(one))}"
     array = np.random.default_rng(0).normal(size=(7, 11)).astype(np.float32)
-    whole = digests.of_array(array)
-    monkeypatch.setattr(digests, "SMALL", 5)  # in many pieces
-    assert digests.of_array(array) == whole
-    parts = sum(digests.of_part(array[i : i + 3], (i, 0), array.shape) for i in (0, 3, 6))
-    assert digests.written(array.dtype, array.shape, parts) == whole
+    whole = digests.array_digest(array)
+    monkeypatch.setattr(digests, "BLOCK_SIZE", 5)  # in many pieces
+    assert digests.array_digest(array) == whole
+    parts = sum(digests.part_sum(array[i : i + 3], (i, 0), array.shape) for i in (0, 3, 6))
+    assert digests.format_digest(array.dtype, array.shape, parts) == whole
 
 
 def test_what_changes_a_digest():
@@ -66,4 +66,4 @@ def test_what_changes_a_digest():
     swapped[0, 0], swapped[2, 3] = array[2, 3], array[0, 0]
     negative[0, 0] = -0.0
     others = [swapped, negative, array.reshape(4, 3), array.view(np.int32), array.T]
-    assert len({digests.of_array(other) for other in (array, *others)}) == 6
+    assert len({digests.array_digest(other) for other in (array, *others)}) == 6

@@ -13,7 +13,7 @@ from small import make_config, setup_of
 from contrastseg_jax.config.load import load, override
 from contrastseg_jax.data.spec import Decoding
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.run.compilation_cache import keep_compiled
+from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.setup.resolve import (
     build_model,
     image_format,
@@ -141,14 +141,16 @@ def test_a_cache_that_cannot_be_written_is_one_line(cache_dir, tmp_path, monkeyp
         warnings.simplefilter("always")
         shown = []
         monkeypatch.setattr(warnings, "showwarning", lambda *details: shown.append(details[0]))
-        keep_compiled(make_config(), tmp_path)
+        set_compilation_cache(make_config(), tmp_path)
         compilation_cache.reset_cache()
         for size in (3, 5, 7):
             jax.jit(lambda x: x + 1)(np.ones(size)).block_until_ready()
         warnings.warn("another", stacklevel=1)
     assert [str(message) for message in shown] == ["another"]
-    (line,) = [line for line in caplog.messages if "compiled programs" in line]
-    assert line.startswith(f"{tmp_path / 'compilation_cache'}: compiled programs are not kept")
+    (line,) = [line for line in caplog.messages if "compilation cache" in line]
+    assert line.startswith(
+        f"{tmp_path / 'compilation_cache'}: the compilation cache cannot be read or written"
+    )
     assert "FileExistsError" in line
 
 
@@ -169,7 +171,7 @@ def test_where_compiled_programs_are_kept(
     monkeypatch.setenv("HOME", "/home/x")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     config = make_config(f"parallel.compilation_cache={setting}")
-    keep_compiled(config, workdir and Path(workdir))
+    set_compilation_cache(config, workdir and Path(workdir))
     assert jax.config.jax_compilation_cache_dir == folder
 
 

@@ -10,7 +10,7 @@ from contrastseg_jax.training.progress import data_advice, interval_means, requi
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     history = [{"loss": jnp.asarray(1.0)}, {"loss": jnp.asarray(np.inf)}]
-    with pytest.raises(FloatingPointError, match="last 2 steps before step 11"):
+    with pytest.raises(FloatingPointError, match="the 2 steps up to step 10"):
         require_finite(history, 10)
     require_finite(history[:1], 9)
 

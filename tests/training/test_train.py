@@ -88,7 +88,7 @@ def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for
     come = threading.Event()
 
     @contextlib.contextmanager
-    def noted_sigterm():
+    def deferred_sigterm():
         yield come.is_set
 
     def evaluate(*arguments, **settings):
@@ -96,7 +96,7 @@ def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for
         return evaluate_module.evaluate(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "noted_sigterm", noted_sigterm)
+        patch.setattr(processes, "deferred_sigterm", deferred_sigterm)
         patch.setattr(score, "evaluate", evaluate)
         with pytest.raises(SystemExit) as stopped:
             train_module.train(setup_of(config), tmp_path / "run")
@@ -130,8 +130,8 @@ def test_an_evaluation_that_fails_is_a_warning_and_comes_after_the_checkpoint(
         patch.setattr(pipeline, "eval_batches", bad_batches)
         train_module.train(setup_of(config), workdir)
         train_module.train(setup_of(config), workdir)  # tries again, and does not end either
-    assert "step 3: the evaluation failed, and training continues: x.png: is damaged" in caplog.text
-    assert caplog.text.count("step 6: the evaluation failed") == 2
+    assert "step 3: evaluation failed, training continues: x.png: is damaged" in caplog.text
+    assert caplog.text.count("step 6: evaluation failed") == 2
     assert "3" in saved[0] and "6" in saved[1]  # at least begun
     assert val_steps(workdir) == []
 
@@ -168,7 +168,7 @@ def test_pictures_and_curves_that_fail_are_warnings(tmp_path, monkeypatch, caplo
     train_module.train(setup_of(config), workdir)
     assert val_steps(workdir) == [3]
     for name in ("eval/3/000000.png", "curves.png"):
-        assert f"{workdir / name}: ValueError: no picture; going on without it" in caplog.text
+        assert f"{workdir / name}: ValueError: no picture; continuing without it" in caplog.text
     assert "<img" not in (workdir / "eval" / "3" / "index.html").read_text()
 
 

@@ -53,7 +53,7 @@ def test_variables_record_and_report(tmp_path, capsys):
 
     said = capsys.readouterr().out
     size = sum(leaf.size for leaf in jax.tree.leaves(expected["params"]))
-    assert "x.safetensors: hrnet_tiny with 7 classes and a projection head of 12" in said
+    assert "x.safetensors: hrnet_tiny with 7 classes and a projection head (12)" in said
     assert f"parameters: {size:,}" in said
     assert "1 segment_queue, 1 segment_queue_ptr" in said and "1 num_batches_tracked" in said
     kernel = expected["params"]["cls_head"]["conv1"]["kernel"]
@@ -85,7 +85,7 @@ def test_conventions_of_images_go_with_the_weights(tmp_path, tensors, channel_or
     [
         ("backbone.conv1.weight", np.nan, "backbone.conv1.weight: .* not finite"),
         ("backbone.bn1.running_var", -1.0, "backbone.bn1.running_var: .* negative variance"),
-        ("extra.weight", 0.0, "extra.weight .*no place for it"),
+        ("extra.weight", 0.0, "extra.weight .*no such tensor"),
     ],
 )
 def test_weights_that_cannot_be_used_leave_nothing_behind(tmp_path, key, value, message):
@@ -103,7 +103,7 @@ def test_a_missing_auxiliary_head_is_reported(tmp_path, capsys):
     convert(source_of(tmp_path, tensors), tmp_path / "out")
     said = capsys.readouterr().out
     assert "fcn_r18 with 7 classes" in said
-    assert "not there: the auxiliary head, which training starts anew" in said
+    assert "missing: the auxiliary head, randomly initialised by training" in said
 
 
 def of_torchvisions_fcn(width, num_classes):
@@ -122,14 +122,14 @@ def test_a_convnext_is_converted_without_its_classifier(tmp_path, capsys):
     said = capsys.readouterr().out
     networks = ("fcn_convnext_tiny", "deeplabv3plus_convnext_tiny", "ocr_convnext_tiny")
     assert f"x.safetensors: the backbone of {', '.join(networks)}" in said
-    assert "left out: 4 classifier" in said and "parameters: 27,818,592" in said
+    assert "not used: 4 classifier" in said and "parameters: 27,818,592" in said
     weights = pretrained.read(tmp_path / "out", "ocr_convnext_tiny")
     assert (weights.networks, weights.image_format) == (networks, IMAGENET)
 
     model = zoo.build("fcn_convnext_tiny", num_classes=3, proj_dim=4, dropout_rate=0.0)
     fresh = segmenter.init_variables(model, 0)
     started = pretrained.start_from(
-        tmp_path / "out", "fcn_convnext_tiny", ("a", "b", "c"), fresh, whole=False
+        tmp_path / "out", "fcn_convnext_tiny", ("a", "b", "c"), fresh, strict=False
     )
     assert jax.tree.structure(started) == jax.tree.structure(fresh)
     block = started["params"]["backbone"]["features_5_8"]
@@ -147,7 +147,7 @@ def test_whole_numbers_are_no_weights(tmp_path):
     with pytest.raises(InputError) as error:
         convert(source_of(tmp_path, tensors), tmp_path / "out")
     (line,) = str(error.value).splitlines()[1:]
-    assert line == "  backbone.conv1.weight: holds int8, must hold floating-point numbers"
+    assert line == "  backbone.conv1.weight: is int8, must be floating-point"
 
 
 def test_what_is_in_the_output_is_not_overwritten(tmp_path):
@@ -182,7 +182,7 @@ def test_a_peer_of_another_version_stops_no_conversion(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "peer_output", peer_output)
     convert(source_of(tmp_path, tiny()), tmp_path / "out")
     report = (tmp_path / "out" / "report.txt").read_text()
-    assert report.endswith("compared: no, Missing key(s) in state_dict: x\n")
+    assert report.endswith("not compared: Missing key(s) in state_dict: x\n")
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -240,25 +240,23 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
         "image_format": setup.image_format,
     }
     convert_run(workdir, "4", tmp_path / "out", **settings)
-    assert "run, step 4: toy with 3 classes and a projection head of 16" in (
-        capsys.readouterr().out
-    )
+    assert "run, step 4: toy with 3 classes and a projection head (16)" in (capsys.readouterr().out)
     config = override(config, [f"model.init_from={tmp_path / 'out'}"])
     expected, _ = load_network(setup, workdir, "4")
-    started = initial_variables(setup_of(config), whole=True)
+    started = initial_variables(setup_of(config), strict=True)
     jax.tree.map(np.testing.assert_array_equal, started, jax.device_get(expected))
     assert pretrained.read(tmp_path / "out", "toy").image_format == IMAGENET
     names = ["data.name=folder", "data.class_names=('a', 'b', 'c')"]
     renamed = override(config, names)
     initial_variables(setup_of(renamed))
-    assert "its classes were class_0, class_1, class_2: the last layer is kept" in caplog.text
+    assert "it was trained on the classes class_0, class_1, class_2: the last layer" in caplog.text
     caplog.clear()
     other = override(renamed, ["model.name=toy_ocr"])
     initial_variables(setup_of(other))  # takes the backbone alone
-    assert "the last layer is kept" not in caplog.text
+    assert "the last layer is loaded anyway" not in caplog.text
     with pytest.raises(InputError, match="classes class_0, class_1, class_2, the data set has a, "):
-        initial_variables(setup_of(renamed), whole=True)
-    with pytest.raises(InputError, match="init: what is converted of a run is latest, best or a"):
+        initial_variables(setup_of(renamed), strict=True)
+    with pytest.raises(InputError, match="init: must be latest, best or a"):
         convert_run(workdir, "init", tmp_path / "other", **settings)
     with pytest.raises(InputError, match="--checkpoint=5: must be latest, best"):
         convert_run(workdir, "5", tmp_path / "other", **settings)

@@ -85,7 +85,7 @@ def test_its_files_are_recognised_and_converted(tmp_path, model, prefix, channel
 
     fresh = segmenter.init_variables(model, 0)
     names = ("a", "b", "c")
-    started = pretrained.start_from(tmp_path / "out", "fcn_plain", names, fresh, whole=False)
+    started = pretrained.start_from(tmp_path / "out", "fcn_plain", names, fresh, strict=False)
     backbone = started["params"]["backbone"]
     kernel = tensors["entry.0.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(backbone["entry_0"]["kernel"], kernel)

@@ -14,7 +14,7 @@ from state_dicts import backbone_of, flax_variables, tiny
 from contrastseg_jax.config.load import override
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.run.workdir import refuse_differences
+from contrastseg_jax.run.workdir import require_same_config
 from contrastseg_jax.setup.preflight import check, weights_problems
 from contrastseg_jax.setup.resolve import (
     adopt_image_format,
@@ -70,14 +70,17 @@ def test_other_classes_and_embeddings_leave_the_last_layers_fresh(whole, caplog)
             for layer in parts[part]:
                 source = fresh if layer == "conv2" else given
                 assert_same(variables[collection][part][layer], source[collection][part][layer])
-    assert "starting from x.safetensors" in caplog.text
-    assert "cls_head/conv2 (5 wide, there 3), proj_head/conv2 (8 wide, there 16)" in caplog.text
+    assert "initialised from x.safetensors" in caplog.text
+    assert (
+        "cls_head/conv2 (size 5, weights have 3), proj_head/conv2 (size 8, weights have 16)"
+        in caplog.text
+    )
 
 
 def test_without_contrast_the_projection_head_is_left_out(whole, caplog):
     caplog.set_level("INFO", pretrained.log.name)
     variables, _ = start(whole, variant="ce")
-    assert "left out: proj_head" in caplog.text
+    assert "not used: proj_head" in caplog.text
     given = flax_variables(tiny(num_classes=3))
     assert_same(variables, given)
 
@@ -95,10 +98,10 @@ def test_on_another_head_only_the_backbone_is_taken(kind, whole, tmp_path, caplo
     assert_same(variables["params"]["backbone"], given)
     for part in ("aux_head", "cls_head", "proj_head"):
         assert_same(variables["params"][part], fresh["params"][part])
-    assert "aux_head (not there)" in caplog.text
+    assert "aux_head (missing)" in caplog.text
     of_another = kind == "whole"
     for part in ("cls_head", "proj_head"):
-        reason = "there of another network" if of_another else "not there"
+        reason = "of another network" if of_another else "missing"
         assert f"{part} ({reason})" in caplog.text
 
 
@@ -128,7 +131,7 @@ def test_images_are_as_the_weights_need_them(whole, tmp_path, caplog):
     of_config = image_format(adopt_image_format(said, None))
     assert of_config.std == (1.0, 2.0, 3.0) and of_config.channel_order == "BGR"
     assert "BGR; red, green, blue have mean (103.53, 116.28, 123.675), std (57.375" in caplog.text
-    assert "but model.image_std = (1.0, 2.0, 3.0), as set in the config" in caplog.text
+    assert "overridden by the config: model.image_std = (1.0, 2.0, 3.0)" in caplog.text
 
     of_imagenet = converted(tmp_path, backbone_of("hrnet_tiny"))
     config = adopt_image_format(
@@ -154,10 +157,10 @@ def test_a_setting_that_overruled_the_weights_must_not_be_dropped(whole, tmp_pat
     config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}")
     said = override(config, ["model.image_std=(1.0, 2.0, 3.0)"])
     run = adopt_image_format(said, None)
-    refuse_differences(adopt_image_format(said, run), run, tmp_path)
+    require_same_config(adopt_image_format(said, run), run, tmp_path)
     followed = adopt_image_format(config, run)
     with pytest.raises(InputError, match=r"model.image_std = \(57.*: the run has \(1.0, 2.0"):
-        refuse_differences(followed, run, tmp_path)
+        require_same_config(followed, run, tmp_path)
 
 
 def test_weights_must_be_on_a_disk():
@@ -169,9 +172,9 @@ def test_weights_must_be_on_a_disk():
 def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
     config = make_config("model.name=hrnet_tiny", f"model.init_from={whole}")
     config = override(config, ["model.name=hrnet_w18_small"])
-    with pytest.raises(InputError, match="x.safetensors is of hrnet_tiny") as error:
+    with pytest.raises(InputError, match="x.safetensors is for hrnet_tiny") as error:
         adopt_image_format(config, None)
-    assert "model.name = 'hrnet_w18_small' does not have" in str(error.value)
+    assert "model.name = 'hrnet_w18_small' does not use" in str(error.value)
     assert str(error.value).endswith("these have it: hrnet_tiny, hrnet_tiny_ocr")
 
 
@@ -227,17 +230,19 @@ def test_arrays_without_a_place_in_a_part_that_is_there_are_refused():
     fresh = flax_variables(tiny())
     given = flax_variables(tiny(proj_dim=16))  # a whole part more is left out, which the log says
     given["params"]["backbone"]["layer1_1"] = {"conv1": {"kernel": np.zeros((1, 1, 2, 3))}}
-    with pytest.raises(InputError, match="layer1_1/conv1/kernel: has no place in") as error:
+    with pytest.raises(InputError, match="layer1_1/conv1/kernel: unexpected") as error:
         merge(given, fresh, parts=None, source="folder")
     assert "1 problem in folder" in str(error.value)
 
 
 def test_what_is_no_folder_of_weights_is_told_what_it_is(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"--mode=convert --input=\S+x.pth --output=FOLDER makes"):
+    with pytest.raises(InputError, match=r"--mode=convert --input=\S+x.pth --output=FOLDER writes"):
         pretrained.read(tmp_path / "x.pth", "hrnet_tiny")
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(InputError, match=rf"--mode=convert --input={tmp_path} --output=FOLDER mak"):
+    with pytest.raises(
+        InputError, match=rf"--mode=convert --input={tmp_path} --output=FOLDER writes"
+    ):
         pretrained.read(tmp_path, "hrnet_tiny")
 
 

@@ -64,8 +64,8 @@ def test_what_does_not_fit_the_nearest_is_listed():
         recognize(locate(tensors), source="x.pth")
     assert str(error.value).splitlines() == [
         "2 problems in x.pth, read as hrnet_tiny:",
-        "  - neck.weight (3,): the network has no place for it",
-        "  + cls_head.bn1.bias (120,): no tensor fills it",
+        "  - neck.weight (3,): unexpected, the network has no such tensor",
+        "  + cls_head.bn1.bias (120,): missing",
     ]
 
 
@@ -85,7 +85,7 @@ def test_an_auxiliary_head_that_only_training_needs_may_be_missing():
     for state in (tensors, without):
         assert recognize(locate(state), source="x.pth") == Recognized(("fcn_r18",), 7, 0)
     some = without | {key: array for key, array in tensors.items() if "aux_classifier.0" in key}
-    with pytest.raises(InputError, match=r"\+ aux_head.conv2.weight \(7, 64, 1, 1\): no tensor"):
+    with pytest.raises(InputError, match=r"\+ aux_head.conv2.weight \(7, 64, 1, 1\): missing"):
         recognize(locate(some), source="x.pth")
 
 
@@ -95,11 +95,13 @@ def test_an_auxiliary_head_that_guides_must_be_there():
         for key, shape in golden.shapes("hrnet_w48_ocr").items()
         if not key.startswith("aux_head")
     }
-    with pytest.raises(InputError, match="aux_head.conv1.weight .*no tensor fills it"):
+    with pytest.raises(InputError, match="aux_head.conv1.weight .*missing"):
         recognize(locate(tensors), source="x.pth")
 
 
 def test_another_architecture_is_refused():
     tensors = {"patch_embed.proj.weight": np.zeros((8, 3, 4, 4), np.float32)}
-    with pytest.raises(InputError, match=r"x.pth: its tensors \(patch_embed.proj.weight, …\) are"):
+    with pytest.raises(
+        InputError, match=r"x.pth: its tensors \(patch_embed.proj.weight, …\) match"
+    ):
         recognize(locate(tensors), source="x.pth")

@@ -171,11 +171,11 @@ def test_layouts_of_linear_layers_depthwise_kernels_and_scales():
     assert block["block_0"]["kernel"][1, 2, 0, 5] == np.float32(kernel[5, 0, 1, 2])
 
     expected = {"params": {"backbone": {"features_1_0": block}}}
-    assert torch_names.misfits(locate(tensors), expected) == []
+    assert torch_names.mismatches(locate(tensors), expected) == []
     del tensors["features.1.0.block.3.weight"], tensors["features.1.0.layer_scale"]
-    assert sorted(torch_names.misfits(locate(tensors), expected)) == [
-        "+ backbone.features.1.0.block.3.weight (6, 2): no tensor fills it",
-        "+ backbone.features.1.0.layer_scale (6, 1, 1): no tensor fills it",
+    assert sorted(torch_names.mismatches(locate(tensors), expected)) == [
+        "+ backbone.features.1.0.block.3.weight (6, 2): missing",
+        "+ backbone.features.1.0.layer_scale (6, 1, 1): missing",
     ]
 
 
@@ -183,10 +183,10 @@ def test_all_that_does_not_fit_is_listed_at_once():
     expected = {"params": {"cls_head": {"conv1": {"kernel": empty((3, 3, 2, 4))}}}}
     expected["params"]["cls_head"]["conv2"] = {"kernel": empty((1, 1, 4, 5))}
     tensors = {"cls_head.0.weight": empty((4, 2, 1, 1)), "module.neck.weight": empty((7, 3, 1, 1))}
-    assert torch_names.misfits(locate(tensors), expected) == [
+    assert torch_names.mismatches(locate(tensors), expected) == [
         "! cls_head.0.weight: is (4, 2, 1, 1), must be (4, 2, 3, 3)",
-        "- module.neck.weight (7, 3, 1, 1): the network has no place for it",
-        "+ cls_head.conv2.weight (5, 4, 1, 1): no tensor fills it",
+        "- module.neck.weight (7, 3, 1, 1): unexpected, the network has no such tensor",
+        "+ cls_head.conv2.weight (5, 4, 1, 1): missing",
     ]
 
 
@@ -194,10 +194,8 @@ def test_what_is_missing_of_a_backbone_has_its_name_in_pytorch():
     tensors = spelt_out("hrnet_tiny", state_dicts.original_name)
     of_backbone = sorted(key for key in tensors if key.startswith("backbone."))
     heads = {key: array for key, array in tensors.items() if key not in of_backbone}
-    problems = torch_names.misfits(locate(heads), expected_of("hrnet_tiny"))
-    assert sorted(problems) == [
-        f"+ {key} {tensors[key].shape}: no tensor fills it" for key in of_backbone
-    ]
+    problems = torch_names.mismatches(locate(heads), expected_of("hrnet_tiny"))
+    assert sorted(problems) == [f"+ {key} {tensors[key].shape}: missing" for key in of_backbone]
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "module._orig_mod.", "model.net."])
@@ -212,6 +210,6 @@ def test_wrappers_of_a_model_are_taken_off(prefix):
 def test_one_leaf_is_not_filled_twice():
     expected = {"params": {"cls_head": {"conv1": {"bias": empty((4,))}}}}
     tensors = {"cls_head.0.bias": empty((4,)), "module.cls_head.0.bias": empty((4,))}
-    assert torch_names.misfits(locate(tensors), expected) == [
-        "- module.cls_head.0.bias: its place is that of cls_head.0.bias too"
+    assert torch_names.mismatches(locate(tensors), expected) == [
+        "- module.cls_head.0.bias: duplicate of cls_head.0.bias"
     ]
