@@ -175,7 +175,7 @@ def test_another_backbone_is_refused_with_the_networks_that_have_it(whole):
     with pytest.raises(InputError, match="x.safetensors is for hrnet_tiny") as error:
         adopt_image_format(config, None)
     assert "model.name = 'hrnet_w18_small' does not use" in str(error.value)
-    assert str(error.value).endswith("these have it: hrnet_tiny, hrnet_tiny_ocr")
+    assert str(error.value).endswith("these use it: hrnet_tiny, hrnet_tiny_ocr")
 
 
 @pytest.mark.parametrize(
