@@ -67,9 +67,11 @@ def run_train(arguments: Arguments) -> None:
     """Train, resuming from the newest checkpoint if there is one."""
     config, workdir = load_config(arguments), arguments.workdir
     with joined_processes(arguments):
-        setup = set_up(config, arguments, run=find_run(workdir))
+        from contrastseg_jax.parallel import processes
         from contrastseg_jax.training.train import train
 
+        # What one process cannot read, all of them report.
+        setup = processes.sync_errors(lambda: set_up(config, arguments, run=find_run(workdir)))
         train(setup, workdir)
 
 

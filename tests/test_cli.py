@@ -193,3 +193,10 @@ def test_photographs_to_predict_may_come_from_another_camera(tmp_path):
         config_of(*predict, CONFIG, settings=SETTINGS)
     with pytest.raises(InputError, match="bit_depth = 12: the run has 0"):
         config_of("--mode=eval", f"--workdir={tmp_path}", settings=wishes)
+
+
+def test_every_flag_is_an_argument_of_some_command():
+    defined = {flag.name for flag in cli.FLAGS.get_key_flags_for_module(cli.__name__)}
+    fields = {field.name for field in dataclasses.fields(cli.Arguments)} - {"settings", "given"}
+    used = {name for command in cli.COMMANDS.values() for name in (*command.needs, *command.reads)}
+    assert defined == fields == used | {"mode"}

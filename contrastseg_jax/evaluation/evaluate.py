@@ -202,7 +202,8 @@ def evaluate(
         # In int64, as a split has more pixels than int32 can count.
         counts = jax.tree.map(lambda x: np.asarray(x, np.int64), counts)
         totals = counts if totals is None else jax.tree.map(np.add, totals, counts)
-        panels += _draw_panels(evaluator, batch, prediction, folder, num_panels - len(panels))
+        panels += _draw_panels(evaluator, batch, prediction, folder, num_panels)
+        num_panels = max(0, num_panels - int(batch.valid.sum()))  # those that failed too
     results = {
         "data": setup.data.name,
         "split": evaluator.split,

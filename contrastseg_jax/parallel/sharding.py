@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from contrastseg_jax.contrast.devices import AXIS
 from contrastseg_jax.structs import Batch, MemoryBank
 
 Tree = TypeVar("Tree")
@@ -26,12 +27,12 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(in_order), ("data",), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(in_order), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """The leading axis sharded over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
@@ -51,7 +52,7 @@ def fsdp_sharding(mesh: AnyMesh, tree: Any) -> Any:
 
 def bank_sharding(mesh: AnyMesh, bank: MemoryBank) -> MemoryBank:
     """The slots of each queue sharded, the counters replicated."""
-    slots: Any = NamedSharding(mesh, PartitionSpec(None, "data"))
+    slots: Any = NamedSharding(mesh, PartitionSpec(None, AXIS))
     return replicated_tree(mesh, bank).replace(pixel=slots, segment=slots)
 
 
@@ -61,7 +62,7 @@ def _longest_axis(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:
     if math.prod(shape) < MIN_SPLIT_SIZE or not even:
         return replicated(mesh)
     longest = max(even, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+    return NamedSharding(mesh, PartitionSpec(*[None] * longest, AXIS))
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:

@@ -16,6 +16,8 @@ from jax.sharding import AbstractMesh
 
 from contrastseg_jax.config.rules import splits_memory, uses_contrast, uses_memory
 from contrastseg_jax.config.tree import Config
+from contrastseg_jax.contrast.devices import AXIS
+from contrastseg_jax.contrast.selection import POOL_FACTOR
 from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.parallel.sharding import AnyMesh
 from contrastseg_jax.planning import hlo
@@ -31,7 +33,12 @@ from contrastseg_jax.training.state import abstract_state, state_sharding
 from contrastseg_jax.training.train_step import batch_shape, compile_step
 
 LOG_SECONDS = 30  # between log lines while compiling
-POOL = {"random": 1, "hardest": None, "semi_hard": 10, "all": None}  # drawn per selected one
+POOL = {
+    "all": None,
+    "random": 1,
+    "hardest": None,
+    "semi_hard": POOL_FACTOR,
+}  # drawn per selected one
 
 
 def plan_run(
@@ -65,7 +72,7 @@ def quick_plan(config: Config, target: Topology) -> Plan:
     """The figures available without compiling, within seconds."""
     setup = resolve(config, jax.devices()[:1])
     lowered, state, batch = _lower(setup)
-    mesh = AbstractMesh((target.num_devices,), ("data",))
+    mesh = AbstractMesh((target.num_devices,), (AXIS,))
     of_contrast = contrast_flops(setup)
     return Plan(
         model=config.model.name,

@@ -8,7 +8,7 @@ import contextlib
 import glob
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +170,7 @@ def restore(workdir: Path, step: int, state: TrainState, sharding: Any) -> Train
     """
     abstract = _with_sharding(state, sharding)
     stored = _without_empty(abstract)
-    restored = _read(_folder(workdir) / str(step), ocp.args.StandardRestore(stored))
+    restored = _read(_folder(workdir) / str(step), lambda: ocp.args.StandardRestore(stored))
     return jax.tree.map(_or_empty, abstract, cast(TrainState, restored))
 
 
@@ -183,10 +183,14 @@ def restore_variables(workdir: Path, step: int, variables: Any, sharding: Any) -
     path, abstract = _folder(workdir) / str(step), _with_sharding(variables, sharding)
     tree = {name: abstract[name] for name in abstract if name not in NETWORK}
     network = {name: abstract[name] for name in NETWORK}
-    has_ema = "ema" in _stored_fields(_array_names(path / ITEM), NETWORK)
-    stored = _without_empty(tree | ({"ema": network} if has_ema else network))
-    arrays = ocp.checkpoint_utils.construct_restore_args(stored)
-    restored = _read(path, ocp.args.PyTreeRestore(stored, arrays, partial_restore=True))
+
+    def partial_args() -> Any:
+        has_ema = "ema" in _stored_fields(_array_names(path / ITEM), NETWORK)
+        stored = _without_empty(tree | ({"ema": network} if has_ema else network))
+        arrays = ocp.checkpoint_utils.construct_restore_args(stored)
+        return ocp.args.PyTreeRestore(stored, arrays, partial_restore=True)
+
+    restored = _read(path, partial_args)
     restored |= restored.pop("ema", {})
     return jax.tree.map(_or_empty, abstract, restored)
 
@@ -200,9 +204,10 @@ def _with_sharding(tree: Any, sharding: Any) -> Any:
     )
 
 
-def _read(path: Path, args: Any) -> Any:
+def _read(path: Path, make_args: Callable[[], Any]) -> Any:
     """The state restored by Orbax; an InputError if it cannot be read."""
     try:
+        args = make_args()
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
             return orbax.restore(LiteralPath(path), args=ocp.args.Composite(**{ITEM: args}))[ITEM]
     except Exception as error:

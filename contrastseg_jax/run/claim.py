@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contrastseg_jax.config.tree import Config
+from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import lock
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run.workdir import find_run, record_config
@@ -16,8 +17,10 @@ def resumes(workdir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: Config) -> Iterator[None]:
+def claimed(workdir: Path, config: Config, *, resume: bool) -> Iterator[None]:
     """Lock the workdir for this run, and record its config.
+
+    `resume`: what `resumes` has said of it.
 
     Creates the folder, so everything that may fail is done before.
 
@@ -30,6 +33,8 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
         def claim() -> None:
             if processes.is_first():
                 stack.enter_context(lock(workdir / ".lock"))
+                if (find_run(workdir) is not None) != resume:
+                    raise InputError(f"{workdir}: another process has just trained here; try again")
             record_config(workdir, config, write=processes.is_first())
 
         processes.sync_errors(claim)

@@ -153,6 +153,8 @@ def load_network(setup: Setup, workdir: Path, checkpoint: str) -> tuple[Variable
     """
     if checkpoint == "init":
         variables = initial_variables(setup, strict=True)
+        if setup.objective and setup.objective.logits:
+            variables = variables | {"memory": setup.objective.init()}
         return load.on_mesh(variables, setup.mesh, step=0), 0
     shapes = segmenter.variable_shapes(setup.model)
     if setup.objective and setup.objective.logits:

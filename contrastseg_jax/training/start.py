@@ -1,7 +1,6 @@
 """Starting or resuming a run: its data, the initial state and the compiled train step."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.evaluation.evaluate import Evaluator, make_evaluator, require_memory
 from contrastseg_jax.models.segmenter import Variables
-from contrastseg_jax.objectives.objective import Metrics
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint
 from contrastseg_jax.run.claim import resumes
@@ -23,15 +21,14 @@ from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import initial_variables, num_anchors, num_cells
 from contrastseg_jax.setup.setup import Setup
-from contrastseg_jax.structs import Batch, TrainState
+from contrastseg_jax.structs import TrainState
 from contrastseg_jax.text import count_of
+from contrastseg_jax.training.feed import StepFn
 from contrastseg_jax.training.optim import Schedule, build_optimizer
 from contrastseg_jax.training.score import has_scores
 from contrastseg_jax.training.state import abstract_state, init_state, state_sharding
 from contrastseg_jax.training.train_step import batch_shape, compile_step
 from contrastseg_jax.weights.load import inference_variables
-
-StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def train(setup: Setup, workdir: Path) -> None:
     source, evaluator = open_data(setup)
     variables = fresh_variables(setup, workdir)
     num_steps = setup.config.train.num_steps
-    with claimed(workdir, setup.config):
+    with claimed(workdir, setup.config, resume=variables is None):
         begin = start(setup, workdir, variables, evaluator)
         if begin is None:
             log.info(f"{workdir}: training already finished, at step {num_steps}")
@@ -61,6 +61,8 @@ class Run:
     """What the training loop uses between steps."""
 
     setup: Setup
+    steps: Any  # of `take_steps`
+    bar: tqdm
     progress: Progress
     writer: checkpoint.Writer
     score: Callable[[TrainState, int], None]
@@ -80,25 +82,25 @@ def _train(
         writer = stack.enter_context(writer)
         board = stack.enter_context(open_metrics_log(workdir, begin.step)) if is_first else None
         batches = stack.enter_context(contextlib.closing(make_batches(setup, source, begin.step)))
+        steps = take_steps(begin.step_fn, begin.state, batches, setup.mesh)
         bar = tqdm(
-            take_steps(begin.step_fn, begin.state, batches, setup.mesh),
             total=config.train.num_steps,
             initial=begin.step,
             unit="step",
             disable=None if is_first else True,
             dynamic_ncols=True,
         )
-        steps = stack.enter_context(bar)
+        stack.enter_context(bar)
         stack.enter_context(logging_redirect_tqdm([log]))
         score_state = functools.partial(
             score, evaluator, workdir=workdir, board=board, requests=requests
         )
         progress = Progress(config, begin.schedule, workdir, board, time.monotonic())
-        return _loop(Run(setup, progress, writer, score_state, requests), begin, steps)
+        return _loop(Run(setup, steps, bar, progress, writer, score_state, requests), begin)
 
 
-def _loop(run: Run, begin: Start, steps: tqdm) -> int | None:
-    """Log, save and evaluate between the steps of `take_steps` (in a progress bar).
+def _loop(run: Run, begin: Start) -> int | None:
+    """Log, save and evaluate between steps.
 
     Returns the step after which the run was stopped, if it was.
     """
@@ -108,8 +110,9 @@ def _loop(run: Run, begin: Start, steps: tqdm) -> int | None:
     try:
         if not begin.is_scored:
             run.score(begin.state, step)
-        stop = run.stop_requests()
-        for step, (state, metrics, waited) in enumerate(steps, begin.step + 1):
+        stop, progress.start_time = run.stop_requests(), time.monotonic()
+        for step, (state, metrics, waited) in enumerate(run.steps, begin.step + 1):
+            run.bar.update()
             progress.metrics.append(metrics)
             progress.waited += waited
             # Requested a step earlier, to avoid waiting: all processes stop after the same step.

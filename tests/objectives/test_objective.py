@@ -94,3 +94,9 @@ def test_its_logits_are_those_that_evaluation_and_prediction_take(run, tmp_path)
     predict_run(alone, workdir, "latest", [str(tmp_path / "x.png")], tmp_path / "out")
     with Image.open(tmp_path / "out" / "masks" / "x.png") as mask:
         assert (np.asarray(mask) == 2).all()
+
+
+def test_without_training_its_state_is_that_of_the_start(run, tmp_path):
+    setup, _ = run
+    variables, step = load_network(setup, tmp_path, "init")
+    assert step == variables["memory"]["steps"] == 0

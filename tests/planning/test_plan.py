@@ -16,6 +16,9 @@ from jax.sharding import PartitionSpec
 from paths import ROOT
 from small import make_config, setup_of, start
 
+from contrastseg_jax.config.rules import broken_rules
+from contrastseg_jax.config.tree import replaced
+from contrastseg_jax.contrast.selection import STRATEGIES
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.planning import plan
@@ -254,6 +257,14 @@ def test_what_the_compiler_finds_no_room_for_does_not_fit(two_devices, monkeypat
     found = plan.compiled_plan(quick, config, find_topology(None), 1)
     assert found.fits is False
     assert "out of memory when compiling: Used 20G of 15G hbm." in report(found, config)
+
+
+def test_the_plan_and_the_rules_know_every_strategy():
+    assert tuple(plan.POOL) == STRATEGIES
+    for setting in ("contrast.positives", "contrast.negatives"):
+        config = replaced(make_config(), {setting: "none of them"})
+        (problem,) = broken_rules(config, choices={}, num_devices=1)
+        assert all(strategy in problem for strategy in STRATEGIES)
 
 
 def test_the_walk_over_candidates_is_counted():
