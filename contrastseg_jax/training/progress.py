@@ -89,8 +89,9 @@ def require_finite(history: Sequence[Metrics], step: int) -> None:
         )
 
 
-def require_finite_state(state: TrainState, step: int, mesh: Mesh) -> None:
-    """Raise a FloatingPointError if the state after `step` is not finite, though the loss was."""
+def require_finite_state(state: TrainState, metrics: Metrics, step: int, mesh: Mesh) -> None:
+    """Raise a FloatingPointError if the loss of `step`, or the state after it, is not finite."""
+    require_finite([metrics], step)
     if not sharding.all_finite(state, mesh):
         raise FloatingPointError(
             f"the state after step {step} is not finite; lower optim.learning_rate or check the"

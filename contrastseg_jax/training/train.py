@@ -21,12 +21,10 @@ from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import evaluation_folder
 from contrastseg_jax.setup.setup import Setup
-from contrastseg_jax.structs import TrainState
 from contrastseg_jax.training.feed import make_batches, take_steps
 from contrastseg_jax.training.progress import (
     Progress,
     log_progress,
-    require_finite,
     require_finite_state,
 )
 from contrastseg_jax.training.score import score
@@ -65,7 +63,7 @@ class Run:
     bar: tqdm
     progress: Progress
     writer: checkpoint.Writer
-    score: Callable[[TrainState, int], None]
+    score: Callable[..., None]  # state, step
     stop_requests: Callable[..., Any]
 
 
@@ -123,8 +121,7 @@ def _loop(run: Run, begin: Start) -> int | None:
             is_scoring = not is_stopping and due(step, train.eval_steps)
             if is_stopping or is_scoring or due(step, train.checkpoint_steps):
                 # A diverged state must not replace a good one; the loss is from before the update.
-                require_finite([metrics], step)
-                require_finite_state(state, step, mesh)
+                require_finite_state(state, metrics, step, mesh)
                 checkpoint.save(run.writer, step, state)
             if is_stopping:
                 raise processes.Stopped
