@@ -64,7 +64,7 @@ def test_a_bank_that_fits_is_no_problem():
         (["memory.pixel_size=11"], r"pixel_size = 11: .* 12 rows .*\(3 for each of 4 images\)"),
         (["memory.segment_size=3"], r"segment_size = 3: one step may enqueue 4 rows"),
         (["memory.sharding=slots", "memory.pixel_size=17"], r"pixel_size = 17: .*2 devices.*18"),
-        (["memory.pixel_size=2000000"], r"3 classes x 2000004 slots x 16 float32 take 0.4 GiB"),
+        (["memory.pixel_size=2000000"], r"3 classes x 2000004 slots x 16 float32 takes 0.4 GiB"),
         (["contrast.positives=random"], r"num_positives = 1024: .* at most 115"),
         (["contrast.negatives=hardest"], r"num_negatives = 2048: .* at most 136"),
         (
