@@ -17,6 +17,8 @@ from contrastseg_jax.contrast.pairs import Rows, Side, columns_of, is_selected
 from contrastseg_jax.contrast.selection import CandidateSets, Selection, select, shuffle
 from contrastseg_jax.structs import Anchors, Candidates
 
+pytestmark = pytest.mark.slow
+
 SCALE = {"temperature": 0.1, "base_temperature": 0.07}
 CHOSEN = ("positives", "negatives", "num_positives", "num_negatives", "approximate")
 STATIC = (*CHOSEN, "chunk_size", *SCALE)

@@ -10,6 +10,8 @@ from contrastseg_jax.evaluation.evaluate import evaluate, make_evaluator
 from contrastseg_jax.evaluation.metrics import METRICS, Metric
 from contrastseg_jax.setup.resolve import load_network
 
+pytestmark = pytest.mark.slow
+
 
 def count_pixels(label, prediction, *, num_classes):
     return {

@@ -13,6 +13,8 @@ from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import init_state
 from contrastseg_jax.training.train_step import compile_step
 
+pytestmark = pytest.mark.slow
+
 
 def squares(logits, label, *, class_weights):
     """The mean square of the logits of labelled pixels; 0 where there is none."""

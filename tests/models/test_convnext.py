@@ -23,6 +23,8 @@ from contrastseg_jax.models.backbones.convnext import (
 from contrastseg_jax.models.heads.fusion import FusionNeck
 from contrastseg_jax.models.segmenter import init_variables, variable_shapes
 
+pytestmark = pytest.mark.slow
+
 LAYERS = ("layer1", "layer2", "layer3", "last")
 SMALL = ConvNeXtSpec((1, 2, 1, 1), widths=(4, 6, 8, 10))
 

@@ -17,6 +17,8 @@ from contrastseg_jax.parallel import sharding
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 def prototypes(num_classes, proj_dim):
     """A prototype of each class: the mean of its embeddings; inference takes the nearest one's.

@@ -13,6 +13,8 @@ from contrastseg_jax.evaluation.predict import predict_run
 from contrastseg_jax.run.workdir import read_config
 from contrastseg_jax.training.train import train
 
+pytestmark = pytest.mark.slow
+
 # Of the network `toy`, on one device; its checkpoint has no digests. `metrics.jsonl`: what the
 # version before the package had rooms made of it.
 FORMER = STORED / "run"

@@ -11,6 +11,8 @@ from contrastseg_jax.objectives import pixel_contrast
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.training import train_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def warming_up():

@@ -23,6 +23,8 @@ from contrastseg_jax.structs import IMAGENET
 from contrastseg_jax.weights import parity, pretrained
 from contrastseg_jax.weights.convert import convert, convert_run
 
+pytestmark = pytest.mark.slow
+
 
 def source_of(folder, tensors):
     save_file(tensors, folder / "x.safetensors")

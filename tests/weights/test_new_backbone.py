@@ -19,6 +19,8 @@ from contrastseg_jax.structs import ImageFormat
 from contrastseg_jax.weights import pretrained
 from contrastseg_jax.weights.convert import convert
 
+pytestmark = pytest.mark.slow
+
 
 class Plain(nn.Module):
     remat: tuple[str, ...]

@@ -23,6 +23,8 @@ from contrastseg_jax.models.backbones.resnet import RESNET_SPECS, ResNet
 from contrastseg_jax.weights import parity
 from contrastseg_jax.weights.torch_names import locate
 
+pytestmark = pytest.mark.slow
+
 DATA = STORED / "peers"
 
 
