@@ -9,6 +9,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
+from contrastseg_jax.config.rules import splits_memory, uses_memory
+from contrastseg_jax.config.tree import Config
 from contrastseg_jax.contrast import memory_bank
 from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
@@ -17,12 +19,9 @@ from contrastseg_jax.parallel import sharding
 from contrastseg_jax.structs import MemoryBank, SegmentationOutput
 
 
-def pixel_contrast(
-    contrast: Any, memory: Any, *, num_classes: int, proj_dim: int, mesh: Mesh
-) -> Objective:
-    """The pixel contrast objective, from the config groups `contrast` and `memory`."""
-    has_bank = contrast.candidates in ("memory", "both")
-    split = has_bank and memory.sharding == "slots"
+def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mesh) -> Objective:
+    """Pixel contrast with the settings `contrast` and `memory` of a config."""
+    contrast, memory, split = config.contrast, config.memory, splits_memory(config)
     init = partial(
         memory_bank.init_memory,
         num_classes=num_classes,
@@ -34,7 +33,7 @@ def pixel_contrast(
     return Objective(
         loss_weight=contrast.loss_weight,
         warmup_steps=contrast.warmup_steps,
-        init=init if has_bank else lambda: None,
+        init=init if uses_memory(config) else lambda: None,
         loss=partial(contrast_loss, settings=contrast, mesh=mesh, split=split),
         update=partial(
             update_bank, pixels_per_class=memory.pixels_per_class, mesh=mesh, split=split

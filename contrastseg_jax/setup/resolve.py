@@ -55,11 +55,7 @@ def build_objective(config: Config, model: Segmenter, mesh: Mesh) -> Objective |
     if not uses_contrast(config):
         return None
     return pixel_contrast.pixel_contrast(
-        config.contrast,
-        config.memory,
-        num_classes=model.num_classes,
-        proj_dim=model.proj_dim,
-        mesh=mesh,
+        config, num_classes=model.num_classes, proj_dim=model.proj_dim, mesh=mesh
     )
 
 
