@@ -438,6 +438,7 @@ def test_every_pixel_of_a_class_is_drawn_equally_often():
     assert (counts[label[0] == IGNORE_LABEL] == 0).all()
 
 
+@pytest.mark.slow
 def test_anchors_do_not_depend_on_the_other_images():
     where, label, prediction = scene(np.random.default_rng(2), 4, batch=3)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(3))

@@ -61,6 +61,7 @@ def streamed_loss(rows, queue, anchors, candidates, **settings):
     return pixel_contrast_loss(anchors, sets, **settings, **SCALE)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 32, 33, 1024])
 def test_values_and_gradients_of_anchors_and_queue(chunk_size):
     """Chunks that divide the candidates, that do not, and that exceed them."""

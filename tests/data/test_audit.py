@@ -214,6 +214,7 @@ def test_reading_runs_ahead_by_a_bounded_number():
 # CamVid
 
 
+@pytest.mark.slow
 @needs.camvid
 def test_shares_of_the_real_camvid(tmp_path):
     config = make_config("data.name=camvid", f"data.root={REAL_CAMVID}")

@@ -88,6 +88,7 @@ def test_camvid_list_faults_are_named(camvid_spec):
     assert f"{root}/trainannot/0009.png does not exist" in text
 
 
+@pytest.mark.slow
 @needs.camvid
 def test_the_real_camvid(tmp_path):
     spec = DatasetSpec(name="camvid", root=str(REAL_CAMVID), prepared_dir=str(tmp_path))

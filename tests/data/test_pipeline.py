@@ -221,6 +221,7 @@ def test_threads_change_nothing(source, num_threads, prefetch):
     assert_equal(train(source, num_threads=num_threads, prefetch=prefetch), train(source))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("time_limit")
 @pytest.mark.parametrize(
     ("num_workers", "start_step", "shard"),
@@ -270,6 +271,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_process(tmp_path):
     """They would wait for ever, since each of them also holds its pipe's other end."""
     script = tmp_path / "with_workers.py"
@@ -297,6 +299,7 @@ def test_workers_end_with_a_killed_process(tmp_path):
             os.killpg(group.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_workers_go_on_when_all_processes_receive_sigterm(source):
     """A scheduler sends SIGTERM to each; the main one decides when the workers' work is done."""
     with contextlib.closing(train(source, num_workers=2, num_steps=10**6)) as batches:

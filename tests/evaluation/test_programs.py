@@ -24,6 +24,7 @@ def test_one_program_per_shape_and_no_more_than_are_kept(monkeypatch):
     assert traced == [((1,), 1), ((2,), 1), ((1,), 2), ((1,), 1)]
 
 
+@pytest.mark.slow
 def test_memory_is_known_before_a_program_runs(monkeypatch):
     def outer(x):
         return jnp.sort(x[:, None] * x[None], axis=0).sum()  # 64 MiB

@@ -80,6 +80,7 @@ def test_stride_2_reads_the_even_pixels(size):
     np.testing.assert_array_equal(result, x[:, ::2, ::2])
 
 
+@pytest.mark.slow
 def test_odd_sizes_run_and_differentiate():
     image = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 49, 3)), jnp.float32)
     model = HRNet(SMALL)

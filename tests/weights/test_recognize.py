@@ -13,6 +13,7 @@ from contrastseg_jax.weights.recognize import Recognized, recognize
 from contrastseg_jax.weights.torch_names import locate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("original", "name", "proj_dim"),
     [
@@ -89,6 +90,7 @@ def test_an_auxiliary_head_that_only_training_needs_may_be_missing():
         recognize(locate(some), source="x.pth")
 
 
+@pytest.mark.slow
 def test_an_auxiliary_head_that_guides_must_be_there():
     tensors = {
         key: state_dicts.empty((), shape)
