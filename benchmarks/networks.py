@@ -37,7 +37,7 @@ from contrastseg_jax.config.load import override
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.backbones import hrnet
-from contrastseg_jax.models.heads import fcn
+from contrastseg_jax.models.heads import fusion
 from contrastseg_jax.models.segmenter import Segmenter
 from contrastseg_jax.ops.resize import resize_bilinear
 from contrastseg_jax.parallel import sharding
@@ -202,7 +202,7 @@ def forward_programs(config: Config) -> tuple[Program, Program]:
     variables = jax.device_put(segmenter.init_variables(model, config.seed))
     with (
         mock.patch.object(hrnet, "resize_bilinear", recorded),
-        mock.patch.object(fcn, "resize_bilinear", recorded),
+        mock.patch.object(fusion, "resize_bilinear", recorded),
     ):
         image = noise(1, *config.augment.crop_size, 3)
         program = compiled(jax.jit(functools.partial(forward, model)), variables, image)
