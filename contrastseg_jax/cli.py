@@ -33,6 +33,7 @@ from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import ORBAX_MISREADS, require_literal
 from contrastseg_jax.run.logging import start_logging
 from contrastseg_jax.run.workdir import find_run, read_config, require_same_config
+from contrastseg_jax.run.xla_flags import xla_flags
 
 SETTING = "--config."
 
@@ -396,6 +397,7 @@ def run_program() -> None:
         sys.exit(2)
     # File and class names may contain characters that the terminal cannot encode.
     cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ)  # read when JAX is imported
     settings = [text.removeprefix(SETTING) for text in sys.argv if text.startswith(SETTING)]
     flags_only = [text for text in sys.argv if not text.startswith(SETTING)]
     app.run(functools.partial(main, settings=settings), argv=flags_only)

@@ -4,12 +4,11 @@ So a network computes in the type to which its image is cast: parameters stay fl
 takes its statistics and normalises in float32 whatever its input.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
-from jax import lax
 from jaxtyping import Array, Float
+
+from contrastseg_jax.ops.convolution import depthwise, pointwise
 
 Features = dict[str, Float[Array, "b _ _ _"]]  # of a backbone: by layer, the final ones as "last"
 
@@ -34,34 +33,24 @@ def conv(
         use_bias=use_bias,
         dtype=x.dtype,
         name=name,
+        conv_general_dilated_cls=(lambda: pointwise) if kernel_size == 1 else None,
     )
     return layer(x)
 
 
-def pointwise(
-    x: Float[Array, "b h w c"], features: int, *, use_bias: bool = False, name: str
-) -> Float[Array, "b h w c2"]:
-    """A 1x1 convolution, computed as the matrix product that it is.
-
-    The values are the same. As a convolution its kernel has a gradient that XLA takes several times
-    as long for on a CPU.
-    """
+def depthwise_conv(
+    x: Float[Array, "b h w c"], kernel_size: int, *, name: str
+) -> Float[Array, "b h w c"]:
+    """A convolution of each channel with its own kernel, of odd size."""
     layer = nn.Conv(
-        features,
-        (1, 1),
-        use_bias=use_bias,
+        x.shape[-1],
+        (kernel_size, kernel_size),
+        feature_group_count=x.shape[-1],
         dtype=x.dtype,
         name=name,
-        conv_general_dilated_cls=lambda: _product,
+        conv_general_dilated_cls=lambda: depthwise,
     )
     return layer(x)
-
-
-def _product(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "1 1 c c2"], *_: Any, **__: Any
-) -> Float[Array, "b h w c2"]:
-    """What `nn.Conv` calls instead of `lax.conv_general_dilated`; strides and the like are 1."""
-    return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
 
 
 def batch_norm(x: Float[Array, "b h w c"], *, train: bool, name: str) -> Float[Array, "b h w c"]:

@@ -20,7 +20,8 @@ from contrastseg_jax.models.backbones.contract import (
     count_modules,
     kernel_width,
 )
-from contrastseg_jax.models.layers import Features, layer_norm, maybe_remat
+from contrastseg_jax.models.layers import Features, depthwise_conv, layer_norm, maybe_remat
+from contrastseg_jax.ops.convolution import materialize
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,14 @@ class ConvNeXtBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         """Apply the block; what it adds is divided by how often it is there."""
         width = x.shape[-1]
-        depthwise = nn.Conv(
-            width, (7, 7), padding=3, feature_group_count=width, dtype=x.dtype, name="block_0"
-        )
-        y = layer_norm(depthwise(x), name="block_2")
+        y = layer_norm(depthwise_conv(x, 7, name="block_0"), name="block_2")
         y = nn.Dense(4 * width, dtype=x.dtype, name="block_3")(y)
         y = nn.Dense(width, dtype=x.dtype, name="block_5")(nn.gelu(y, approximate=False))
         scale = self.param("layer_scale", nn.initializers.constant(1e-6), (1, 1, width))
         y = y * scale[None].astype(x.dtype)
         # Of whole images, as torchvision's StochasticDepth in mode "row".
         drop = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2, 3), deterministic=not train)
-        return x + drop(y)
+        return materialize(x + drop(y))
 
 
 class ConvNeXt(nn.Module):

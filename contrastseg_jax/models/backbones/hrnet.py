@@ -25,6 +25,7 @@ from contrastseg_jax.models.backbones.contract import (
 )
 from contrastseg_jax.models.backbones.resnet import BasicBlock, Bottleneck
 from contrastseg_jax.models.layers import Features, batch_norm, conv, conv_bn, maybe_remat
+from contrastseg_jax.ops.convolution import materialize
 from contrastseg_jax.ops.resize import resize_bilinear
 from contrastseg_jax.structs import IMAGENET, ImageFormat
 
@@ -102,7 +103,9 @@ class HRModule(nn.Module):
                 width = branches[i].shape[-1]
                 branches[i] = BasicBlock(width, name=name)(branches[i], train)
         return [
-            nn.relu(sum(_exchange(branches, i, j, train=train) for j in range(len(branches))))
+            materialize(
+                nn.relu(sum(_exchange(branches, i, j, train=train) for j in range(len(branches))))
+            )
             for i in range(len(branches))
         ]
 

@@ -24,6 +24,7 @@ from contrastseg_jax.models.backbones.contract import (
     kernel_width,
 )
 from contrastseg_jax.models.layers import Features, batch_norm, conv, conv_bn, maybe_remat
+from contrastseg_jax.ops.convolution import materialize
 from contrastseg_jax.structs import IMAGENET, ImageFormat
 
 
@@ -107,7 +108,7 @@ class BasicBlock(nn.Module):
         y = nn.relu(batch_norm(y, train=train, name="bn1"))
         y = conv(y, self.width, 3, dilation=second, name="conv2")
         y = batch_norm(y, train=train, name="bn2")
-        return nn.relu(_shortcut(x, y, self.stride, train=train) + y)
+        return materialize(nn.relu(_shortcut(x, y, self.stride, train=train) + y))
 
 
 class Bottleneck(nn.Module):
@@ -126,7 +127,7 @@ class Bottleneck(nn.Module):
         y = nn.relu(batch_norm(y, train=train, name="bn2"))
         y = conv(y, 4 * self.width, 1, name="conv3")
         y = batch_norm(y, train=train, name="bn3")
-        return nn.relu(_shortcut(x, y, self.stride, train=train) + y)
+        return materialize(nn.relu(_shortcut(x, y, self.stride, train=train) + y))
 
 
 class DeepStem(nn.Module):

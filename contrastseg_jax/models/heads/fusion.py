@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.layers import Features, batch_norm, layer_norm, pointwise
+from contrastseg_jax.models.layers import Features, batch_norm, conv, layer_norm
 from contrastseg_jax.ops.resize import resize_bilinear
 
 
@@ -26,7 +26,7 @@ class FusionNeck(nn.Module):
         maps = []
         for name in self.inputs:
             x = layer_norm(features[name], name=f"{name}_norm")
-            x = pointwise(x, self.width, use_bias=True, name=f"{name}_project")
+            x = conv(x, self.width, 1, use_bias=True, name=f"{name}_project")
             maps.append(resize_bilinear(x, (size[0], size[1])))
-        x = pointwise(jnp.concatenate(maps, axis=-1), self.width, name="fuse_0")
+        x = conv(jnp.concatenate(maps, axis=-1), self.width, 1, name="fuse_0")
         return nn.relu(batch_norm(x, train=train, name="fuse_1"))

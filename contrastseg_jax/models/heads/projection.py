@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.layers import batch_norm, pointwise
+from contrastseg_jax.models.layers import batch_norm, conv
 
 
 class ProjectionHead(nn.Module):
@@ -16,9 +16,9 @@ class ProjectionHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b hs ws c"], *, train: bool) -> Float[Array, "b hs ws d"]:
         """1x1 convolution, BN, ReLU, 1x1 convolution, division by the length, in float32."""
-        x = pointwise(x, x.shape[-1], use_bias=True, name="conv1")
+        x = conv(x, x.shape[-1], 1, use_bias=True, name="conv1")
         x = nn.relu(batch_norm(x, train=train, name="bn1"))
-        x = pointwise(x, self.proj_dim, use_bias=True, name="conv2").astype(jnp.float32)
+        x = conv(x, self.proj_dim, 1, use_bias=True, name="conv2").astype(jnp.float32)
         # A vector of zeros has no direction: it stays, and has no gradient.
         square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
         has_length = square > 1e-24  # a length of 1e-12, as in PyTorch's F.normalize
