@@ -11,6 +11,7 @@ PyTorch installed, the method in the batch is also timed the way the original co
 import dataclasses
 import functools
 import importlib.util
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,13 +28,16 @@ from contrastseg_jax.contrast import memory_bank
 from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
 from contrastseg_jax.parallel import sharding
+from contrastseg_jax.run.xla_flags import xla_flags
 from contrastseg_jax.setup.resolve import initial_variables, resolve
 from contrastseg_jax.structs import Anchors, Batch, Candidates, MemoryBank
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.state import init_state, state_sharding
 from contrastseg_jax.training.train_step import compile_step
 
-torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+torch_networks: Any = None
+if importlib.util.find_spec("torch") is not None:
+    torch_networks = importlib.import_module("torch_networks")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_boolean("growth", False, "Time per step against slots and classes instead.")
@@ -45,6 +49,7 @@ DIM, CLASSES = 256, 19
 
 def main(_: list[str]) -> None:
     """Print the tables in Markdown."""
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ)  # as the program sets them
     if FLAGS.growth:
         growth()
         return
@@ -66,8 +71,9 @@ def in_batch(num_images: int) -> None:
     ours = compiled(jax.value_and_grad(loss_in_batch), embedding, label, prediction)
     direct = compiled(jax.value_and_grad(direct_in_batch), embedding, label, prediction)
     sides: dict[str, Any] = {"ours": ours, "all similarities at once": direct}
-    if torch is not None:
-        maps = [torch.from_numpy(np.array(x)) for x in (embedding, label, prediction)]
+    if torch_networks is not None:
+        arrays = (embedding, label, prediction)
+        maps = [torch_networks.torch.from_numpy(np.array(x)) for x in arrays]
         sides["PyTorch, as the original"] = lambda: original_in_batch(*maps)
     print(f"\n{num_images} images of 128x256x{DIM}, {CLASSES} classes, 512 anchors an image\n")
     table(sides, "ours")
@@ -132,34 +138,9 @@ def direct_loss(
 
 
 def original_in_batch(embedding: Any, label: Any, prediction: Any) -> float:
-    """The original's way: a loop over images and classes, then whole matrices and autograd."""
+    """Loss and gradient by autograd."""
     embedding = embedding.clone().requires_grad_()
-    flat = embedding.reshape(len(label), -1, DIM)
-    label, prediction = label.reshape(len(label), -1), prediction.reshape(len(label), -1)
-    present = [
-        (image, int(c))
-        for image, labels in enumerate(label)
-        for c in torch.unique(labels)
-        if (labels == c).sum() > 100
-    ]
-    views = min(512 * len(label) // len(present), 100)
-    rows, classes = [], []
-    for image, c in present:
-        hard = ((label[image] == c) & (prediction[image] != c)).nonzero()[:, 0]
-        easy = ((label[image] == c) & (prediction[image] == c)).nonzero()[:, 0]
-        num_hard = min(len(hard), max(views // 2, views - len(easy)))
-        hard = hard[torch.randperm(len(hard))[:num_hard]]
-        easy = easy[torch.randperm(len(easy))[: views - num_hard]]
-        rows.append(flat[image, torch.cat([hard, easy])])
-        classes += [c] * len(rows[-1])
-    rows, classes = torch.cat(rows), torch.tensor(classes)
-    similarity = rows @ rows.T / 0.1
-    similarity = similarity - similarity.max(1, keepdim=True).values.detach()
-    same = (classes[:, None] == classes).float()
-    positive = same - torch.eye(len(rows))
-    negatives = (similarity.exp() * (1 - same)).sum(1, keepdim=True)
-    log_prob = similarity - (similarity.exp() + negatives).log()
-    loss = -0.1 / 0.07 * ((positive * log_prob).sum(1) / positive.sum(1)).mean()
+    loss = torch_networks.contrast_in_batch(embedding, label, prediction)
     loss.backward()
     return loss.item()
 

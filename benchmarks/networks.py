@@ -21,11 +21,13 @@ before the first step, it had 4 GB already.
 """
 
 import functools
+import importlib
+import importlib.util
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +38,9 @@ from contrastseg_jax.config import default
 from contrastseg_jax.config.load import override
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.models import segmenter, zoo
-from contrastseg_jax.models.backbones import hrnet
-from contrastseg_jax.models.heads import fusion
 from contrastseg_jax.models.segmenter import Segmenter
-from contrastseg_jax.ops.resize import resize_bilinear
 from contrastseg_jax.parallel import sharding
+from contrastseg_jax.run.xla_flags import xla_flags
 from contrastseg_jax.setup.resolve import build_model, initial_variables, resolve
 from contrastseg_jax.structs import Batch
 from contrastseg_jax.training.optim import build_optimizer
@@ -50,7 +50,8 @@ from contrastseg_jax.training.train_step import compile_step
 CLASSES, PROJ_DIM = 19, 256
 TIMED = (
     *("hrnet_tiny", "hrnet_w18_small", "hrnet_w18", "hrnet_w48", "hrnet_w48_ocr"),
-    *("fcn_r50", "deeplabv3_r50_torchvision", "deeplabv3_r101", "deeplabv3plus_r50", "ocr_r101"),
+    *("fcn_r50", "deeplabv3_r101_torchvision", "deeplabv3_r101", "deeplabv3plus_r50", "ocr_r101"),
+    "fcn_convnext_tiny",
 )
 REMATTED = ("hrnet_w48", "deeplabv3_r101")
 PATIENCE = 30  # seconds of measuring after which no further round begins
@@ -64,6 +65,7 @@ flags.DEFINE_list("size", ["256", "512"], "Height and width at which networks ar
 
 def main(_: list[str]) -> None:
     """Print one table in Markdown."""
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ)  # as the program sets them
     height, width = map(int, FLAGS.size)
     if FLAGS.timings:
         timings(FLAGS.names or TIMED, (height, width))
@@ -122,43 +124,51 @@ class Program:
 def timings(names: Sequence[str], size: tuple[int, int]) -> None:
     """Forward of one image in evaluation; train step of two, with contrast in the batch.
 
-    Speeds are shares of the operations per second of a float32 matrix product, which is timed in
-    turns with the network.
+    Beside them the same in PyTorch, where it is installed and the network is written for it, in
+    turns; with the layout of memory that is the faster. Speeds are shares of the operations per
+    second of a float32 matrix product, which takes turns with the network too.
     """
     print(f"{size[0]}x{size[1]}, 1 image forward, 2 images a step\n")
     row(
-        *("network", "speed of a product: forward", "step", "resizes of forward: time"),
-        *("operations", "forward, s", "step, s", "product, GFLOP/s"),
+        *("network", "time of PyTorch's: forward", "step"),
+        *("speed of a product: forward", "step", "forward, s", "step, s", "product, GFLOP/s"),
         *("compiling, s: forward", "step", "peak memory, MB: forward", "step"),
     )
     row(*["---"] * 12)
     product = product_program()
-    products = [product] * 5  # one that is short is easily disturbed
     for name in names:
-        config = make_config(name, size)
-        predict, resizes = forward_programs(config)
-        of_predict, of_resizes, *of_product = least_seconds(predict, resizes, *products)
-        step = step_program(config)
-        of_step, *of_product_then = least_seconds(step, *products)
-        rates = product.gigaflop / min(of_product), product.gigaflop / min(of_product_then)
+        config, of_torch = make_config(name, size), torch_programs(name, size)
+        predict, step = forward_program(config), step_program(config)
+        forwards, of_products = least_seconds([predict.run, *of_torch["forward"]], product)
+        steps, of_products_then = least_seconds([step.run, *of_torch["step"]], product)
+        rates = product.gigaflop / of_products, product.gigaflop / of_products_then
         row(
             f"`{name}`",
-            f"{predict.gigaflop / of_predict / rates[0]:.2f}",
-            f"{step.gigaflop / of_step / rates[1]:.2f}",
-            *(f"{of_resizes / of_predict:.1%}", f"{resizes.gigaflop / predict.gigaflop:.1%}"),
-            *(f"{of_predict:.3f}", f"{of_step:.2f}", f"{rates[0]:.0f}, {rates[1]:.0f}"),
+            *(f"{ours / min(theirs):.2f}" if theirs else "" for ours, *theirs in (forwards, steps)),
+            f"{predict.gigaflop / forwards[0] / rates[0]:.2f}",
+            f"{step.gigaflop / steps[0] / rates[1]:.2f}",
+            *(f"{forwards[0]:.3f}", f"{steps[0]:.2f}", f"{rates[0]:.0f}, {rates[1]:.0f}"),
             *(f"{program.compile_seconds:.0f}" for program in (predict, step)),
             *(f"{program.peak_megabytes:.0f}" for program in (predict, step)),
         )
+
+
+def torch_programs(name: str, size: tuple[int, int]) -> dict[str, list[Callable[[], Any]]]:
+    """Forward and step of the same network in PyTorch, in both layouts; none where it lacks."""
+    programs: dict[str, list[Callable[[], Any]]] = {"forward": [], "step": []}
+    if importlib.util.find_spec("torch") is not None:
+        torch_networks = importlib.import_module("torch_networks")
+        for forward, step in torch_networks.programs(name, size):
+            programs["forward"].append(forward)
+            programs["step"].append(step)
+    return programs
 
 
 def rematted(names: Sequence[str], size: tuple[int, int]) -> None:
     """The train step of two images with no stage, each and all of them computed again.
 
     `kept` is what JAX hands from the forward pass to the gradient, parameters included; `temp` is
-    what XLA makes of it, and differs between kinds of device. On a CPU nothing is saved: XLA drops
-    the barriers that hold the second computation back before it orders the operations, unless
-    XLA_FLAGS has --xla_disable_hlo_passes=cse_barrier_expander.
+    what XLA makes of it, and differs between kinds of device.
     """
     print(f"{size[0]}x{size[1]}, 2 images a step\n")
     row(
@@ -171,7 +181,8 @@ def rematted(names: Sequence[str], size: tuple[int, int]) -> None:
         for remat in ((), *((stage,) for stage in stages), stages):
             config = make_config(name, size, f"model.remat={remat}")
             step = step_program(config)
-            costs = kept_megabytes(config), step.temp_megabytes, *least_seconds(step)
+            seconds = min(seconds_of(step.run) for _ in range(4))
+            costs = kept_megabytes(config), step.temp_megabytes, seconds
             plain = plain or costs
             shares = (f"{x / y:.2f}" for x, y in zip(costs, plain, strict=True))
             kept, temp, seconds = costs
@@ -186,32 +197,12 @@ def make_config(name: str, size: tuple[int, int], *overrides: str) -> Config:
     return override(default.get_config(f"{name},contrast"), (*own, *overrides))
 
 
-def forward_programs(config: Config) -> tuple[Program, Program]:
-    """Evaluation of one image, and all resizes in it by themselves.
-
-    Resizes are recorded while the network is traced, and timed as one program. The time that the
-    network saves with a stand-in in their place would say less: repeated pixels take longer.
-    """
-    resizes = []
-
-    def recorded(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-        resizes.append((x.shape, size))
-        return resize_bilinear(x, size)
-
+def forward_program(config: Config) -> Program:
+    """Evaluation of one image."""
     model = build_model(config, CLASSES)
     variables = jax.device_put(segmenter.init_variables(model, config.seed))
-    with (
-        mock.patch.object(hrnet, "resize_bilinear", recorded),
-        mock.patch.object(fusion, "resize_bilinear", recorded),
-    ):
-        image = noise(1, *config.augment.crop_size, 3)
-        program = compiled(jax.jit(functools.partial(forward, model)), variables, image)
-    maps, sizes = [noise(*shape) for shape, _ in resizes], [size for _, size in resizes]
-
-    def resize_all(maps: list[jax.Array]) -> list[jax.Array]:
-        return [resize_bilinear(x, size) for x, size in zip(maps, sizes, strict=True)]
-
-    return program, compiled(jax.jit(resize_all), maps)
+    image = noise(1, *config.augment.crop_size, 3)
+    return compiled(jax.jit(functools.partial(forward, model)), variables, image)
 
 
 def step_program(config: Config) -> Program:
@@ -284,16 +275,29 @@ def compiled(function: Any, *arguments: Any, carries_state: bool = False) -> Pro
     )
 
 
-def least_seconds(*programs: Program) -> list[float]:
-    """The quickest of several runs of each program, in turns, after one that does not count."""
-    seconds: list[list[float]] = [[] for _ in programs]
+def least_seconds(runs: Sequence[Callable[[], Any]], product: Program) -> tuple[list[float], float]:
+    """The quickest of several turns of each, and of a product.
+
+    In a turn each runs twice and the second counts: the first finds the memory that it needs with
+    the others. A product is short, so that it is easily disturbed: it runs five times a turn.
+    """
+    seconds: list[list[float]] = [[] for _ in runs]
+    of_product: list[float] = []
     began = time.perf_counter()
-    while len(seconds[0]) < 2 or (len(seconds[0]) < 10 and time.perf_counter() - began < PATIENCE):
-        for times, program in zip(seconds, programs, strict=True):
-            started = time.perf_counter()
-            jax.block_until_ready(program.run())
-            times.append(time.perf_counter() - started)
-    return [min(times[1:]) for times in seconds]
+    while len(of_product) < 10 or (
+        len(of_product) < 50 and time.perf_counter() - began < PATIENCE * len(runs)
+    ):
+        for times, run in zip(seconds, runs, strict=True):
+            times.append([seconds_of(run) for _ in range(2)][1])
+        of_product += [seconds_of(product.run) for _ in range(5)]
+    return [min(times) for times in seconds], min(of_product)
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Of one run, to its end."""
+    started = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - started
 
 
 def row(*cells: str) -> None:

@@ -6,8 +6,11 @@ torchvision's wheels go with one build of PyTorch alone. Layers, widths and stri
 weights are random.
 """
 
+import functools
 import importlib
 import itertools
+import os
+from collections.abc import Iterator
 from typing import Any
 
 torch: Any = importlib.import_module("torch")
@@ -223,6 +226,31 @@ def build(name: str) -> Any:
     return makers[name]() if name in makers else None
 
 
+def programs(name: str, size: tuple[int, int]) -> Iterator[tuple[Any, Any]]:
+    """Forward of one image and step of two, with maps stored by channel and by pixel."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network = build(name)
+        if network is None:
+            return
+        network = network.to(memory_format=layout)
+        image = torch.randn(2, 3, *size).to(memory_format=layout)
+        label = torch.randint(CLASSES, (2, size[0] // 16, size[1] // 16))
+        label = label.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+        yield (
+            functools.partial(predict, network, image[:1]),
+            functools.partial(train_step, network, optimizer, image, label),
+        )
+
+
+def predict(network: Any, image: Any) -> None:
+    """Logits in evaluation, where nothing is kept for a gradient."""
+    network.eval()
+    with torch.no_grad():
+        network.head(network.backbone(image))
+
+
 def contrast_in_batch(embedding: Any, label: Any, prediction: Any) -> Any:
     """The original's way: a loop over images and classes, then whole matrices and autograd.
 
@@ -258,6 +286,7 @@ def contrast_in_batch(embedding: Any, label: Any, prediction: Any) -> Any:
 
 def train_step(network: Any, optimizer: Any, image: Any, label: Any) -> float:
     """Forward, cross entropy at the size of the label, contrast at the network's stride; SGD."""
+    network.train()
     logits, embedding = network(image)
     size = embedding.shape[2:]
     small = F.interpolate(label[:, None].float(), size, mode="nearest")[:, 0].long()

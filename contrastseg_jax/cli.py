@@ -397,7 +397,7 @@ def run_program() -> None:
         sys.exit(2)
     # File and class names may contain characters that the terminal cannot encode.
     cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
-    os.environ["XLA_FLAGS"] = xla_flags(os.environ)  # read when JAX is imported
+    os.environ["XLA_FLAGS"] = xla_flags(os.environ)  # read when JAX starts
     settings = [text.removeprefix(SETTING) for text in sys.argv if text.startswith(SETTING)]
     flags_only = [text for text in sys.argv if not text.startswith(SETTING)]
     app.run(functools.partial(main, settings=settings), argv=flags_only)

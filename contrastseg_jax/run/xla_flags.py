@@ -1,4 +1,4 @@
-"""XLA_FLAGS that make networks several times as fast on a CPU, to be set before JAX is imported."""
+"""XLA_FLAGS that make networks several times as fast on a CPU, to be set before JAX starts."""
 
 import importlib.metadata
 import importlib.util
