@@ -2,7 +2,7 @@
 
     python benchmarks/contrast.py            # all tables, about three minutes on two CPU cores
     python benchmarks/contrast.py --growth   # how a step grows with slots and classes
-    python benchmarks/contrast.py --steps    # whole steps of a small network, with and without
+    python benchmarks/contrast.py --steps    # whole steps of small and large networks
 
 Both sides of a ratio are timed in one run, in turns, and the quickest of several runs counts. With
 PyTorch installed, the method in the batch is also timed the way the original computes it.
@@ -23,6 +23,7 @@ from absl import app, flags
 from jax import lax
 from jax.nn import logsumexp, softplus
 
+from contrastseg_jax.config.default import CANDIDATES
 from contrastseg_jax.config.load import load
 from contrastseg_jax.contrast import memory_bank
 from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
@@ -266,30 +267,52 @@ def growth() -> None:
 # --- Whole steps ---------------------------------------------------------------------------------
 
 
-def whole_steps(crop: int = 128, num_classes: int = 8) -> None:
-    """Steps of hrnet_tiny by configs/folder.py: cross entropy, contrast, contrast with the bank."""
-    sides = {name: train_step(name, crop, num_classes) for name in ("ce", "contrast", "memory")}
-    print(f"\nconfigs/folder.py:hrnet_tiny, 8 crops of {crop}x{crop}, {num_classes} classes\n")
-    table(sides, "ce", num_runs=12)
+# Recipe and network, height and width of a crop, images a step, runs of which the quickest counts.
+STEPS = (
+    ("folder", "hrnet_tiny", (64, 64), 8, 12),
+    ("folder", "hrnet_tiny", (128, 128), 8, 8),
+    ("folder", "hrnet_w18_small", (128, 256), 4, 4),
+    ("cityscapes", "hrnet_w48", (256, 512), 2, 3),
+    ("cityscapes", "hrnet_w48", (512, 1024), 1, 2),
+)
 
 
-def train_step(variant: str, crop: int, num_classes: int) -> Callable[[], Any]:
-    """One step after another on one batch, the contrast loss from the first on."""
-    settings = ["data.root=.", f"data.class_names={tuple(map(str, range(num_classes)))}"]
-    settings += [f"augment.crop_size=({crop}, {crop})", "contrast.warmup_steps=0"]
-    config = load(f"configs/folder.py:hrnet_tiny,{variant}", settings)
+def whole_steps() -> None:
+    """Cross entropy, contrast, and contrast with the bank, by the settings of the recipes."""
+    print("| recipe | crops | ce, s | contrast, in units of ce | memory |")
+    print("| --- | --- | --- | --- | --- |")
+    for recipe, model, size, batch_size, num_runs in STEPS:
+        seconds = {}
+        for variant in CANDIDATES:  # one after the other: each takes much memory
+            run = train_step(f"configs/{recipe}.py:{model},{variant}", size, batch_size)
+            seconds[variant] = min(timed(run) for _ in range(num_runs))
+        ratios = (f"{seconds[variant] / seconds['ce']:.2f}" for variant in ("contrast", "memory"))
+        height, width = size
+        crops = f"{batch_size} of {height}x{width}"
+        cells = (f"`{recipe}:{model}`", crops, f"{seconds['ce']:.3f}", *ratios)
+        print("|", " | ".join(cells), "|", flush=True)
+
+
+def train_step(recipe: str, size: tuple[int, int], batch_size: int) -> Callable[[], Any]:
+    """One step after another on one batch of labels in blocks, with contrast from the first on."""
+    settings = ["data.root=.", f"augment.crop_size={size}", f"train.batch_size={batch_size}"]
+    settings += ["contrast.warmup_steps=0"]
+    if "folder" in recipe:
+        settings += [f"data.class_names={tuple(map(str, range(CLASSES)))}"]
+    config = load(recipe, settings)
     setup, (tx, _) = resolve(config, jax.devices()[:1]), build_optimizer(config)
     state = init_state(setup, tx, initial_variables(setup))
     state = jax.device_put(state, state_sharding(setup, state, setup.mesh))
     step_fn = compile_step(setup, tx)
     rng = np.random.default_rng(0)
-    label = rng.integers(num_classes, size=(8, crop // 16, crop // 16)).repeat(16, 1).repeat(16, 2)
-    image = label[..., None] * 20 + rng.integers(60, size=(*label.shape, 3))
+    blocks = rng.integers(CLASSES, size=(batch_size, size[0] // 16, size[1] // 16))
+    label = blocks.repeat(16, 1).repeat(16, 2)
+    image = label[..., None] * 10 + rng.integers(60, size=(*label.shape, 3))
     batch = Batch(
         image=image.astype(np.uint8),
         label=label.astype(np.uint8),
-        example_id=np.arange(8, dtype=np.int32),
-        valid=np.ones(8, bool),
+        example_id=np.arange(batch_size, dtype=np.int32),
+        valid=np.ones(batch_size, bool),
     )
     batch = sharding.to_devices(batch, setup.mesh)
 
