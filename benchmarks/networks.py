@@ -210,16 +210,21 @@ def step_program(config: Config) -> Program:
     setup, (tx, _) = resolve(config, jax.devices()[:1]), build_optimizer(config)
     state = init_state(setup, tx, initial_variables(setup))
     state = jax.device_put(state, sharding.replicated(setup.mesh))
-    rng, (height, width) = np.random.default_rng(0), config.augment.crop_size
-    label = rng.integers(CLASSES, size=(2, height // 16, width // 16)).repeat(16, 1).repeat(16, 2)
-    batch = Batch(
-        image=rng.integers(256, size=(2, height, width, 3)).astype(np.uint8),
-        label=label.astype(np.uint8),
-        example_id=np.arange(2, dtype=np.int32),
-        valid=np.ones(2, bool),
-    )
-    batch = jax.device_put(batch, sharding.batch_sharding(setup.mesh))
+    batch = jax.device_put(make_batch(config), sharding.batch_sharding(setup.mesh))
     return compiled(compile_step(setup, tx), state, batch, carries_state=True)
+
+
+def make_batch(config: Config) -> Batch:
+    """Images of noise, with labels in blocks."""
+    rng, size = np.random.default_rng(0), config.train.batch_size
+    height, width = config.augment.crop_size
+    blocks = rng.integers(CLASSES, size=(size, height // 16, width // 16))
+    return Batch(
+        image=rng.integers(256, size=(size, height, width, 3)).astype(np.uint8),
+        label=blocks.repeat(16, 1).repeat(16, 2).astype(np.uint8),
+        example_id=np.arange(size, dtype=np.int32),
+        valid=np.ones(size, bool),
+    )
 
 
 def kept_megabytes(config: Config) -> float:
