@@ -4,8 +4,9 @@
     python benchmarks/contrast.py --growth   # how a step grows with slots and classes
     python benchmarks/contrast.py --steps    # whole steps of small and large networks
 
-Both sides of a ratio are timed in one run, in turns, and the quickest of several runs counts. With
-PyTorch installed, the method in the batch is also timed the way the original computes it.
+Both sides of a ratio are timed in one run, in turns (whole steps: one after the other), and the
+quickest of several runs counts. With PyTorch installed, the method in the batch is also timed the
+way the original computes it.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 from absl import app, flags
 from jax import lax
@@ -28,13 +30,8 @@ from contrastseg_jax.config.load import load
 from contrastseg_jax.contrast import memory_bank
 from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
-from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run.xla_flags import xla_flags
-from contrastseg_jax.setup.resolve import initial_variables, resolve
-from contrastseg_jax.structs import Anchors, Batch, Candidates, MemoryBank
-from contrastseg_jax.training.optim import build_optimizer
-from contrastseg_jax.training.state import init_state, state_sharding
-from contrastseg_jax.training.train_step import compile_step
+from contrastseg_jax.structs import Anchors, Candidates, MemoryBank
 
 torch_networks: Any = None
 if importlib.util.find_spec("torch") is not None:
@@ -256,7 +253,7 @@ def growth() -> None:
         for strategy in ("all", "semi_hard"):
             loss = functools.partial(loss_against_bank, anchors=anchors, strategy=strategy)
             run = compiled(jax.value_and_grad(loss), anchors.embedding, candidates)
-            seconds.append(min(timed(run) for _ in range(4)))
+            seconds.append(min(networks.seconds_of(run) for _ in range(4)))
         rows = num_classes * slots
         print(
             f"| {num_classes} | {slots:,} | {rows:,} | {1e3 * seconds[0]:.0f}"
@@ -285,7 +282,7 @@ def whole_steps() -> None:
         seconds = {}
         for variant in CANDIDATES:  # one after the other: each takes much memory
             run = train_step(f"configs/{recipe}.py:{model},{variant}", size, batch_size)
-            seconds[variant] = min(timed(run) for _ in range(num_runs))
+            seconds[variant] = min(networks.seconds_of(run) for _ in range(num_runs))
         ratios = (f"{seconds[variant] / seconds['ce']:.2f}" for variant in ("contrast", "memory"))
         height, width = size
         crops = f"{batch_size} of {height}x{width}"
@@ -299,30 +296,7 @@ def train_step(recipe: str, size: tuple[int, int], batch_size: int) -> Callable[
     settings += ["contrast.warmup_steps=0"]
     if "folder" in recipe:
         settings += [f"data.class_names={tuple(map(str, range(CLASSES)))}"]
-    config = load(recipe, settings)
-    setup, (tx, _) = resolve(config, jax.devices()[:1]), build_optimizer(config)
-    state = init_state(setup, tx, initial_variables(setup))
-    state = jax.device_put(state, state_sharding(setup, state, setup.mesh))
-    step_fn = compile_step(setup, tx)
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(CLASSES, size=(batch_size, size[0] // 16, size[1] // 16))
-    label = blocks.repeat(16, 1).repeat(16, 2)
-    image = label[..., None] * 10 + rng.integers(60, size=(*label.shape, 3))
-    batch = Batch(
-        image=image.astype(np.uint8),
-        label=label.astype(np.uint8),
-        example_id=np.arange(batch_size, dtype=np.int32),
-        valid=np.ones(batch_size, bool),
-    )
-    batch = sharding.to_devices(batch, setup.mesh)
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = step_fn(state, batch)
-        return metrics
-
-    jax.block_until_ready(run())  # compiled
-    return run
+    return networks.step_program(load(recipe, settings)).run
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -338,19 +312,12 @@ def extra_megabytes(run: Any) -> int:
     return round(run.func.memory_analysis().temp_size_in_bytes / 2**20)
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds of one run."""
-    started = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - started
-
-
 def table(sides: dict[str, Callable[[], Any]], unit: str, num_runs: int = 6) -> None:
     """Each side in units of one of them, measured in turns."""
     seconds = {name: [] for name in sides}
     for _ in range(num_runs):
         for name, run in sides.items():
-            seconds[name].append(timed(run))
+            seconds[name].append(networks.seconds_of(run))
     print(f"| side | in units of {unit} | ms |\n| --- | --- | --- |")
     for name, times in seconds.items():
         print(f"| {name} | {min(times) / min(seconds[unit]):.2f} | {1e3 * min(times):.1f} |")

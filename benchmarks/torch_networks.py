@@ -2,8 +2,8 @@
 
 HRNetV2-W48 as the original builds it, and torchvision's DeepLabV3 on ResNet-101, each with the
 projection head and the contrast within the batch, written for `benchmarks/networks.py` because
-torchvision's wheels go with one build of PyTorch alone. Layers, widths and strides are the point;
-weights are random.
+torchvision's wheels go with one build of PyTorch alone. Layers, widths and strides are the point:
+weights are random, and DeepLabV3 lacks its auxiliary head, a few percent of a step.
 """
 
 import functools
