@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from contrastseg_jax.data.preprocess import Size, pad, resized_size
+from contrastseg_jax.data.preprocess import Example, Size, pad, resized_size
 from contrastseg_jax.data.spec import Color
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -51,8 +51,7 @@ class View:
 
 
 def augment(
-    image: Image,
-    label: Label,
+    example: Example,
     rng: np.random.Generator,
     augmentation: Augmentation,
     *,
@@ -61,24 +60,26 @@ def augment(
 ) -> tuple[NewImage, NewLabel]:
     """A random view of an image and the same view of its label.
 
+    The image is read as far as the view reaches.
+
     The result is a function of the generator. Colours and classes draw from generators of their
     own, so switching one of them on leaves the other draws as they are.
 
     Args:
-        image: RGB.
-        label: class ids.
+        example: an image, and a label of its size.
         rng: the example's own.
         augmentation: the distribution of views.
         short_side: length of the shorter side before all else; 0 keeps the size.
         pad_color: RGB where a scaled image is smaller than the crop; IGNORE_LABEL in the label.
     """
     color_rng, class_rng = rng.spawn(2)
+    label = example.label
     view = _draw_view(resized_size(label.shape, short_side), rng, augmentation)
     shift = int(rng.integers(-augmentation.brightness, augmentation.brightness, endpoint=True))
     if class_rng.random() < augmentation.class_uniform_rate:
         view = _move_to_random_class(view, label, class_rng)
 
-    pixels = _shift_brightness(_crop_image(image, view), shift)
+    pixels = _shift_brightness(_crop_image(example, view), shift)
     if augmentation.color_distortion > 0:
         pixels = distort_colors(pixels, color_rng, strength=augmentation.color_distortion)
     return (
@@ -169,17 +170,18 @@ def _draw_start(pixel: int, scaled: int, crop: int, rng: np.random.Generator) ->
     return int(rng.integers(earliest, latest, endpoint=True))
 
 
-def _crop_image(image: Image, view: View) -> NewImage:
+def _crop_image(example: Example, view: View) -> NewImage:
     """The view of an image resized to the scaled size, bicubic; only the part shown is resized."""
     inputs, steps, outputs = [], [], []
-    for axis in (0, 1):
+    for axis, length in enumerate(example.label.shape):
         start, number = view.start[axis], view.size[axis]
-        step = image.shape[axis] / view.scaled_size[axis]
+        step = length / view.scaled_size[axis]
         begin, skipped = _aligned(start, step)
-        end = min(image.shape[axis], math.ceil((start + number) * step) + 2)
+        end = min(length, math.ceil((start + number) * step) + 2)
         inputs.append(slice(begin, end))
         steps.append(step)
         outputs.append(slice(skipped, skipped + number))
+    image = example.read_image(inputs[0].stop)
     resized = cv2.resize(
         image[*inputs], None, fx=1 / steps[1], fy=1 / steps[0], interpolation=cv2.INTER_CUBIC
     )

@@ -58,7 +58,7 @@ SWAPPED_BYTE_ORDER = {
 
 
 def decode_image(
-    data: bytes, name: str, decoding: Decoding = AS_STORED
+    data: bytes, name: str, decoding: Decoding = AS_STORED, *, num_rows: int | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
     """RGB pixels of an image file; grey, palette, RGBA, CMYK and 16-bit files are converted.
 
@@ -69,9 +69,11 @@ def decode_image(
         data: the file's content.
         name: what an error calls it.
         decoding: orientation and bit depth.
+        num_rows: how many of the first rows are needed. Others may be missing, and a fault in what
+            holds them be missed: a PNG is decoded only so far.
 
     Raises:
-        InputError: the file cannot be read to its end.
+        InputError: the file cannot be read as far as it is needed.
         FormatError: it has more pixels than `MAX_PIXELS`, bands that are not colours, numbers of
             unknown range, values above `decoding.bit_depth`, or, where that is 0, 16-bit values
             that leave the upper two bits unused.
@@ -84,6 +86,8 @@ def decode_image(
                 " which of them is white is not known, save it with 8 bits per channel"
             )
         layout, orientation = pixel_layout(image), exif_orientation_of(image, data)
+        if num_rows and num_rows < image.height and _has_rows_in_order(image, layout, orientation):
+            return decode_image(_with_header(data, height=num_rows), name, decoding)
         pixels: Image.Image = image
         if layout.bits > 8:
             values = _deep_values(data, image, layout, name)
@@ -255,12 +259,31 @@ def _deep_values(
 
 def _grey_of_16_bit_la(data: bytes, name: str) -> UInt16[np.ndarray, "h w 1"]:
     """The grey values of a 16-bit PNG with alpha, whose header is changed to RGBA with 8 bits."""
-    start = len(PNG_SIGNATURE) + 4
-    header = data[start : start + 12] + b"\x08\x06" + data[start + 14 : start + 17]
-    checksum = zlib.crc32(header).to_bytes(4)
-    with open_image(data[:start] + header + checksum + data[start + 21 :], name) as image:
+    with open_image(_with_header(data, bits_and_channels=b"\x08\x06"), name) as image:
         upper, lower = np.moveaxis(np.asarray(image)[..., :2].astype(np.uint16), -1, 0)
     return (upper << 8 | lower)[..., None]
+
+
+def _has_rows_in_order(image: ImageFile.ImageFile, layout: PixelLayout, orientation: int) -> bool:
+    """Whether a file is a PNG whose first rows can be decoded alone.
+
+    Interlaced ones are stored in seven passes, animated ones name the sizes of frames, and whether
+    values of more than 8 bits are plausible is seen in all of them. No tile is left of what was
+    decoded to find its orientation.
+    """
+    plain = image.format == "PNG" and not image.info.keys() & {"interlace", "loop"}
+    return plain and layout.bits <= 8 and orientation == 1 and bool(image.tile)
+
+
+def _with_header(png: bytes, *, height: int = 0, bits_and_channels: bytes = b"") -> bytes:
+    """A PNG whose header says another height, or other bits and channels."""
+    start = len(PNG_SIGNATURE) + 4
+    header = bytearray(png[start : start + 17])
+    if height:
+        header[8:12] = height.to_bytes(4)
+    if bits_and_channels:
+        header[12:14] = bits_and_channels
+    return png[:start] + header + zlib.crc32(header).to_bytes(4) + png[start + 21 :]
 
 
 def _upper_8_bits(

@@ -26,8 +26,9 @@ from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data.augment import Augmentation, augment
 from contrastseg_jax.data.images import image_size
 from contrastseg_jax.data.preprocess import (
+    Example,
     Size,
-    decode_example,
+    open_example,
     pad,
     padded_size,
     resize_image,
@@ -41,7 +42,6 @@ from contrastseg_jax.structs import IGNORE_LABEL, Batch
 Source = Sequence[dict[str, bytes]]  # what `open_split` returns
 Image = UInt8[np.ndarray, "h w 3"]
 Label = UInt8[np.ndarray, "h w"]
-Example = tuple[Image, Label]
 Row = tuple[Image, Label, int, *tuple[Size, ...]]  # as `Batch`; example id -1: no example
 Batches = grain.DatasetIterator[Batch]
 
@@ -116,11 +116,11 @@ def train_batches(
     # Grain shuffles epoch e by seed + e: without mixing, neighbouring seeds would share epochs.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
-    decode = partial(_decode, source.__getitem__, preprocessing=preprocessing)
+    open_source = partial(_open_example, source.__getitem__, preprocessing=preprocessing)
     load = partial(
         _load_view,
         order=order,
-        decode=partial(_cached, decode, cache_size=loading.cache_size, cache={}),
+        open_by_id=partial(_cached, open_source, cache_size=loading.cache_size, cache={}),
         view=partial(
             augment,
             augmentation=augmentation,
@@ -208,7 +208,7 @@ def eval_batches(
     load = partial(
         _load_whole,
         groups=groups,
-        decode=partial(_decode, source.__getitem__, preprocessing=preprocessing),
+        open_by_id=partial(_open_example, source.__getitem__, preprocessing=preprocessing),
         preprocessing=preprocessing,
     )
     return _batches(
@@ -252,15 +252,15 @@ def _load_view(
     row: int,
     *,
     order: grain.MapDataset[int],
-    decode: Callable[[int], Example],
-    view: Callable[..., Example],
+    open_by_id: Callable[[int], Example],
+    view: Callable[[Example, np.random.Generator], tuple[Image, Label]],
     batch_size: int,
     seed: int,
 ) -> Row:
     """A row of a training batch. Pickled for the workers with all it calls, so no closures."""
     index = step * batch_size + row
     example_id = cast(int, order[index])
-    image, label = view(*decode(example_id), np.random.default_rng((seed, index)))
+    image, label = view(open_by_id(example_id), np.random.default_rng((seed, index)))
     return image, label, example_id
 
 
@@ -269,16 +269,17 @@ def _load_whole(
     row: int,
     *,
     groups: Sequence[EvalGroup],
-    decode: Callable[[int], Example],
+    open_by_id: Callable[[int], Example],
     preprocessing: Preprocessing,
 ) -> Row:
     """A row of an evaluation batch; one of padding alone where the group has no more examples."""
     group = groups[step]
     if row < len(group.example_ids):
         example_id = group.example_ids[row]
-        image, label = decode(example_id)
+        example = open_by_id(example_id)
+        label = example.label
         sizes = resized_size(label.shape, preprocessing.short_side), label.shape
-        image = resize_image(image, sizes[0])
+        image = resize_image(example.image, sizes[0])
     else:
         example_id, sizes = -1, ((1, 1), (1, 1))
         image = np.full((1, 1, 3), preprocessing.pad_color, np.uint8)
@@ -312,27 +313,28 @@ def _stack(rows: Sequence[Row]) -> Batch:
     return Batch(np.stack(images), np.stack(labels), example_id, example_id >= 0, *sizes)
 
 
-def _decode(
+def _open_example(
     read: Callable[[int], dict[str, bytes]], example_id: int, *, preprocessing: Preprocessing
 ) -> Example:
-    return decode_example(read(example_id), preprocessing)
+    return open_example(read(example_id), preprocessing)
 
 
 def _cached(
-    decode: Callable[[int], Example],
+    open_by_id: Callable[[int], Example],
     example_id: int,
     *,
     cache_size: int,
     cache: dict[int, Example],
 ) -> Example:
-    """`decode(example_id)`. The first results stay cached: as each example comes once per epoch,
-    replacing them would gain nothing.
+    """`open_by_id(example_id)`. The first results stay cached, with their whole images: as each
+    example comes once per epoch, replacing them would gain nothing.
     """
     if example_id in cache:
         return cache[example_id]
-    example = decode(example_id)
+    example = open_by_id(example_id)
     if len(cache) < cache_size:
-        cache[example_id] = example
+        image = example.image
+        cache[example_id] = example = replace(example, read_image=lambda _: image)
     return example
 
 

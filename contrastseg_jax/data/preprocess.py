@@ -1,32 +1,52 @@
 """What training, evaluation and prediction do to an image alike: decode it, resize it, pad it."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 
 from contrastseg_jax.data.image_files import MAX_PIXELS
-from contrastseg_jax.data.images import decode_image, decode_mask
+from contrastseg_jax.data.images import decode_image, decode_mask, image_size
 from contrastseg_jax.data.labels import to_train_ids
 from contrastseg_jax.data.spec import Color, Preprocessing
+from contrastseg_jax.errors import InputError
 
 Size = tuple[int, int]  # height, width
 
 
-def decode_example(
-    record: dict[str, bytes], preprocessing: Preprocessing
-) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
-    """Image and class ids of a record, at the size they are stored in.
+@dataclass(frozen=True)
+class Example:
+    """An example of a split: the label, and the image, which is decoded as far as it is needed."""
+
+    read_image: Callable[[int], UInt8[np.ndarray, "h w 3"]]  # its first so many rows, or more
+    label: UInt8[np.ndarray, "h w"]  # class ids
+
+    @property
+    def image(self) -> UInt8[np.ndarray, "h w 3"]:
+        """The whole image."""
+        return self.read_image(self.label.shape[0])
+
+
+def open_example(record: dict[str, bytes], preprocessing: Preprocessing) -> Example:
+    """The example of a record, at the size it is stored in.
 
     Raises:
-        InputError: one of them cannot be decoded, or the mask has an unknown value; names the
-            example.
+        InputError: the label cannot be decoded or has an unknown value, or the image is of another
+            size; also on reading the image, where it cannot be decoded. Names the example.
     """
-    name = record["name"].decode()
-    image = decode_image(record["image"], f"image {name}", preprocessing.decoding)
+    name, decoding = record["name"].decode(), preprocessing.decoding
+    size = image_size(record["image"], f"image {name}", decoding)
     mask = decode_mask(record["label"], f"label {name}")
-    return image, to_train_ids(mask, preprocessing.label_map, f"label {name}")
+    if mask.shape != size:
+        raise InputError(f"label {name}: has {_text(mask.shape)} pixels, its image {_text(size)}")
+
+    def read_image(num_rows: int) -> UInt8[np.ndarray, "h w 3"]:
+        return decode_image(record["image"], f"image {name}", decoding, num_rows=num_rows)
+
+    return Example(read_image, to_train_ids(mask, preprocessing.label_map, f"label {name}"))
 
 
 def resized_size(size: Size, short_side: int) -> Size:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from contrastseg_jax.data.augment import Augmentation, augment, distort_colors
+from contrastseg_jax.data.preprocess import Example
 from contrastseg_jax.structs import IGNORE_LABEL
 
 PAD_COLOR = (124, 116, 104)
@@ -29,8 +30,9 @@ REFERENCE = ("short_side", "scale_range", "aspect_range", "flip_rate", "brightne
 
 def view_of(image, label, rng, *, short_side, **settings):
     """`augment` with its settings in one dict, as `reference` has them."""
+    example = Example(lambda num_rows: image[:num_rows], label)
     augmentation = Augmentation(**settings)
-    return augment(image, label, rng, augmentation, short_side=short_side, pad_color=PAD_COLOR)
+    return augment(example, rng, augmentation, short_side=short_side, pad_color=PAD_COLOR)
 
 
 @pytest.fixture

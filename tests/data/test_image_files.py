@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from paths import ROOT
-from picture_files import PNG_SIGNATURE, chunk, exif, png, saved, tiff
+from picture_files import PNG_SIGNATURE, chunk, exif, interlaced_png, png, saved, tiff
 from PIL import Image, ImageOps
 from raw_data import noise
 
@@ -108,6 +108,50 @@ def test_damaged_exif_data_are_ignored(kind, note):
     data = saved(Image.fromarray(noise(0)), kind, exif=note)
     assert not has_exif_orientation(data, "a")
     np.testing.assert_array_equal(decode_image(data, "a"), decode_image(data, "a", APPLIED))
+
+
+# --- First rows ----------------------------------------------------------------------------------
+
+PIXELS = noise(3, (300, 200, 3))  # more than one IDAT chunk
+CUT = {
+    "RGB": saved(Image.fromarray(PIXELS)),
+    "RGBA": saved(Image.fromarray(PIXELS).convert("RGBA")),
+    "grey": saved(Image.fromarray(PIXELS).convert("L")),
+    "grey and alpha": saved(Image.fromarray(PIXELS).convert("LA")),
+    "palette": saved(Image.fromarray(PIXELS).quantize(40)),
+    "palette of 4 bits": saved(Image.fromarray(PIXELS).quantize(9), bits=4),
+    "2 bits": png(noise(0, (300, 200), 4), 2),
+    "orientation 1 behind the pixels": png(PIXELS, 8, after=chunk(b"tEXt", b"a\0b")),
+}
+WHOLE = {
+    "interlaced": interlaced_png(PIXELS),
+    "turned": saved(Image.fromarray(PIXELS), exif=exif(6)),
+    "16 bits": png(PIXELS.astype(np.uint16) << 8, 16),
+    "animated": saved(
+        Image.fromarray(PIXELS), save_all=True, append_images=[Image.fromarray(PIXELS[::-1])]
+    ),
+    "JPEG": saved(Image.fromarray(PIXELS), "JPEG"),
+    "TIFF": saved(Image.fromarray(PIXELS), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 150, 299, 300])
+@pytest.mark.parametrize("kind", CUT | WHOLE)
+def test_the_first_rows_are_those_of_the_whole_image(kind, num_rows):
+    data = (CUT | WHOLE)[kind]
+    whole = decode_image(data, "a", APPLIED)
+    rows = decode_image(data, "a", APPLIED, num_rows=num_rows)
+    np.testing.assert_array_equal(rows[:num_rows], whole[:num_rows])
+    if kind in CUT and "behind" not in kind:
+        assert len(rows) == num_rows
+    else:
+        assert rows.shape == whole.shape
+
+
+@pytest.mark.parametrize("num_rows", [100, 299])
+def test_a_png_that_is_cut_short_is_refused_whatever_is_needed_of_it(num_rows):
+    with pytest.raises(InputError, match=r"^a\.png: unreadable image file \("):
+        decode_image(CUT["RGB"][:-1000], "a.png", num_rows=num_rows)
 
 
 # --- Deep files ----------------------------------------------------------------------------------

@@ -44,6 +44,21 @@ def png(values, bits, size=None, after=b""):
     return PNG_SIGNATURE + parts
 
 
+def interlaced_png(values):
+    """A PNG of `u8[h w 3]` in Adam7's seven passes."""
+    height, width = values.shape[:2]
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2)]
+    rows = [
+        b"\0" + row.tobytes()
+        for top, left, down, right in [*passes, (1, 0, 2, 1)]
+        for row in values[top::down, left::right]
+        if row.size
+    ]
+    header = struct.pack(">IIBBBBB", width, height, 8, COLOR_TYPES[3], 0, 0, 1)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")
+    return PNG_SIGNATURE + b"".join(chunk(*part) for part in parts)
+
+
 def tiff(
     values, photometric, *, order="<", planes=False, deflate=False, extra=(), bits=None, tags=()
 ):
