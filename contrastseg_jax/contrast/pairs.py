@@ -101,6 +101,20 @@ def finite(columns: Columns) -> Float[Array, "c d"]:
     return jnp.where(columns.label[:, None] != NO_CLASS, embedding, 0.0)
 
 
+def tied(embedding: Float[Array, "c d"], place: Int[Array, "..."]) -> Float[Array, "c d"]:
+    """The same; on a CPU, what takes the rows at a place out of it is not done before the place is.
+
+    XLA has no bfloat16 on a CPU: it takes rows out of all embeddings in float32, and would widen
+    these once, in front of the loop over places, for a copy twice as large as they are. What waits
+    for a place that changes stays in the loop, where it is fused: only the rows are widened.
+    """
+    return lax.platform_dependent(
+        *(embedding, place),
+        cpu=lambda embedding, place: lax.optimization_barrier((embedding, place))[0],
+        default=lambda embedding, _: embedding,
+    )
+
+
 def dot(first: Float[Array, "x y"], second: Float[Array, "y z"]) -> Float[Array, "x z"]:
     """A product in full float32, also where hardware would take fewer bits."""
     return jnp.matmul(first, second, precision=lax.Precision.HIGHEST)

@@ -25,10 +25,11 @@ from contrastseg_jax.contrast.pairs import (
     Limits,
     Rows,
     Side,
-    dot,
     hardness_of,
     is_selected,
+    tied,
 )
+from contrastseg_jax.contrast.walks import similarities
 from contrastseg_jax.structs import Candidates
 
 STRATEGIES = ("all", "random", "hardest", "semi_hard")
@@ -64,6 +65,7 @@ class CandidateSets(NamedTuple):
     shapes: tuple[tuple[int, int], ...]  # classes x slots that the columns of each set are made of
     order: RandomOrder | None
     longest: Float[Array, ""]  # the length of the longest candidate on any device
+    chunk_size: int  # how many of them are looked at at a time
     split: Split
 
 
@@ -96,7 +98,7 @@ def select(
         pool, rank = _draw_pool(tile, sets, selection)
         columns, limits = (pool,), limits._replace(rank=rank)
     if selection.strategy in BY_HARDNESS:
-        hardness = _hardness_limits(tile, columns, limits, selection, sets.split)
+        hardness = _hardness_limits(tile, columns, limits, selection, sets)
         # The walks find the same products in blocks of another size, which rounds them differently.
         margin = 1e-6 * sets.longest * jnp.linalg.norm(tile.embedding, axis=1)
         limits = limits._replace(hardness=hardness - margin)
@@ -195,7 +197,8 @@ def _columns_of_ranks(sets: CandidateSets, order: RandomOrder, ranks: Int[Array,
         cls, slot = jnp.divmod(index, num_slots * num_parts)
         here = (cls >= 0) & (cls < num_classes) & (slot // num_slots == part)
         place = jnp.where(here, cls * num_slots + slot % num_slots, 0)
-        found = jax.tree.map(lambda x, at=place: jnp.take(x, at, axis=0, mode="clip"), columns)
+        found = columns._replace(embedding=tied(columns.embedding, place))
+        found = jax.tree.map(lambda x, at=place: jnp.take(x, at, axis=0, mode="clip"), found)
         pool = Columns(
             jnp.where(here[:, None], found.embedding.astype(jnp.float32), pool.embedding),
             jnp.where(here, found.label, pool.label),
@@ -214,12 +217,16 @@ def _hardness_limits(
     columns: tuple[Columns, ...],
     limits: Limits,
     selection: Selection,
-    split: Split,
+    sets: CandidateSets,
 ) -> Float[Array, " r"]:
     """The hardness of the last candidate that each row takes, a few rows at a time."""
     blocks = jax.tree.map(lambda x: x.reshape(-1, BLOCK, *x.shape[1:]), (tile, limits))
     limit_of = functools.partial(
-        _hardness_limits_of_block, columns=columns, selection=selection, split=split
+        _hardness_limits_of_block,
+        columns=columns,
+        selection=selection,
+        chunk_size=sets.chunk_size,
+        split=sets.split,
     )
     return lax.map(limit_of, blocks).reshape(tile.label.size)
 
@@ -229,13 +236,14 @@ def _hardness_limits_of_block(
     *,
     columns: tuple[Columns, ...],
     selection: Selection,
+    chunk_size: int,
     split: Split,
 ) -> Float[Array, " r"]:
     """The k-th largest hardness of those candidates that are inside the limits of rows so far."""
     rows, limits = block
     hardness, number = [], jnp.zeros(rows.label.shape, jnp.int32)
     for part in columns:
-        similarity = dot(rows.embedding, part.embedding.astype(jnp.float32).T)
+        similarity = similarities(rows, part, chunk_size)
         selected = is_selected(rows, part, similarity, limits, selection.side)
         hardness.append(jnp.where(selected, hardness_of(similarity, selection.side), MASKED))
         number += selected.sum(1, dtype=jnp.int32)

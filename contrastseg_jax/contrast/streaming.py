@@ -23,13 +23,14 @@ from contrastseg_jax.contrast.devices import (
     sum_over_anchors,
     sum_over_candidates,
 )
-from contrastseg_jax.contrast.pairs import NO_CLASS, Limits, Rows, columns_of, finite, sorted_rows
+from contrastseg_jax.contrast.pairs import NO_CLASS, Columns, Limits, Rows, columns_of, sorted_rows
 from contrastseg_jax.contrast.selection import CandidateSets, RandomOrder, Selection, select
 from contrastseg_jax.contrast.walks import (
     NegativeSums,
     PositiveSums,
     Slopes,
     candidate_gradient,
+    fold,
     walk_negatives,
     walk_positives,
 )
@@ -64,7 +65,7 @@ def loss_and_gradient(
     Loss and gradients are NaN where an anchor or a candidate that is valid is not finite.
     """
     rows, places = sorted_rows(anchors, temperature=temperature, split=split)
-    sets = _candidate_sets(candidates, order, split)
+    sets = _candidate_sets(candidates, order, chunk_size, split)
     over_negatives, negative_limits = _sum_negatives(rows, sets, negatives, chunk_size)
     log_negatives, share = _log_sum_exp(over_negatives, split)
     over_positives, positive_limits = _sum_positives(
@@ -94,19 +95,27 @@ def loss_and_gradient(
 
 
 def _candidate_sets(
-    candidates: tuple[Candidates, ...], order: RandomOrder | None, split: Split
+    candidates: tuple[Candidates, ...], order: RandomOrder | None, chunk_size: int, split: Split
 ) -> CandidateSets:
     """The sets as lists of columns, and the length of the longest candidate on any device."""
     ranks = order.ranks if order else (None,) * len(candidates)
     columns = tuple(columns_of(*pair) for pair in zip(candidates, ranks, strict=True))
-    squares = [jnp.max(jnp.sum(finite(part) ** 2, axis=1), initial=0.0) for part in columns]
+    square = jnp.zeros((), jnp.float32)
+    for part in columns:
+        square = fold(_largest_square, square, part, 0, part.label.size, chunk_size)
     return CandidateSets(
         columns=columns,
         shapes=tuple((math.prod(c.label.shape[:-1]), c.label.shape[-1]) for c in candidates),
         order=order,
-        longest=max_over_candidates(jnp.sqrt(jnp.max(jnp.stack(squares))), split),
+        longest=max_over_candidates(jnp.sqrt(square), split),
+        chunk_size=chunk_size,
         split=split,
     )
+
+
+def _largest_square(square: Float[Array, ""], chunk: Columns, _: Array) -> Float[Array, ""]:
+    """The largest square of a length so far, with those of one more chunk."""
+    return jnp.maximum(square, jnp.max(jnp.sum(chunk.embedding**2, axis=1)))
 
 
 def _sum_negatives(

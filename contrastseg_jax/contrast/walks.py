@@ -24,6 +24,7 @@ from contrastseg_jax.contrast.pairs import (
     dot,
     finite,
     is_selected,
+    tied,
 )
 
 
@@ -70,7 +71,7 @@ def walk_negatives(
     sums = NegativeSums(jnp.full(num_rows, MASKED, jnp.float32), zero, zeros, zero, zero)
     add = functools.partial(_add_negatives, rows=rows, limits=limits)
     for part in columns:
-        sums = _fold(add, sums, part, 0, part.label.size, chunk_size)
+        sums = fold(add, sums, part, 0, part.label.size, chunk_size)
     return sums
 
 
@@ -110,7 +111,7 @@ def walk_positives(
         member, index = part.label == tile.label[0], jnp.arange(size, dtype=jnp.int32)
         first = jnp.min(jnp.where(member, index, size), initial=size)
         end = jnp.max(jnp.where(member, index + 1, 0), initial=0)
-        sums = _fold(add, sums, part, first, end, chunk_size)
+        sums = fold(add, sums, part, first, end, chunk_size)
     return sums
 
 
@@ -143,7 +144,7 @@ def candidate_gradient(
     """Gradient of the loss in candidates: each row times the derivative by its similarity."""
     add = functools.partial(_add_candidate_gradient, rows=rows, slopes=slopes)
     gradient = jnp.zeros(columns.embedding.shape, jnp.float32)
-    return _fold(add, gradient, columns, 0, columns.label.size, chunk_size)
+    return fold(add, gradient, columns, 0, columns.label.size, chunk_size)
 
 
 def _add_candidate_gradient(
@@ -162,7 +163,25 @@ def _add_candidate_gradient(
     return lax.dynamic_update_slice_in_dim(gradient, part, start, 0)
 
 
-def _fold(
+def similarities(rows: Rows, columns: Columns, chunk_size: int) -> Float[Array, "r c"]:
+    """Of all pairs, for few rows: one product, or chunk by chunk where columns must be widened."""
+    if columns.embedding.dtype == jnp.float32:
+        return dot(rows.embedding, columns.embedding.T)
+    products = jnp.zeros((rows.label.size, columns.label.size), jnp.float32)
+    add = functools.partial(_add_similarities, rows=rows)
+    return fold(add, products, columns, 0, columns.label.size, chunk_size)
+
+
+def _add_similarities(
+    products: Float[Array, "r c"], chunk: Columns, start: Array, *, rows: Rows
+) -> Float[Array, "r c"]:
+    """The products with those of one more chunk, which begins at `start`."""
+    part = lax.dynamic_slice_in_dim(products, start, chunk.label.size, axis=1)
+    part += dot(rows.embedding, chunk.embedding.T)  # + 0 for what was seen before
+    return lax.dynamic_update_slice_in_dim(products, part, start, axis=1)
+
+
+def fold(
     visit: Callable[[Any, Columns, Array], Any],
     carry: Any,
     columns: Columns,
@@ -183,7 +202,8 @@ def _fold(
     def step(i: Array, carry: Any) -> Any:
         unseen = first + i * chunk_size
         start = jnp.minimum(unseen, size - chunk_size)
-        chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, chunk_size), columns)
+        chunk = columns._replace(embedding=tied(columns.embedding, start))
+        chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, chunk_size), chunk)
         fresh = start + jnp.arange(chunk_size, dtype=jnp.int32) >= unseen
         chunk = chunk._replace(label=jnp.where(fresh, chunk.label, NO_CLASS))
         return visit(carry, chunk._replace(embedding=finite(chunk)), start)

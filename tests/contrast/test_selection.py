@@ -44,6 +44,7 @@ def masks(rows, candidates, rngs, number):
             shapes=((1, num_candidates),),
             order=order,
             longest=jnp.ones(()),
+            chunk_size=1024,
             split=Split.NOTHING,
         )
         selection = Selection(side, strategy, number.size, approximate=False)

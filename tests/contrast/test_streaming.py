@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from contrastseg_jax.contrast.anchors import batch_candidates
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
+from contrastseg_jax.contrast.selection import STRATEGIES
 from contrastseg_jax.contrast.streaming import TILE
 from contrastseg_jax.structs import Anchors, Candidates
 
@@ -140,3 +141,29 @@ def test_memory_is_that_of_a_chunk():
 
     step = jax.jit(jax.value_and_grad(loss)).lower(anchors.embedding, candidates).compile()
     assert step.memory_analysis().temp_size_in_bytes < 12 << 20
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_bfloat16_bank_is_widened_chunk_by_chunk(strategy):
+    """Not all of it (100 MB), whatever looks at it: walks, pools or the limits of the hardest."""
+    anchors, candidates = scene(num_classes=5, rows=50, slots=20_000, d=256)
+    anchors = jax.eval_shape(lambda: anchors)
+    candidates = candidates.replace(embedding=candidates.embedding.astype(jnp.bfloat16))
+    candidates = jax.eval_shape(lambda: candidates.replace(stop_gradient=True))
+
+    def loss(rows, anchors, candidates, rng):
+        return pixel_contrast_loss(
+            anchors.replace(embedding=rows),
+            (candidates,),
+            rng,
+            positives=strategy,
+            negatives=strategy,
+            num_positives=64,
+            num_negatives=128,
+            **SCALE,
+        )[0]
+
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    step = jax.jit(jax.value_and_grad(loss)).lower(anchors.embedding, anchors, candidates, rng)
+    widened = 4 * candidates.embedding.size
+    assert step.compile().memory_analysis().temp_size_in_bytes < widened // 4
