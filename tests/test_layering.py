@@ -61,7 +61,17 @@ def test_a_room_sees_what_stands_below_it(path):
         assert room not in NOT_IN.get(library, set()), f"{room} imports {name}"
 
 
-HEAVY = {"matplotlib", "tensorflow_datasets", "grain", "cv2", "PIL", "orbax", "tensorboardX", "clu"}
+HEAVY = {
+    "matplotlib",
+    "tensorflow_datasets",
+    "grain",
+    "cv2",
+    "PIL",
+    "imagecodecs",
+    "orbax",
+    "tensorboardX",
+    "clu",
+}
 
 
 @pytest.mark.parametrize(
