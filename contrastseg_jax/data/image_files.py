@@ -139,20 +139,27 @@ def check_checksums(data: bytes, name: str) -> None:
     Raises:
         InputError: a chunk is damaged, or cut short.
     """
-    start = len(PNG_SIGNATURE)
-    while data.startswith(PNG_SIGNATURE) and start < len(data):
-        end = start + 8 + int.from_bytes(data[start : start + 4])
-        kind = data[start + 4 : start + 8]
+    for kind, start, end in _png_chunks(data):
         if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4]):
             reason = "damaged or cut short: a checksum is wrong"
             raise InputError(f"{name}: unreadable image file ({reason})")
-        start = len(data) if kind == b"IEND" else end + 4
+        if kind == b"IEND":
+            return
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind of each chunk of a PNG, where it begins and where its checksum does; else none."""
+    start = len(PNG_SIGNATURE) if data.startswith(PNG_SIGNATURE) else len(data)
+    while start < len(data):
+        end = start + 8 + int.from_bytes(data[start : start + 4])
+        yield data[start + 4 : start + 8], start, end
+        start = end + 4
 
 
 def _exif_may_follow_pixels(png: bytes) -> bool:
     """Whether EXIF data may come after the pixels, which are decoded to get there."""
-    pixels = png.find(b"IDAT")
-    return any(png.rfind(chunk) > pixels for chunk in EXIF_CHUNKS)
+    kinds = [kind for kind, _, _ in _png_chunks(png)]
+    return b"IDAT" in kinds and not set(EXIF_CHUNKS).isdisjoint(kinds[kinds.index(b"IDAT") :])
 
 
 def _check_size(image: ImageFile.ImageFile, data: bytes, name: str) -> None:

@@ -94,7 +94,7 @@ def decode_image(
             height = min(num_rows or image.height, image.height)
             with suppress(imagecodecs.PngError):  # Pillow says what is wrong, if it cannot read it
                 rows = imagecodecs.png_decode(_with_header(data, height=height))
-                return _rgb(Image.fromarray(rows))
+                return rows if image.mode == "RGB" else _rgb(Image.fromarray(rows))
         pixels: Image.Image = image
         if layout.bits > 8:
             values = _deep_values(data, image, layout, name)

@@ -53,8 +53,10 @@ def to_train_ids(
     Raises:
         InputError: the mask holds a value that the label map does not know.
     """
-    unknown = unknown_values(value_counts(mask), label_map)
-    if unknown:
+    is_unknown = np.ones(256, np.uint8)
+    is_unknown[list(label_map.train_ids)] = 0
+    if cv2.LUT(mask, is_unknown).any():
+        unknown = unknown_values(value_counts(mask), label_map)
         raise InputError(
             f"{name}: unknown mask value(s) {_compact_ranges(list(unknown))} in"
             f" {sum(unknown.values())} of {mask.size} pixels;"
