@@ -24,7 +24,13 @@ from contrastseg_jax.contrast.devices import (
     sum_over_candidates,
 )
 from contrastseg_jax.contrast.pairs import NO_CLASS, Columns, Limits, Rows, columns_of, sorted_rows
-from contrastseg_jax.contrast.selection import CandidateSets, RandomOrder, Selection, select
+from contrastseg_jax.contrast.selection import (
+    BLOCK,
+    CandidateSets,
+    RandomOrder,
+    Selection,
+    select,
+)
 from contrastseg_jax.contrast.walks import (
     NegativeSums,
     PositiveSums,
@@ -36,7 +42,7 @@ from contrastseg_jax.contrast.walks import (
 )
 from contrastseg_jax.structs import Anchors, Candidates
 
-TILE = 64  # rows of one class that select together, and visit their positives together
+LARGEST_TILE = 64  # rows of one class that select together, and visit their positives together
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -201,35 +207,44 @@ def _like(given: Anchors | Candidates, gradient: Float[Array, "x d"]) -> Float[A
     return gradient.reshape(given.embedding.shape).astype(given.embedding.dtype)
 
 
+def tile_size(num_rows: int) -> int:
+    """A sixteenth of the rows: few fill no large tile, whose other rows are computed in vain."""
+    return min(max(num_rows // 16 // BLOCK, 1) * BLOCK, LARGEST_TILE)
+
+
 def by_class(visit: Callable[..., Any], rows: Rows, *more: Float[Array, " r"]) -> Any:
     """Results of `visit(tile, ...)` for all rows, which are sorted by label, those without last.
 
     A tile begins with the rows of one class. Those of the next that fill it up get results too,
     which are overwritten by those of the tile that begins with them.
     """
+    size = tile_size(rows.label.size)
     padded = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, TILE),) + ((0, 0),) * (x.ndim - 1)), (rows, *more)
+        lambda x: jnp.pad(x, ((0, size),) + ((0, 0),) * (x.ndim - 1)), (rows, *more)
     )
-    label = jnp.pad(rows.label, (0, TILE), constant_values=NO_CLASS)
+    label = jnp.pad(rows.label, (0, size), constant_values=NO_CLASS)
     padded = (padded[0]._replace(label=label), *padded[1:])
     begin = jnp.zeros((), jnp.int32)
-    shapes = jax.eval_shape(lambda: visit(*_cut(padded, begin)))
+    shapes = jax.eval_shape(lambda: visit(*_cut(padded, begin, size)))
     results = jax.tree.map(lambda x: jnp.zeros((label.size, *x.shape[1:]), x.dtype), shapes)
     num_valid = jnp.sum(label != NO_CLASS, dtype=jnp.int32)
     _, results = lax.while_loop(
         lambda carry: carry[0] < num_valid,
-        functools.partial(_visit_tile, visit, padded),
+        functools.partial(_visit_tile, visit, padded, size),
         (begin, results),
     )
     return jax.tree.map(lambda x: x[: rows.label.size], results)
 
 
 def _visit_tile(
-    visit: Callable[..., Any], padded: tuple[Any, ...], carry: tuple[Int[Array, ""], Any]
+    visit: Callable[..., Any],
+    padded: tuple[Any, ...],
+    size: int,
+    carry: tuple[Int[Array, ""], Any],
 ) -> tuple[Int[Array, ""], Any]:
     """Write the results of the tile that begins at some row; the next begins with another class."""
     start, results = carry
-    tile, *others = _cut(padded, start)
+    tile, *others = _cut(padded, start, size)
     results = jax.tree.map(
         lambda written, x: lax.dynamic_update_slice_in_dim(written, x, start, 0),
         results,
@@ -238,5 +253,5 @@ def _visit_tile(
     return start + jnp.sum(tile.label == tile.label[0], dtype=jnp.int32), results
 
 
-def _cut(padded: tuple[Any, ...], start: Int[Array, ""]) -> tuple[Any, ...]:
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, TILE), padded)
+def _cut(padded: tuple[Any, ...], start: Int[Array, ""], size: int) -> tuple[Any, ...]:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), padded)

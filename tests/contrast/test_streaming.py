@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 from contrastseg_jax.contrast.anchors import batch_candidates
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
 from contrastseg_jax.contrast.selection import STRATEGIES
-from contrastseg_jax.contrast.streaming import TILE
+from contrastseg_jax.contrast.streaming import tile_size
 from contrastseg_jax.structs import Anchors, Candidates
 
 SCALE = {"temperature": 0.1, "base_temperature": 0.07}
@@ -84,12 +84,20 @@ def test_values_and_gradients_of_anchors_and_queue(chunk_size):
 
 @pytest.mark.parametrize("num_classes", [1, 2, 140])
 def test_classes_larger_and_smaller_than_a_tile(num_classes):
-    anchors, candidates = scene(num_classes, rows=TILE + 7, slots=3)
+    anchors, candidates = scene(num_classes, rows=71, slots=3)
+    assert 1 < tile_size(71) < 71
     arguments = (anchors.embedding, candidates.embedding, anchors, candidates)
     loss, grad = jax.jit(jax.value_and_grad(streamed_loss))(*arguments)
     expected, expected_grad = jax.value_and_grad(direct_loss)(*arguments)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(grad, expected_grad, atol=2e-6 * np.abs(expected_grad).max())
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "size"), [(1, 16), (128, 16), (511, 16), (512, 32), (1024, 64), (9999, 64)]
+)
+def test_tiles_grow_with_the_rows(num_rows, size):
+    assert tile_size(num_rows) == size
 
 
 def test_gradients_are_those_of_finite_differences():
