@@ -71,6 +71,15 @@ def is_text(value: str) -> bool:
     return "\0" not in value and value.encode(errors="ignore").decode() == value
 
 
+def is_number(value: str) -> bool:
+    """Whether a text is a number."""
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 def are_whole(values: Sequence[Any], smallest: int, largest: float = math.inf) -> bool:
     """Whether all are whole numbers in a range."""
     return all(isinstance(value, int) and smallest <= value <= largest for value in values)

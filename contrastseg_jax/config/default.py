@@ -34,6 +34,9 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     # 0: as each file says, and one whose values leave the upper quarters of its range unused, as
     # those of 12 bits in 16 do, is refused.
     data.bit_depth = 0
+    # Part of the training images to train on: a share (0.125), a number (46) or a file that lists
+    # names, one a line. Drawn by a fixed seed, smaller parts inside larger ones. Empty: all.
+    data.train_subset = ""
     data.short_side = 0  # resize images to this short side first; 0: keep the size
     data.cache_size = 0  # decoded images kept in memory, by each process that makes batches
     data.num_threads = 4  # that read and augment, in each of the processes that do
@@ -75,6 +78,10 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     net.channel_order = ""  # RGB or BGR
 
     config.loss = loss = ConfigDict()
+    # Of cross entropy, the auxiliary head's included; 0: contrast alone, as pre-training
+    # (Zhao et al., ICCV 2021).
+    loss.segmentation_weight = 1.0
+    loss.ramp_steps = 0  # in which that weight rises from 0, linearly
     loss.class_weights = ()  # of cross entropy, one per class; empty: all 1
     loss.aux_weight = 0.4  # of an auxiliary head's cross entropy, where a network has one
 
@@ -94,6 +101,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     contrast.temperature = 0.1  # (paper: 0.1)
     contrast.base_temperature = 0.07  # the loss is scaled by temperature / this (original)
     contrast.warmup_steps = 5000  # steps before the contrast loss counts (original: 5000)
+    contrast.ramp_steps = 0  # in which its weight then rises from 0, linearly (original: 0)
 
     config.memory = memory = ConfigDict()
     memory.pixel_size = 5000  # slots per class of the pixel queue; 0: none (original: 5000)

@@ -16,6 +16,7 @@ from contrastseg_jax.config.checks import (
     between,
     from_below,
     increasing,
+    is_number,
     is_text,
     not_negative,
     one_of,
@@ -99,6 +100,10 @@ MASK_VALUES = Rule(lambda value, _: are_whole(value, 0, 255), "must be mask valu
 BIT_DEPTH = Rule(
     lambda value, _: value == 0 or 8 <= value <= 16, "must be 8 to 16, or 0 for that of each file"
 )
+TRAIN_SUBSET = Rule(
+    lambda value, _: not is_number(value) or 0 < float(value) < 1 or value.strip("0").isdigit(),
+    "must be a share above 0 and below 1, a whole number from 1 on, or a file of names",
+)
 IMAGE_SIZE = pair(32, "must be (height, width), whole numbers of at least 32")
 NUM_EXAMPLES = pair(1, "must be (train, val), at least 1")
 FACTORS = increasing("must be (smallest, largest), both > 0")
@@ -120,6 +125,10 @@ DEVIATIONS = Rule(
 )
 CHANNEL_ORDER = Rule(
     lambda value, _: value in ("", "RGB", "BGR"), "must be 'RGB' or 'BGR', or empty"
+)
+SOMETHING_TRAINS = Rule(
+    lambda value, config: value > 0 or uses_contrast(config),
+    "must be > 0 without pixel contrast, or nothing is trained",
 )
 CLASS_WEIGHTS = Rule(
     lambda value, _: are_numbers(value, 0) and (not value or any(value)),
@@ -149,6 +158,7 @@ RULES: dict[str, list[Rule]] = {
     "data.ignore_values": [MASK_VALUES],
     "data.exif_orientation": [one_of("stored", "applied")],
     "data.bit_depth": [BIT_DEPTH],
+    "data.train_subset": [text(), TRAIN_SUBSET],
     "data.short_side": [not_negative()],
     "data.cache_size": [not_negative()],
     "data.num_threads": [at_least(1)],
@@ -178,6 +188,8 @@ RULES: dict[str, list[Rule]] = {
     "model.image_mean": [MEANS],
     "model.image_std": [DEVIATIONS],
     "model.channel_order": [CHANNEL_ORDER],
+    "loss.segmentation_weight": [not_negative(), SOMETHING_TRAINS],
+    "loss.ramp_steps": [not_negative()],
     "loss.class_weights": [CLASS_WEIGHTS],
     "loss.aux_weight": [not_negative()],
     "contrast.candidates": [one_of("none", "batch", "memory", "both")],
@@ -193,6 +205,7 @@ RULES: dict[str, list[Rule]] = {
     "contrast.temperature": [above(0)],
     "contrast.base_temperature": [above(0)],
     "contrast.warmup_steps": [not_negative(), CONTRAST_COUNTS],
+    "contrast.ramp_steps": [not_negative()],
     "memory.pixel_size": [not_negative(), SOME_SLOTS],
     "memory.segment_size": [not_negative()],
     "memory.pixels_per_class": [at_least(1)],

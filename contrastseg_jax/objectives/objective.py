@@ -24,6 +24,7 @@ class Objective:
 
     loss_weight: float  # λ of the total loss
     warmup_steps: int  # the loss is not computed before; the state is updated from step 0
+    ramp_steps: int  # in which the weight then rises linearly to `loss_weight`
     init: Callable[[], State]
     loss: Callable[
         [State, SegmentationOutput, Label, ImageKeys, Key[Array, ""]],

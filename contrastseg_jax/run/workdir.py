@@ -42,6 +42,23 @@ def record_config(workdir: Path, config: Config, *, write: bool = True) -> None:
         write_atomically(workdir / "config.json", to_json(config))
 
 
+def record_train_images(workdir: Path, names: Sequence[str], *, write: bool = True) -> None:
+    """Keep the names of the images of a run that trains on a part of them; it resumes with them.
+
+    Raises:
+        InputError: the run has begun with others.
+    """
+    file, text = workdir / "train_images.txt", "".join(f"{name}\n" for name in names)
+    if not file.exists():
+        if write:
+            write_atomically(file, text)
+    elif file.read_text() != text:
+        raise InputError(
+            f"{file}: the run has begun with other training images than data.train_subset now"
+            " names; use another workdir"
+        )
+
+
 def find_run(workdir: Path) -> Config | None:
     """The config of the run in a workdir, if there is one.
 

@@ -12,6 +12,7 @@ from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data.dataset import open_splits
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
+from contrastseg_jax.data.subset import subset
 from contrastseg_jax.evaluation.evaluate import Evaluator, make_evaluator, require_memory
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.parallel import processes
@@ -52,14 +53,17 @@ def open_data(setup: Setup) -> tuple[Source, Evaluator]:
     source, val_source = processes.first_then_others(
         lambda: open_splits(setup.data, ("train", "val"))
     )
-    sizes = {"images": (len(source), len(val_source))}
+    which = setup.config.data.train_subset
+    part = processes.sync_errors(lambda: subset(source, which))
+    sizes = {"images": (len(part), len(val_source))}
     processes.require_same(dict(leaves(setup.config)) | sizes)
+    of_all = f" of {len(source)}, by data.train_subset = '{which}'" if which else ""
     log.info(
-        f"{setup.data.name}: {count_of(len(source), 'training image')},"
+        f"{setup.data.name}: {count_of(len(part), 'training image')}{of_all};"
         f" {count_of(len(val_source), 'validation image')}"
     )
     log.info(label_table(setup.classes))
-    return source, make_evaluator(setup, val_source, "val")
+    return part, make_evaluator(setup, val_source, "val")
 
 
 def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:

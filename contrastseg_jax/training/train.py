@@ -13,13 +13,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from contrastseg_jax.data.pipeline import Source
+from contrastseg_jax.data.subset import image_names
 from contrastseg_jax.evaluation.evaluate import Evaluator
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint
 from contrastseg_jax.run.board import open_metrics_log
 from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.run.workdir import evaluation_folder
+from contrastseg_jax.run.workdir import evaluation_folder, record_train_images
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.training.feed import make_batches, take_steps
 from contrastseg_jax.training.progress import (
@@ -41,6 +42,9 @@ def train(setup: Setup, workdir: Path) -> None:
     variables = fresh_variables(setup, workdir)
     num_steps = setup.config.train.num_steps
     with claimed(workdir, setup.config, resume=variables is None):
+        if setup.config.data.train_subset:
+            record = functools.partial(record_train_images, workdir)
+            processes.sync_errors(lambda: record(image_names(source), write=processes.is_first()))
         begin = start(setup, workdir, variables, evaluator)
         if begin is None:
             log.info(f"{workdir}: training already finished, at step {num_steps}")

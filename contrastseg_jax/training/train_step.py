@@ -80,21 +80,32 @@ def total_loss(
     rng: Key[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Eq. 4 for what the network makes of a batch, and its parts."""
-    loss = segmentation_loss(
+    config, objective = setup.config, setup.objective
+    cross_entropy = segmentation_loss(
         setup.pixel_loss,
         output,
         label,
-        class_weights=setup.config.loss.class_weights,
-        aux_weight=setup.config.loss.aux_weight,
+        class_weights=config.loss.class_weights,
+        aux_weight=config.loss.aux_weight,
     )
+    weight = config.loss.segmentation_weight * ramp(state.step, config.loss.ramp_steps)
+    loss = weight * cross_entropy
     ignored = jnp.mean((label == IGNORE_LABEL).astype(jnp.float32))
-    metrics = {"cross_entropy": loss, "ignored_pixels": ignored}
-    objective = setup.objective
+    metrics = {"cross_entropy": cross_entropy, "ignored_pixels": ignored}
     if objective is not None:
         contrast, diagnostics = objective_loss(objective, state, output, label, image_rng, rng)
-        loss += objective.loss_weight * contrast
+        share = ramp(state.step - objective.warmup_steps, objective.ramp_steps)
+        loss += objective.loss_weight * share * contrast
         metrics |= {"contrast": contrast, **diagnostics}
     return loss, metrics | {"loss": loss}
+
+
+def ramp(step: Int[Array, ""], num_steps: int) -> Float[Array, ""]:
+    """What a weight is multiplied by: 0 before step 0, then in equal steps to 1 at `num_steps`.
+
+    The first step has its share already, so that a ramp of no steps is a switch.
+    """
+    return jnp.clip((step + 1).astype(jnp.float32) / max(num_steps, 1), 0.0, 1.0)
 
 
 def objective_loss(

@@ -1,0 +1,185 @@
+"""Does contrast help? Runs on CamVid in rounds, each a table of arms, subsets and seeds.
+
+    python benchmarks/study.py --camvid=CAMVID --output=runs/study                # all rounds
+    python benchmarks/study.py --camvid=CAMVID --output=runs/study --rounds=weight
+
+Each run is `main.py` with configs/camvid.py at a short side of 120, from nothing. Rounds that
+choose settings train on four fifths of the training images and are scored on the rest, the last
+fifth of each drive; the rounds named `confirm...` train on the published split with seeds that
+chose nothing, and are scored on val. The score is that of the last step: nothing is selected by it.
+
+Runs that have finished are not repeated, and one that was stopped resumes, so the command can be
+given again at any time. It ends with a table of each round.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from contrastseg_jax.run.workdir import read_score
+
+ROOT = Path(__file__).parents[1]
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("camvid", None, "Folder of CamVid, as SegNet published it.", required=True)
+flags.DEFINE_string("output", "runs/study", "Folder of the runs.")
+flags.DEFINE_list("rounds", [], "Rounds to run; empty: all, in the order of the table.")
+
+NUM_STEPS = 800
+# The pilot's settings, but for the learning rate: that of each arm is a part of the study.
+BASE = (
+    *("data.short_side=120", "augment.crop_size=(120,160)", "data.num_threads=2"),
+    *("data.cache_size=400", "model.proj_dim=128", "contrast.anchors_per_image=128"),
+    *("optim.ema_decay=0.98", "train.batch_size=8", "eval.num_pictures=0"),
+    *("contrast.warmup_steps=100", f"train.checkpoint_steps={NUM_STEPS}"),
+)
+# Share of the class in the training pixels to the power of -1/3, with a mean of 1 over the pixels.
+CLASS_WEIGHTS = "loss.class_weights=(0.95,0.85,2.44,0.77,1.47,1.14,2.3,2.33,1.34,2.81,3.66)"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training."""
+
+    name: str
+    variant: str  # of the recipe: ce, contrast, memory
+    settings: tuple[str, ...] = ()
+    model: str = "hrnet_tiny"
+    num_steps: int = NUM_STEPS
+
+
+@dataclass(frozen=True)
+class Round:
+    """Arms to compare on the same images with the same seeds."""
+
+    arms: tuple[Arm, ...]
+    subsets: tuple[str, ...]  # of data.train_subset
+    seeds: tuple[int, ...]
+    split: str = "development"  # or published
+
+
+def cross_entropy(rate: float, *settings: str, name: str = "", num_steps: int = NUM_STEPS) -> Arm:
+    """Cross entropy alone at a learning rate."""
+    settings = (f"optim.learning_rate={rate}", *settings)
+    return Arm(f"ce-lr{rate}{name}", "ce", settings, num_steps=num_steps)
+
+
+def contrast(weight: float, *settings: str, rate: float = 0.05, name: str = "") -> Arm:
+    """Contrast in the batch with a weight."""
+    settings = (f"optim.learning_rate={rate}", f"contrast.loss_weight={weight}", *settings)
+    return Arm(f"contrast-w{weight}-lr{rate}{name}", "contrast", settings)
+
+
+RAMP = "contrast.ramp_steps=400"
+# Seven trials for either side. The long arm takes the wall time of contrast.
+WEIGHT = (
+    *(cross_entropy(rate) for rate in (0.05, 0.1, 0.025, 0.2, 0.4)),
+    cross_entropy(0.05, CLASS_WEIGHTS, name="-class-weights"),
+    cross_entropy(0.05, name="-long", num_steps=1000),
+    *(contrast(weight) for weight in (0.5, 0.1, 1.0, 0.25, 1.5)),
+    *(contrast(weight, RAMP, name="-ramp") for weight in (0.5, 1.0)),
+)
+ROUNDS = {
+    "weight": Round(WEIGHT, subsets=("46",), seeds=(0,)),
+}
+
+
+def main(_: list[str]) -> None:
+    """Run what has not been run, then print the tables in Markdown."""
+    names = FLAGS.rounds or list(ROUNDS)
+    for name in names:
+        for arm, subset, seed in cells(ROUNDS[name]):
+            train(name, arm, subset, seed)
+    for name in names:
+        print_table(name)
+
+
+def cells(plan: Round) -> Iterator[tuple[Arm, str, int]]:
+    """The runs of a round: every arm of a seed before the next seed."""
+    for subset, seed, arm in itertools.product(plan.subsets, plan.seeds, plan.arms):
+        yield arm, subset, seed
+
+
+def workdir(name: str, arm: Arm, subset: str, seed: int) -> Path:
+    """The folder of a run."""
+    return Path(FLAGS.output) / name / (subset or "all") / arm.name / f"seed{seed}"
+
+
+def train(name: str, arm: Arm, subset: str, seed: int) -> None:
+    """Start or resume a run."""
+    folder, plan = workdir(name, arm, subset, seed), ROUNDS[name]
+    if read_score(folder, arm.num_steps) > 0:
+        return
+    published = Path(FLAGS.camvid).resolve()
+    root = published if plan.split == "published" else development_split(published)
+    settings = (
+        *BASE,
+        *(f"data.root={root}", f"data.train_subset={subset}", f"seed={seed}"),
+        *(f"train.num_steps={arm.num_steps}", f"train.eval_steps={arm.num_steps}"),
+        *(f"data.prepared_dir={Path(FLAGS.output).resolve() / 'prepared'}",),
+        *(f"parallel.compilation_cache={Path(FLAGS.output).resolve() / 'compiled'}",),
+        *arm.settings,
+    )
+    command = [
+        *(sys.executable, str(ROOT / "main.py"), f"--workdir={folder}"),
+        f"--config={ROOT}/configs/camvid.py:{arm.model},{arm.variant}",
+        *(f"--config.{setting}" for setting in settings),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+    print(f"{folder}: {read_score(folder, arm.num_steps):.4f}", flush=True)
+
+
+def development_split(published: Path) -> Path:
+    """A folder whose val images are the last fifth of each drive's training images.
+
+    Neighbouring frames of a drive show nearly the same, so a random fifth would be known by heart.
+    """
+    root = Path(FLAGS.output).resolve() / "development"
+    drives = defaultdict(list)
+    for line in (published / "train.txt").read_text().splitlines():
+        drives[Path(line.split()[0]).name.split("_")[0]].append(line)
+    parts: dict[str, list[str]] = {"train": [], "val": []}
+    for lines in drives.values():
+        end = len(lines) - len(lines) // 5
+        parts["train"] += lines[:end]
+        parts["val"] += lines[end:]
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in ("train", "trainannot"):
+        if not os.path.lexists(root / folder):
+            (root / folder).symlink_to(published / folder)
+    for split, lines in parts.items():
+        (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def print_table(name: str) -> None:
+    """Mean and standard deviation of the val mIoU of each arm, and the score of each seed."""
+    plan = ROUNDS[name]
+    for subset in plan.subsets:
+        print(f"\n{name}, {subset or 'all'} images, {plan.split} split\n")
+        print("| arm | mean | " + " | ".join(f"seed {seed}" for seed in plan.seeds) + " |")
+        print("| --- " * (len(plan.seeds) + 2) + "|")
+        for arm in plan.arms:
+            folders = [workdir(name, arm, subset, seed) for seed in plan.seeds]
+            print_row(arm.name, [read_score(folder, arm.num_steps) for folder in folders])
+
+
+def print_row(name: str, scores: Sequence[float]) -> None:
+    """A line of a table in Markdown."""
+    spread = f" ± {np.std(scores, ddof=1):.4f}" if len(scores) > 1 else ""
+    cells = (f"{np.mean(scores):.4f}{spread}", *(f"{score:.4f}" for score in scores))
+    print("|", " | ".join((f"`{name}`", *cells)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
