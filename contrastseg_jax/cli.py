@@ -133,24 +133,13 @@ def run_convert(arguments: Arguments) -> None:
         raise InputError(
             f"--checkpoint={arguments.checkpoint}: --input={source} is not a run folder"
         )
-    run = read_config(source) if is_run else None
     start_logging()
-    from contrastseg_jax.setup.resolve import resolve
     from contrastseg_jax.weights.convert import convert, convert_run
 
-    if run is None:
+    if is_run:
+        convert_run(source, arguments.checkpoint, output)
+    else:
         convert(source, output)
-        return
-    setup = resolve(run)
-    convert_run(
-        source,
-        arguments.checkpoint,
-        output,
-        network=run.model.name,
-        model=setup.model,
-        class_names=setup.classes.names,
-        image_format=setup.image_format,
-    )
 
 
 # --- Shared by several commands -------------------------------------------------------------------

@@ -11,14 +11,12 @@ from clu import parameter_overview
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import ORBAX_MISREADS, require_literal
 from contrastseg_jax.models import segmenter
-from contrastseg_jax.models.segmenter import Segmenter, Variables
+from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.models.zoo import NETWORKS
-from contrastseg_jax.parallel import sharding
 from contrastseg_jax.structs import ImageFormat
-from contrastseg_jax.weights import parity, pretrained
-from contrastseg_jax.weights.load import load
-from contrastseg_jax.weights.pretrained import Weights
+from contrastseg_jax.weights import parity, pretrained, run_weights
 from contrastseg_jax.weights.recognize import Recognized, recognize
+from contrastseg_jax.weights.spec import Weights
 from contrastseg_jax.weights.torch_files import read_tensors
 from contrastseg_jax.weights.torch_names import StateDict, locate
 
@@ -57,35 +55,16 @@ def convert(source: Path, output: Path) -> None:
     _write(output, weights, variables, remarks)
 
 
-def convert_run(
-    workdir: Path,
-    checkpoint: str,
-    output: Path,
-    *,
-    network: str,
-    model: Segmenter,
-    class_names: tuple[str, ...],
-    image_format: ImageFormat,
-) -> None:
+def convert_run(workdir: Path, checkpoint: str, output: Path) -> None:
     """Convert a checkpoint of a run: "latest", "best" or a step. Otherwise as `convert`.
 
-    The EMA if the run keeps one; without optimiser and bank. `network` is the name of `model`.
+    The EMA if the run keeps one; without optimiser and bank.
     """
     _require_usable(output)
     if checkpoint == "init":
         raise InputError("--checkpoint=init: must be latest, best or a step to convert a run")
-    shapes, mesh = segmenter.variable_shapes(model), sharding.make_mesh(jax.local_devices()[:1])
-    variables, step = load(workdir, checkpoint, shapes, mesh)
-    weights = Weights(
-        networks=(network,),
-        num_classes=model.num_classes,
-        proj_dim=model.proj_dim,
-        class_names=class_names,
-        image_format=image_format,
-        source=f"{workdir.absolute().name}, step {step}",
-        sha256="",
-    )
-    _write(output, weights, jax.device_get(variables), [])
+    variables, weights = run_weights.restore(workdir, checkpoint)
+    _write(output, weights, variables, [])
 
 
 def _require_usable(output: Path) -> None:

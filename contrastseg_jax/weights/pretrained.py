@@ -1,4 +1,4 @@
-"""Pretrained weights for `model.init_from`: a folder with their description and arrays.
+"""Pretrained weights for `model.init_from`: a run, or a folder with their description and arrays.
 
 weights.json   `Weights`, and the SHA-256 of every file in variables/
 variables/     `params` and `batch_stats`, as Orbax stores them
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,11 @@ from contrastseg_jax.files import ORBAX_MISREADS, require_disk_space, require_li
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.models.zoo import NETWORKS, sharing_backbone
 from contrastseg_jax.run import digests
-from contrastseg_jax.run.checkpoint import LiteralPath
+from contrastseg_jax.run.checkpoint import LiteralPath, find_intact
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import CHANNEL_ORDERS, ImageFormat
-from contrastseg_jax.weights import torch_names
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The description of the weights in a folder."""
-
-    networks: tuple[str, ...]  # one, or for a backbone alone, all that share it
-    num_classes: int  # 0: no head
-    proj_dim: int  # 0: no projection head
-    class_names: tuple[str, ...]  # in the order of the logits; empty: not known
-    image_format: ImageFormat
-    source: str  # name of the file or run that they come from
-    sha256: str  # of that file; empty: from a run
+from contrastseg_jax.weights import run_weights, torch_names
+from contrastseg_jax.weights.spec import Weights
 
 
 def save(folder: Path, weights: Weights, variables: Variables, report: str) -> None:
@@ -80,18 +67,31 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
 
 
 def read(folder: Path, network: str) -> Weights:
-    """Read weights.json.
+    """The description of the weights in a folder, or of a run.
 
     Raises:
         InputError: it is missing or damaged, or the weights are for another backbone.
     """
+    weights = run_weights.describe(folder) if run_weights.is_run(folder) else _read_record(folder)
+    fitting = sharing_backbone(weights.networks[0])
+    if network not in fitting:
+        raise InputError(
+            f"model.init_from = '{folder}': {weights.source} is for {weights.networks[0]}, whose"
+            f" backbone model.name = {network!r} does not use; these use it: {', '.join(fitting)}"
+        )
+    return weights
+
+
+def _read_record(folder: Path) -> Weights:
+    """Read weights.json."""
     path = folder / "weights.json"
     if not path.is_file():
         why = f"{path} does not exist"
-        if folder.is_file() or (folder / "checkpoints").is_dir():
+        if folder.is_file():
             why = f"python main.py --mode=convert --input={folder} --output=FOLDER writes one"
         raise InputError(
-            f"model.init_from = '{folder}': must be a folder written by --mode=convert; {why}"
+            f"model.init_from = '{folder}': must be a run with a checkpoint, or a folder written by"
+            f" --mode=convert; {why}"
         )
     require_literal(folder, "model.init_from", ORBAX_MISREADS)
     try:
@@ -107,15 +107,10 @@ def read(folder: Path, network: str) -> Weights:
         )
         if not isinstance(files, dict):
             raise TypeError(f"files = {files!r}")
-        fitting = sharing_backbone(weights.networks[0])
+        sharing_backbone(weights.networks[0])
         _require_format(weights.image_format)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(f"{path}: is damaged ({error!r}); convert the weights again") from error
-    if network not in fitting:
-        raise InputError(
-            f"model.init_from = '{folder}': {weights.source} is for {weights.networks[0]}, whose"
-            f" backbone model.name = {network!r} does not use; these use it: {', '.join(fitting)}"
-        )
     return weights
 
 
@@ -130,8 +125,12 @@ def describe_image_format(image_format: ImageFormat) -> str:
 def require_intact(folder: Path) -> None:
     """Raise an InputError unless the arrays are byte for byte what the conversion wrote.
 
-    Orbax detects only some damage, only while reading, and keeps logging it afterwards.
+    Orbax detects only some damage, only while reading, and keeps logging it afterwards. Of a run,
+    the newest checkpoint that is intact is read, as when it resumes.
     """
+    if run_weights.is_run(folder):
+        find_intact(folder, "latest")
+        return
     written = json.loads((folder / "weights.json").read_text())["files"]
     found = _digests(folder / "variables")
     damaged = [name for name, digest in written.items() if found.get(name) != digest]
@@ -155,9 +154,10 @@ def start_from(
             something that the logits depend on is missing, or the classes have other names.
     """
     weights = read(folder, network)
-    require_intact(folder)
-    with ocp.StandardCheckpointer() as checkpointer:
-        given: Any = checkpointer.restore(LiteralPath(folder.absolute() / "variables"))
+    if run_weights.is_run(folder):
+        given, weights = run_weights.restore(folder, "latest")
+    else:
+        given = _restore(folder)
     parts = None if network in weights.networks else ("backbone",)
     variables, kept = torch_names.merge(given, fresh, parts=parts, source=str(folder))
     fresh_parts = {name: f"{name} ({why})" for name, why in kept.items()}
@@ -184,6 +184,12 @@ def start_from(
     if unread:
         log.info(f"not used: {', '.join(unread)}")
     return variables
+
+
+def _restore(folder: Path) -> Any:
+    require_intact(folder)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(LiteralPath(folder.absolute() / "variables"))
 
 
 def _digests(folder: Path) -> dict[str, str]:

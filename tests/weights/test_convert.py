@@ -232,16 +232,30 @@ def test_an_empty_folder_is_filled_not_replaced(tmp_path, monkeypatch):
         convert(source, source / "sub")
 
 
+def test_a_run_is_what_another_starts_from(trained, caplog):
+    """As it is: the newest checkpoint, without optimiser and bank."""
+    caplog.set_level("INFO", pretrained.log.name)
+    config, workdir = trained
+    expected, step = load_network(setup_of(config), workdir, "latest")
+    named = override(config, [f"model.init_from={workdir}"])
+    started = initial_variables(setup_of(named), strict=True)
+    jax.tree.map(np.testing.assert_array_equal, started, jax.device_get(expected))
+    assert f"initialised from run, step {step} ({workdir})" in caplog.text
+    without = override(named, ["contrast.candidates=none"])
+    started = initial_variables(setup_of(without), strict=True)
+    assert "proj_head" not in started["params"]
+    assert "not used: proj_head" in caplog.text
+    assert pretrained.read(workdir, "toy").proj_dim == 16
+    with pytest.raises(
+        InputError, match="run is for toy, whose backbone model.name = 'hrnet_tiny'"
+    ):
+        pretrained.read(workdir, "hrnet_tiny")
+
+
 def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, capsys, caplog):
     config, workdir = trained
     setup = setup_of(config)
-    settings = {
-        "network": "toy",
-        "model": setup.model,
-        "class_names": setup.classes.names,
-        "image_format": setup.image_format,
-    }
-    convert_run(workdir, "4", tmp_path / "out", **settings)
+    convert_run(workdir, "4", tmp_path / "out")
     assert "run, step 4: toy with 3 classes and a projection head (16)" in (capsys.readouterr().out)
     config = override(config, [f"model.init_from={tmp_path / 'out'}"])
     expected, _ = load_network(setup, workdir, "4")
@@ -259,7 +273,7 @@ def test_a_checkpoint_of_a_run_is_what_another_starts_from(trained, tmp_path, ca
     with pytest.raises(InputError, match="classes class_0, class_1, class_2, the data set has a, "):
         initial_variables(setup_of(renamed), strict=True)
     with pytest.raises(InputError, match="init: must be latest, best or a"):
-        convert_run(workdir, "init", tmp_path / "other", **settings)
+        convert_run(workdir, "init", tmp_path / "other")
     with pytest.raises(InputError, match="--checkpoint=5: must be latest, best"):
-        convert_run(workdir, "5", tmp_path / "other", **settings)
+        convert_run(workdir, "5", tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -1,0 +1,18 @@
+"""What is known of weights besides their values."""
+
+from dataclasses import dataclass
+
+from contrastseg_jax.structs import ImageFormat
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The description of weights that training may start from."""
+
+    networks: tuple[str, ...]  # one, or for a backbone alone, all that share it
+    num_classes: int  # 0: no head
+    proj_dim: int  # 0: no projection head
+    class_names: tuple[str, ...]  # in the order of the logits; empty: not known
+    image_format: ImageFormat
+    source: str  # name of the file or run that they come from
+    sha256: str  # of that file; empty: from a run
