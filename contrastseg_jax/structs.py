@@ -77,13 +77,16 @@ class Candidates:
 class MemoryBank:
     """Two ring buffers per class: single pixels, and means of a class over one image.
 
-    `head` is the slot written next, `count` the number of slots in use (at most m).
+    `head` is the slot written next, `count` the number of slots in use (at most m), `age` the steps
+    since a slot was written; of one that never was, it means nothing.
     """
 
     pixel: Float[Array, "k m d"]
+    pixel_age: Int[Array, "k m"]
     pixel_head: Int[Array, " k"]
     pixel_count: Int[Array, " k"]
     segment: Float[Array, "k m2 d"]
+    segment_age: Int[Array, "k m2"]
     segment_head: Int[Array, " k"]
     segment_count: Int[Array, " k"]
 

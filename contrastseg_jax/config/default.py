@@ -107,6 +107,10 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     memory.pixel_size = 5000  # slots per class of the pixel queue; 0: none (original: 5000)
     memory.segment_size = 5000  # slots per class of the segment queue; 0: none (original: 5000)
     memory.pixels_per_class = 10  # enqueued per class and image (paper: 10)
+    # Pixels that keys are made of: all, or correct, those that the network predicts correctly
+    # (original: all; Alonso et al., ICCV 2021: correct, by their EMA).
+    memory.key_pixels = "all"
+    memory.key_network = "online"  # that makes the keys: online, the one in training, or its ema
     memory.dtype = "float32"  # in which the bank is stored: float32 or bfloat16
     memory.sharding = "replicated"  # whole on every device, or slots: a part of them on each
 

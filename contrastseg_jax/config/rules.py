@@ -143,6 +143,10 @@ SOME_SLOTS = Rule(
     lambda value, config: value + config.memory.segment_size > 0 or not uses_memory(config),
     "must not be 0 together with memory.segment_size when the bank is used",
 )
+EMA_EXISTS = Rule(
+    lambda value, config: value != "ema" or config.optim.ema_decay > 0,
+    "must not be ema without one: set optim.ema_decay, e.g. 0.999",
+)
 SELECTION = one_of("all", "random", "hardest", "semi_hard")
 DTYPE = one_of("float32", "bfloat16")
 
@@ -209,6 +213,8 @@ RULES: dict[str, list[Rule]] = {
     "memory.pixel_size": [not_negative(), SOME_SLOTS],
     "memory.segment_size": [not_negative()],
     "memory.pixels_per_class": [at_least(1)],
+    "memory.key_pixels": [one_of("all", "correct")],
+    "memory.key_network": [one_of("online", "ema"), EMA_EXISTS],
     "memory.dtype": [DTYPE],
     "memory.sharding": [one_of("replicated", "slots")],
     "optim.learning_rate": [above(0)],

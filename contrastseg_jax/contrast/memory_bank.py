@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from contrastseg_jax.contrast.devices import AXIS
 from contrastseg_jax.contrast.grouped_sort import sort_by_group
@@ -23,9 +23,11 @@ def init_memory(
     # Each counter an array of its own: a buffer can be donated only once.
     return MemoryBank(
         pixel=jnp.zeros((num_classes, pixel_size, proj_dim), dtype),
+        pixel_age=jnp.zeros((num_classes, pixel_size), jnp.int32),
         pixel_head=jnp.zeros(num_classes, jnp.int32),
         pixel_count=jnp.zeros(num_classes, jnp.int32),
         segment=jnp.zeros((num_classes, segment_size, proj_dim), dtype),
+        segment_age=jnp.zeros((num_classes, segment_size), jnp.int32),
         segment_head=jnp.zeros(num_classes, jnp.int32),
         segment_count=jnp.zeros(num_classes, jnp.int32),
     )
@@ -45,9 +47,11 @@ def enqueue(
     fills it. More new rows than slots: the last ones stay. `mesh`: the devices over which the slots
     are split, each of which writes the rows that fall in its own.
     """
+    pixels = bank.pixel, bank.pixel_age, bank.pixel_head, bank.pixel_count
+    segments = bank.segment, bank.segment_age, bank.segment_head, bank.segment_count
     return MemoryBank(
-        *_write(bank.pixel, bank.pixel_head, bank.pixel_count, *pixel, mesh=mesh),
-        *_write(bank.segment, bank.segment_head, bank.segment_count, *segment, mesh=mesh),
+        *_write(*pixels, *pixel, mesh=mesh),
+        *_write(*segments, *segment, mesh=mesh),
     )
 
 
@@ -116,19 +120,30 @@ def fill_ratio(bank: MemoryBank) -> Float[Array, " k"]:
     return written / (bank.pixel.shape[1] + bank.segment.shape[1])
 
 
+def mean_age(bank: MemoryBank) -> Float[Array, ""]:
+    """Steps since a slot was written, the mean over those in use; 0 for an empty bank."""
+    total = number = jnp.zeros((), jnp.float32)
+    for age, count in ((bank.pixel_age, bank.pixel_count), (bank.segment_age, bank.segment_count)):
+        written = _is_written(age.shape, count)
+        total += jnp.sum(jnp.where(written, age, 0).astype(jnp.float32))
+        number += jnp.sum(written, dtype=jnp.float32)
+    return total / jnp.maximum(number, 1.0)
+
+
 def _write(
     slots: Float[Array, "k m d"],
+    age: Int[Array, "k m"],
     head: Int[Array, " k"],
     count: Int[Array, " k"],
     rows: Float[Array, "b k v d"],
     valid: Bool[Array, "b k v"],
     *,
     mesh: Mesh | None,
-) -> tuple[Float[Array, "k m d"], Int[Array, " k"], Int[Array, " k"]]:
-    """Append each class's valid and finite rows to its ring buffer."""
+) -> tuple[Float[Array, "k m d"], Int[Array, "k m"], Int[Array, " k"], Int[Array, " k"]]:
+    """Append each class's valid and finite rows to its ring buffer, a step later."""
     size = slots.shape[1]
     if size == 0:
-        return slots, head, count
+        return slots, age, head, count
     rows = jnp.moveaxis(rows, 1, 0).reshape(slots.shape[0], -1, slots.shape[2])
     valid = jnp.moveaxis(valid, 1, 0).reshape(slots.shape[0], -1) & jnp.isfinite(rows).all(-1)
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
@@ -147,15 +162,16 @@ def _write(
             out_specs=split,
         )
     slots = scatter(slots, rows.astype(slots.dtype), slot)
-    return slots, (head + total) % size, jnp.minimum(count + total, size)
+    age = scatter(age + 1, jnp.zeros(slot.shape, age.dtype), slot)
+    return slots, age, (head + total) % size, jnp.minimum(count + total, size)
 
 
 def _scatter(
-    slots: Float[Array, "k m d"],
-    rows: Float[Array, "k r d"],
+    slots: Shaped[Array, "k m *d"],
+    rows: Shaped[Array, "k r *d"],
     slot: Int[Array, "k r"],
     axis: str | None = None,
-) -> Float[Array, "k m d"]:
+) -> Shaped[Array, "k m *d"]:
     """Put each row into its slot, or nowhere if the slot is not among those of this device."""
     size = slots.shape[1]
     slot = slot - lax.axis_index(axis) * size if axis else slot
@@ -166,7 +182,10 @@ def _scatter(
 
 def _slots(slots: Float[Array, "k m d"], count: Int[Array, " k"]) -> Candidates:
     shape = slots.shape[:2]
-    label, slot = (jnp.arange(length, dtype=jnp.int32) for length in shape)
-    label = jnp.broadcast_to(label[:, None], shape)
-    written = slot[None, :] < count[:, None]
-    return Candidates(slots, label, written, stop_gradient=True)
+    label = jnp.broadcast_to(jnp.arange(shape[0], dtype=jnp.int32)[:, None], shape)
+    return Candidates(slots, label, _is_written(shape, count), stop_gradient=True)
+
+
+def _is_written(shape: tuple[int, ...], count: Int[Array, " k"]) -> Bool[Array, "k m"]:
+    """The slots that are in use: the first `count` of each class."""
+    return jnp.arange(shape[1], dtype=jnp.int32)[None, :] < count[:, None]

@@ -24,7 +24,6 @@ class Objective:
 
     loss_weight: float  # λ of the total loss
     warmup_steps: int  # the loss is not computed before; the state is updated from step 0
-    ramp_steps: int  # in which the weight then rises linearly to `loss_weight`
     init: Callable[[], State]
     loss: Callable[
         [State, SegmentationOutput, Label, ImageKeys, Key[Array, ""]],
@@ -34,3 +33,5 @@ class Objective:
     sharding: Callable[[Any, State], Any]  # mesh, state or its shapes -> shardings
     # For a head that changes inference: logits that replace the network's.
     logits: Callable[[State, SegmentationOutput], Float[Array, "b hs ws k"]] | None = None
+    ramp_steps: int = 0  # after the warm-up, in which the weight rises linearly to `loss_weight`
+    update_from_ema: bool = False  # `update` sees the EMA's output, as in inference

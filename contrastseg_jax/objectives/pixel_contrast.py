@@ -16,7 +16,7 @@ from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
 from contrastseg_jax.objectives.objective import ImageKeys, Label, Metrics, Objective
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.structs import MemoryBank, SegmentationOutput
+from contrastseg_jax.structs import IGNORE_LABEL, MemoryBank, SegmentationOutput
 
 
 def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mesh) -> Objective:
@@ -37,8 +37,13 @@ def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mes
         init=init if uses_memory(config) else lambda: None,
         loss=partial(contrast_loss, settings=contrast, mesh=mesh, split=split),
         update=partial(
-            update_bank, pixels_per_class=memory.pixels_per_class, mesh=mesh, split=split
+            update_bank,
+            pixels_per_class=memory.pixels_per_class,
+            only_correct=memory.key_pixels == "correct",
+            mesh=mesh,
+            split=split,
         ),
+        update_from_ema=uses_memory(config) and memory.key_network == "ema",
         sharding=sharding.bank_sharding if split else sharding.replicated_tree,
     )
 
@@ -97,24 +102,37 @@ def update_bank(
     image_rng: ImageKeys,
     *,
     pixels_per_class: int,
+    only_correct: bool,
     mesh: Mesh,
     split: bool,
 ) -> tuple[MemoryBank | None, Metrics]:
     """The bank, if there is one, after this step: pixels and class means of the global batch.
 
-    `image_rng` draws the pixels. `split`: each device of the mesh holds a part of the slots.
+    `image_rng` draws the pixels. `only_correct`: keys are made of pixels that the network predicts
+    correctly alone (Alonso et al., ICCV 2021). `split`: each device of the mesh holds a part of
+    the slots.
     """
     if bank is None:
         return None, {}
     embedding, num_classes = require_embedding(output), bank.pixel.shape[0]
-    pixel = memory_bank.pixel_keys(
-        *(embedding, label, image_rng), num_classes=num_classes, pixels_per_class=pixels_per_class
+    correct = lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32) == label
+    if only_correct:
+        label = jnp.where(correct, label, IGNORE_LABEL)
+    keys_of = partial(
+        memory_bank.pixel_keys, num_classes=num_classes, pixels_per_class=pixels_per_class
     )
+    pixel = keys_of(embedding, label, image_rng)
+    right, valid = keys_of(correct[..., None].astype(jnp.float32), label, image_rng)
     segment = memory_bank.segment_keys(embedding, label, num_classes=num_classes)
     rows = sharding.replicate((pixel, segment), mesh)
     bank = memory_bank.enqueue(bank, *rows, mesh=mesh if split else None)
-    fill = memory_bank.fill_ratio(bank)
-    return bank, {"memory_fill": fill.mean(), "memory_fill_min": fill.min()}
+    fill, num_keys = memory_bank.fill_ratio(bank), jnp.sum(valid, dtype=jnp.float32)
+    return bank, {
+        "memory_fill": fill.mean(),
+        "memory_fill_min": fill.min(),
+        "memory_age": memory_bank.mean_age(bank),
+        "correct_keys": jnp.sum(jnp.where(valid, right[..., 0], 0.0)) / jnp.maximum(num_keys, 1.0),
+    }
 
 
 def num_anchors(given: int, map_size: tuple[int, ...]) -> int:

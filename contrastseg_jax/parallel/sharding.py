@@ -53,7 +53,8 @@ def fsdp_sharding(mesh: AnyMesh, tree: Any) -> Any:
 def bank_sharding(mesh: AnyMesh, bank: MemoryBank) -> MemoryBank:
     """The slots of each queue sharded, the counters replicated."""
     slots: Any = NamedSharding(mesh, PartitionSpec(None, AXIS))
-    return replicated_tree(mesh, bank).replace(pixel=slots, segment=slots)
+    names = ("pixel", "pixel_age", "segment", "segment_age")
+    return replicated_tree(mesh, bank).replace(**dict.fromkeys(names, slots))
 
 
 def _longest_axis(mesh: AnyMesh, shape: tuple[int, ...]) -> NamedSharding:

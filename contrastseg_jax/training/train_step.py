@@ -1,7 +1,7 @@
 """The train step: a pure function over a mesh."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,8 @@ def train_step(
     if objective is not None:
         # After the loss: an image is never contrasted with its own rows of this step.
         label = output_label(output, batch.label)
+        if objective.update_from_ema:
+            output = output_of(setup, sharding.replicate(ema, mesh), image)
         # A diverged step must not corrupt the state. This also orders the loss before the write to
         # the bank; otherwise XLA keeps a copy of the whole bank for it.
         label = jnp.where(jnp.isfinite(metrics["loss"]), label, IGNORE_LABEL)
@@ -69,6 +71,11 @@ def train_step(
         memory, diagnostics = objective.update(memory, output, label, image_rng)
         metrics |= diagnostics
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema, memory), metrics
+
+
+def output_of(setup: Setup, variables: Any, image: Float[Array, "b h w 3"]) -> SegmentationOutput:
+    """What the network makes of images in inference, embeddings included."""
+    return cast(SegmentationOutput, setup.model.apply(variables, image, train=False, embed=True))
 
 
 def total_loss(

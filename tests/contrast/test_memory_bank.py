@@ -19,9 +19,10 @@ enqueue = jax.jit(memory_bank.enqueue)
 
 def bank_of(pixel, segment, head, count):
     head, count = jnp.asarray(head, jnp.int32), jnp.asarray(count, jnp.int32)
+    ages = [jnp.zeros(queue.shape[:2], jnp.int32) for queue in (pixel, segment)]
     return MemoryBank(
-        *(jnp.asarray(pixel, jnp.float32), head, count),
-        *(jnp.asarray(segment, jnp.float32), head, count),
+        *(jnp.asarray(pixel, jnp.float32), ages[0], head, count),
+        *(jnp.asarray(segment, jnp.float32), ages[1], head, count),
     )
 
 
@@ -63,7 +64,7 @@ def test_the_ring_holds_the_last_rows(seed, fill_rate):
     bank = memory_bank.init_memory(
         num_classes=num_classes, pixel_size=size, segment_size=0, proj_dim=2, dtype="float32"
     )
-    history = [[] for _ in range(num_classes)]
+    history, written = ([[] for _ in range(num_classes)] for _ in range(2))
     for step in range(10):
         rows = rng.normal(size=(batch, num_classes, views, 2)).astype(np.float32)
         valid = rng.random((batch, num_classes, views)) < fill_rate
@@ -71,12 +72,18 @@ def test_the_ring_holds_the_last_rows(seed, fill_rate):
         bank = enqueue(bank, (jnp.asarray(rows), jnp.asarray(valid)), nothing)
         for image, cls in np.ndindex(batch, num_classes):
             history[cls].extend(rows[image, cls][valid[image, cls]])
+            written[cls].extend([step] * int(valid[image, cls].sum()))
         for cls in range(num_classes):
             count, head = int(bank.pixel_count[cls]), int(bank.pixel_head[cls])
             assert count == min(len(history[cls]), size)
             oldest_first = np.roll(bank.pixel[cls], -head, axis=0)[size - count :]
             expected = np.array(history[cls][-size:]).reshape(-1, 2)
             np.testing.assert_array_equal(oldest_first, expected, err_msg=f"step {step}")
+            ages = np.roll(bank.pixel_age[cls], -head)[size - count :]
+            np.testing.assert_array_equal(ages, step - np.array(written[cls][-size:], int))
+        ages = [step - when for steps in written for when in steps[-size:]]
+        mean = np.mean(ages) if ages else 0.0
+        np.testing.assert_allclose(memory_bank.mean_age(bank), mean, rtol=1e-6)
 
 
 def test_keys_are_pixels_of_their_class_and_class_0_is_among_them():

@@ -46,7 +46,6 @@ def prototypes(num_classes, proj_dim):
     return Objective(
         loss_weight=0.5,
         warmup_steps=2,
-        ramp_steps=0,
         init=lambda: {
             "prototype": jnp.zeros((num_classes, proj_dim)),
             "steps": jnp.zeros((), jnp.int32),

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from small import make_batch, make_config, run_steps, setup_of, start
 
+from contrastseg_jax.contrast import memory_bank
 from contrastseg_jax.contrast.anchors import sample_anchors
 from contrastseg_jax.objectives import pixel_contrast
+from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.training import train_step
 
@@ -25,6 +27,10 @@ PLAIN = (
     *("contrast.warmup_steps=0", "optim.momentum=0.0", "optim.weight_decay=0.0"),
     *("optim.learning_rate=0.1", "train.num_steps=100"),
 )
+
+
+def normalized(config, batch):
+    return normalize(batch.image, setup_of(config).image_format)
 
 
 def test_the_loss_falls_on_one_batch():
@@ -54,6 +60,54 @@ def test_contrast_counts_after_its_warmup_and_the_bank_fills_before(warming_up):
     written = np.arange(16)[None] < state.memory.pixel_count[:, None]
     np.testing.assert_allclose(lengths[written], 1, rtol=1e-5)
     assert not lengths[~written].any()
+
+
+def test_both_weights_rise_in_equal_steps():
+    config = make_config(
+        *("loss.segmentation_weight=2.0", "loss.ramp_steps=4", "contrast.loss_weight=0.5"),
+        *("contrast.warmup_steps=1", "contrast.ramp_steps=2", "train.num_steps=10"),
+    )
+    _, history, _ = run_steps(config, num_steps=4)
+    parts = [(m["cross_entropy"], m["contrast"]) for m in history]
+    weights = [(0.5, 0.0), (1.0, 0.25), (1.5, 0.5), (2.0, 0.5)]
+    for metrics, (cross_entropy, contrast), (first, second) in zip(
+        history, parts, weights, strict=True
+    ):
+        expected = first * cross_entropy + second * contrast
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+
+
+def test_contrast_alone_leaves_the_head_to_weight_decay():
+    settings = ("loss.segmentation_weight=0.0", "optim.weight_decay=0.0", "contrast.warmup_steps=0")
+    config = make_config(*settings)
+    _, before, _ = start(config)
+    before = jax.device_get(before.params)
+    state, history, _ = run_steps(config, num_steps=2)
+    np.testing.assert_allclose(history[1]["loss"], 0.1 * history[1]["contrast"], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, before["cls_head"], state.params["cls_head"])
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, state.params)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_keys_come_from_the_network_or_from_its_average():
+    """With an average that does not move, those of a second step are the first weights'."""
+    settings = ("optim.ema_decay=0.999", "memory.pixels_per_class=40", "optim.learning_rate=0.1")
+    banks = {}
+    for network in ("online", "ema"):
+        config = make_config(*settings, f"memory.key_network={network}")
+        step_fn, state, mesh = start(config)
+        batch = sharding.to_devices(make_batch(), mesh)
+        first = jax.device_get(state.ema)
+        state, _ = step_fn(state, batch)
+        banks[network] = np.asarray(state.memory.segment[:, 0])
+        if network == "ema":
+            output = train_step.output_of(setup_of(config), state.ema, normalized(config, batch))
+            moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first, state.ema)
+            assert max(jax.tree.leaves(moved)) > 0
+            label = train_step.output_label(output, batch.label)
+            rows, _ = memory_bank.segment_keys(output.embedding, label, num_classes=3)
+            np.testing.assert_allclose(banks["ema"], rows[0, :, 0], atol=1e-4)
+    assert np.abs(banks["online"] - banks["ema"]).max() > 1e-2
 
 
 def test_as_many_anchors_are_sampled_as_the_map_has_sixteenths(monkeypatch):
