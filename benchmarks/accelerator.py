@@ -32,7 +32,7 @@ import networks
 import numpy as np
 from absl import app, flags
 
-from contrastseg_jax.config.default import CANDIDATES
+from contrastseg_jax.config.default import VARIANTS
 from contrastseg_jax.contrast import memory_bank
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
 from contrastseg_jax.evaluation.evaluate import network_logits, score
@@ -211,7 +211,10 @@ def train(scale: Scale) -> Rows:
     """Whole steps, past the warm-up of the contrast loss."""
     for network, dtype, variant in scale.trained:
         labels = {"network": network, "dtype": dtype, "variant": variant}
-        settings = f"model.dtype={dtype}", f"contrast.candidates={CANDIDATES[variant]}"
+        settings = (
+            f"model.dtype={dtype}",
+            f"contrast.candidates={VARIANTS[variant]['contrast.candidates']}",
+        )
         yield labels, functools.partial(fitting, train_row, scale, network, dtype, settings)
 
 
@@ -370,7 +373,10 @@ def network_gradient(network: str, variant: str, device: Any, precision: str) ->
 
     Anchors are random: hard ones depend on predictions, of which rounding turns some over.
     """
-    settings = f"contrast.candidates={CANDIDATES[variant]}", "contrast.anchors=random"
+    settings = (
+        f"contrast.candidates={VARIANTS[variant]['contrast.candidates']}",
+        "contrast.anchors=random",
+    )
     config = networks.make_config(network, (64, 64), "train.batch_size=4", *settings)
     setup, (tx, _) = resolve(config, [device]), build_optimizer(config)
     with jax.default_device(jax.devices("cpu")[0]):  # the same parameters everywhere

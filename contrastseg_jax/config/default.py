@@ -1,22 +1,37 @@
 """Every setting, its default and what it means: the schema that all other configs start from.
 
 A config file offers `get_config("MODEL[,VARIANT]")`; VARIANT is ce (cross entropy alone), contrast
-(plus pixel contrast inside the batch) or memory (contrast with the memory bank as well).
+(plus pixel contrast inside the batch), memory (contrast with the memory bank as well) or pretrain
+(contrast alone, for a run of ce or contrast to start from with `model.init_from`).
 """
 
 from ml_collections import ConfigDict
 
-from contrastseg_jax.config.tree import Config
+from contrastseg_jax.config.tree import Config, replaced
 
-CANDIDATES = {"ce": "none", "contrast": "batch", "memory": "both"}  # of each variant
+# What each variant sets. Contrast alone is that of Zhao et al., "Contrastive Learning for
+# Label-Efficient Semantic Segmentation", ICCV 2021: anchors that no prediction chooses, temperature
+# 0.07, distorted colours.
+VARIANTS = {
+    "ce": {"contrast.candidates": "none"},
+    "contrast": {"contrast.candidates": "batch"},
+    "memory": {"contrast.candidates": "both"},
+    "pretrain": {
+        "contrast.candidates": "batch",
+        "loss.segmentation_weight": 0.0,
+        "contrast.anchors": "random",
+        "contrast.temperature": 0.07,
+        "augment.color_distortion": 1.0,
+    },
+}
 
 
 def get_config(spec: str = "hrnet_w48,memory") -> Config:
     """The default config for a network and a variant, e.g. "hrnet_w48,memory"."""
     model, _, variant = spec.partition(",")
     variant = variant or "memory"
-    if variant not in CANDIDATES:
-        raise ValueError(f"variant {variant!r}: must be one of {', '.join(CANDIDATES)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: must be one of {', '.join(VARIANTS)}")
     config: Config = ConfigDict()
     config.seed = 0  # of initialisation, sampling, shuffling and augmentation
 
@@ -86,7 +101,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     loss.aux_weight = 0.4  # of an auxiliary head's cross entropy, where a network has one
 
     config.contrast = contrast = ConfigDict()
-    contrast.candidates = CANDIDATES[variant]  # none, batch (the global one), memory or both
+    contrast.candidates = "none"  # none, batch (the global one), memory or both
     contrast.loss_weight = 0.1  # of the contrast loss (original: 0.1, with its bank 1)
     contrast.anchors = "hard"  # hard: half of the anchors mispredicted pixels; random: any
     # Sampled from each image; 0: a sixteenth of the cells of its map of embeddings, at least 16 and
@@ -100,7 +115,8 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     contrast.approximate = False  # find the hardest by lax.approx_max_k, fast on a TPU
     contrast.temperature = 0.1  # (paper: 0.1)
     contrast.base_temperature = 0.07  # the loss is scaled by temperature / this (original)
-    contrast.warmup_steps = 5000  # steps before the contrast loss counts (original: 5000)
+    # Steps before the contrast loss counts, beside another loss (original: 5000).
+    contrast.warmup_steps = 5000
     contrast.ramp_steps = 0  # in which its weight then rises from 0, linearly (original: 0)
 
     config.memory = memory = ConfigDict()
@@ -140,4 +156,4 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     evaluate.pad_multiple = 32  # image sides are padded to a multiple, to compile for few sizes
     evaluate.num_pictures = 4  # images drawn beside label and prediction at an evaluation
 
-    return config.lock()
+    return replaced(config, VARIANTS[variant])

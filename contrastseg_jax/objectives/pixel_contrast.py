@@ -32,7 +32,7 @@ def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mes
     )
     return Objective(
         loss_weight=contrast.loss_weight,
-        warmup_steps=contrast.warmup_steps,
+        warmup_steps=contrast.warmup_steps if config.loss.segmentation_weight else 0,
         ramp_steps=contrast.ramp_steps,
         init=init if uses_memory(config) else lambda: None,
         loss=partial(contrast_loss, settings=contrast, mesh=mesh, split=split),

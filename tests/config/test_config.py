@@ -49,7 +49,7 @@ def check_rules(*overrides, num_devices=1):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-@pytest.mark.parametrize("variant", ["", "ce", "contrast", "memory"])
+@pytest.mark.parametrize("variant", ["", "ce", "contrast", "memory", "pretrain"])
 def test_every_config_is_valid(path, variant, monkeypatch):
     """The bank fits an accelerator of 16 GB."""
     monkeypatch.setattr(device_memory, "device_bytes", lambda: 16 << 30)
@@ -57,7 +57,7 @@ def test_every_config_is_valid(path, variant, monkeypatch):
     config = load(str(path) + spec, NEEDED.get(path.name, []))
     if path.name != "default.py":
         check(config, mode="train")
-    expected = {"ce": "none", "contrast": "batch"}.get(variant, "both")
+    expected = {"ce": "none", "contrast": "batch", "pretrain": "batch"}.get(variant, "both")
     assert config.contrast.candidates == expected
 
 

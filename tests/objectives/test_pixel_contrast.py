@@ -55,3 +55,12 @@ def test_the_setting_reaches_the_update(pixels, only_correct):
     config = make_config(f"memory.key_pixels={pixels}")
     objective = pixel_contrast(config, num_classes=CLASSES, proj_dim=DIM, mesh=make_mesh())
     assert objective.update.keywords["only_correct"] is only_correct
+
+
+def test_contrast_alone_waits_for_no_warm_up():
+    """There is nothing else to train by; recipes set a warm-up for variants that have it."""
+    alone = make_config("contrast.warmup_steps=3", "loss.segmentation_weight=0.0")
+    beside = make_config("contrast.warmup_steps=3")
+    settings = {"num_classes": CLASSES, "proj_dim": DIM, "mesh": make_mesh()}
+    assert pixel_contrast(alone, **settings).warmup_steps == 0
+    assert pixel_contrast(beside, **settings).warmup_steps == 3
