@@ -56,9 +56,9 @@ def pixel_contrast_loss(
       `split_candidates`, its part of every set (of the last axis but one of `embedding`).
     Gradients flow into anchors, and into the sets of candidates that have no `stop_gradient`.
 
-    Returns the loss and, for the log, `positives_per_anchor`, `positive_similarity` and
-    `negative_similarity` (means over the anchors, and the pairs, that count), and `hard_anchors`,
-    the share of anchors that are, where that is known.
+    Returns the loss and, for the log, `positives_per_anchor`, `negatives_per_anchor`,
+    `positive_similarity` and `negative_similarity` (means over the anchors, and the pairs, that
+    count), and `hard_anchors`, the share of anchors that are, where that is known.
     """
     _check(candidates, positives, negatives)
     if not any(c.label.size for c in candidates):

@@ -182,13 +182,19 @@ def _diagnostics(
     temperature: float,
     split: Split,
 ) -> Metrics:
-    """Number of positive pairs, and the mean similarity of the pairs of each kind."""
+    """Number of pairs of each kind, and their mean similarity.
+
+    The number of positives is that of all anchors together.
+    """
+    valid = rows.label != NO_CLASS
     sums = positives.number, positives.similarity, negatives.number, negatives.similarity
-    sums = tuple(jnp.sum(jnp.where(rows.label != NO_CLASS, part, 0.0)) for part in sums)
-    sums = sum_over_anchors(sum_over_candidates(sums, split), split)
+    sums = tuple(jnp.sum(jnp.where(valid, part, 0.0)) for part in sums)
+    sums = sum_over_candidates(sums, split)
+    *sums, num_rows = sum_over_anchors((*sums, jnp.sum(valid, dtype=jnp.float32)), split)
     num_positives, of_positives, num_negatives, of_negatives = sums
     return {
         "positives_per_anchor": num_positives,
+        "negatives_per_anchor": num_negatives / jnp.maximum(num_rows, 1.0),
         "positive_similarity": temperature * of_positives / jnp.maximum(num_positives, 1.0),
         "negative_similarity": temperature * of_negatives / jnp.maximum(num_negatives, 1.0),
     }

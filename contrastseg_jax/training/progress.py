@@ -17,13 +17,14 @@ from contrastseg_jax.run.board import Board, write_metrics
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.text import count_of
+from contrastseg_jax.training.diagnosis import symptoms
 from contrastseg_jax.training.optim import Schedule
 
 DATA_BOUND = 0.2  # share of time spent waiting for data, above which a run logs advice
 # Metrics that are 0 in steps without pairs: during warm-up of the objective, or by chance.
 CONTRAST_METRICS = (
     *("contrast", "positive_similarity", "negative_similarity", "positives_per_anchor"),
-    "hard_anchors",
+    *("negatives_per_anchor", "hard_anchors", "gradient_ratio"),
 )
 
 
@@ -40,6 +41,8 @@ class Progress:
     waited: float = 0.0  # seconds in which the devices were idle
     is_start: bool = True  # first interval, which includes making the first batches
     is_warned: bool = False  # about waiting for data, once
+    symptoms: dict[str, str] = field(default_factory=dict)  # of the last interval
+    said: set[str] = field(default_factory=set)  # the names of those that were logged, once each
 
 
 def log_progress(progress: Progress, step: int) -> None:
@@ -57,6 +60,10 @@ def log_progress(progress: Progress, step: int) -> None:
         numbers = {f"train/{key}": value for key, value in values.items()}
         write_metrics(progress.workdir, progress.board, step, numbers)
     log.info(_line(step, config.train.num_steps, values, size / seconds))
+    progress.symptoms = symptoms(values, step, config)
+    for name in progress.symptoms.keys() - progress.said:
+        log.warning(progress.symptoms[name])
+    progress.said |= progress.symptoms.keys()
     advice = "" if progress.is_start else data_advice(values["data_wait"], config)
     if advice and not progress.is_warned:
         log.warning(advice)
@@ -115,8 +122,21 @@ def _line(step: int, num_steps: int, values: dict[str, float], steps_per_second:
     """One line of the log."""
     left = int((num_steps - step) / steps_per_second)
     losses = [f"{k} {values[k]:.4f}" for k in ("loss", "cross_entropy", "contrast") if k in values]
+    shown = "  ".join([*losses, *_contrast_words(values)])
     return (
-        f"step {step}/{num_steps}  {'  '.join(losses)}  lr {values['learning_rate']:.2e}"
+        f"step {step}/{num_steps}  {shown}  lr {values['learning_rate']:.2e}"
         f"  {values['images_per_second']:.1f} img/s  waiting for data {values['data_wait']:.0%}"
         f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     )
+
+
+def _contrast_words(values: Mapping[str, float]) -> list[str]:
+    """How contrast fares, as far as it is known."""
+    words = {
+        "positive_similarity": "similarity {:.2f}",
+        "negative_similarity": "to negatives {:.2f}",
+        "gradient_ratio": "gradient ratio {:.2g}",
+        "memory_age": "bank {:.0f} steps old",
+        "correct_keys": "correct keys {:.0%}",
+    }
+    return [text.format(values[key]) for key, text in words.items() if key in values]

@@ -314,6 +314,7 @@ def test_diagnostics_are_means_over_the_pairs():
     positive, negative = pairs & same & ~np.eye(20, dtype=bool), pairs & ~same
     expected = {
         "positives_per_anchor": positive.sum() / positive.any(1).sum(),
+        "negatives_per_anchor": negative.sum() / valid.sum(),
         "positive_similarity": similarity[positive].mean(),
         "negative_similarity": similarity[negative].mean(),
         "hard_anchors": hard[valid].mean(),
