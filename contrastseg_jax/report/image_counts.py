@@ -53,6 +53,10 @@ def read_image_counts(folder: Path) -> ImageCounts:
             arrays = {field.name: file[field.name] for field in fields(ImageCounts)}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: is damaged ({error}); --mode=eval writes it again") from error
-    names = {key: tuple(arrays[key].tolist()) for key in ("image_names", "class_names")}
-    single = {key: str(arrays[key]) for key in ("split", "protocol")}
-    return ImageCounts(**(arrays | names | single))
+    return ImageCounts(
+        split=str(arrays["split"]),
+        protocol=str(arrays["protocol"]),
+        image_names=tuple(arrays["image_names"].tolist()),
+        class_names=tuple(arrays["class_names"].tolist()),
+        **{key: arrays[key] for key in ("intersection", "labelled", "predicted")},
+    )
