@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from contrastseg_jax.data.pictures import figure_png, plain_style, printable, shortened
 from contrastseg_jax.files import to_json, write_atomically
@@ -314,7 +314,8 @@ def inline(figure: Figure) -> str:
 @plain_style
 def figures(comparison: Comparison) -> list[tuple[str, Figure]]:
     """The pictures with their titles."""
-    found = [("Differences and their intervals", differences_figure(comparison))]
+    title = "Differences; thick the 95 % interval over images, thin that over seeds"
+    found = [(title, differences_figure(comparison))]
     if any(arm.learning_curve.steps.size for arm in comparison.arms):
         found.insert(0, ("Learning curves, mean and range over seeds", curves_figure(comparison)))
     return found
@@ -333,7 +334,8 @@ def curves_figure(comparison: Comparison) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylabel("val mIoU")
     axes.grid(alpha=0.3)
-    add_legend(axes, axes.lines, [scored.arm.name for scored in comparison.arms])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    add_legend(figure, axes.lines, [scored.arm.name for scored in comparison.arms])
     return figure
 
 
@@ -357,12 +359,13 @@ def differences_figure(comparison: Comparison) -> Figure:
     baseline = shortened(comparison.arms[0].arm.name)
     axes.set_xlabel(f"difference from {baseline}", parse_math=False)
     axes.grid(axis="x", alpha=0.3)
-    add_legend(axes, points, [found.arm.name for found in comparison.differences])
+    add_legend(figure, points, [found.arm.name for found in comparison.differences])
     return figure
 
 
-def add_legend(axes: Axes, handles: Sequence[Any], names: Sequence[str]) -> None:
+def add_legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
     """A legend. Names are set afterwards, since Matplotlib leaves out labels that begin with _."""
-    legend = axes.legend(handles, [""] * len(handles), frameon=False)
+    labels = [""] * len(handles)
+    legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=shortened(name), parse_math=False)

@@ -48,8 +48,9 @@ def read_image_counts(folder: Path) -> ImageCounts:
         InputError: the file is damaged.
     """
     path = folder / FILE_NAME
+    content = io.BytesIO(path.read_bytes())  # of a damaged file np.load would not close the handle
     try:
-        with np.load(path) as file:
+        with np.load(content) as file:
             arrays = {field.name: file[field.name] for field in fields(ImageCounts)}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: is damaged ({error}); --mode=eval writes it again") from error
