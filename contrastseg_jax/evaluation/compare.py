@@ -40,7 +40,7 @@ def compare_runs(given: Sequence[str], checkpoint: str, split: str, output: Path
     """
     workdirs = find_workdirs(given)
     if len(workdirs) == 1:
-        raise InputError(f"--runs={given[0]}: a single run ({workdirs[0]}), to compare takes two")
+        raise InputError(f"--runs={given[0]}: is a single run; a comparison needs at least two")
     runs = read_runs(workdirs, checkpoint, split)
     require_comparable(runs)
     members = group_runs(runs)
@@ -48,25 +48,28 @@ def compare_runs(given: Sequence[str], checkpoint: str, split: str, output: Path
     notes = require_pairs(arms)
     for note in notes:
         log.warning(note)
+    first = runs[0]  # the others have the same data, images and labels
     log.info(
         f"comparing {count_of(len(runs), 'run')} in {count_of(len(arms), 'arm')} on"
-        f" {count_of(len(runs[0].counts.image_names), 'image')}"
+        f" {count_of(len(first.counts.image_names), 'image')}"
     )
-    counts = [
-        ArmCounts(
-            np.stack([run.counts.intersection for run in found]),
-            np.stack([run.counts.predicted for run in found]),
-        )
-        for found in members
-    ]
-    comparison = compare(arms, counts, runs[0].counts.labelled, runs[0].counts.class_names)
-    name = runs[0].settings["data.name"]
-    save_comparison(output, comparison, Evaluated(name, split, checkpoint, tuple(notes)))
+    counts = [counts_of(found) for found in members]
+    comparison = compare(arms, counts, first.counts.labelled, first.counts.class_names)
+    evaluated = Evaluated(first.settings["data.name"], split, checkpoint, tuple(notes))
+    save_comparison(output, comparison, evaluated)
     for table in overall_tables(comparison):
         for line in ("", table.title, "", *markdown_table(table)):
             log.info(line)
     log.info("")
     log.info(f"written: {', '.join(str(output / name) for name in NAMES)}")
+
+
+def counts_of(runs: Sequence[Run]) -> ArmCounts:
+    """What the runs of an arm counted."""
+    return ArmCounts(
+        np.stack([run.counts.intersection for run in runs]),
+        np.stack([run.counts.predicted for run in runs]),
+    )
 
 
 # --- Arms -----------------------------------------------------------------------------------------
@@ -91,8 +94,8 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
                 )
     if len(members) == 1:
         raise InputError(
-            f"--runs: all {len(runs)} have the same settings but for their seeds; to compare takes"
-            " runs of other settings too"
+            f"--runs: all {len(runs)} runs differ in their seeds alone; a comparison needs runs"
+            " with other settings as well"
         )
     return members
 

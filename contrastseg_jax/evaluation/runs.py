@@ -25,6 +25,8 @@ from contrastseg_jax.run.workdir import (
     saved_steps,
 )
 
+CLASSES_LENGTH = 80  # letters of a list of class names in an error
+
 
 @dataclass(frozen=True)
 class Run:
@@ -60,7 +62,7 @@ def find_workdirs(given: Sequence[str]) -> list[Path]:
             if real in given_by:
                 raise InputError(
                     f"--runs={text}: the run {workdir} is given twice, by --runs={given_by[real]}"
-                    " before"
+                    " as well"
                 )
             given_by[real] = text
         workdirs += found
@@ -117,7 +119,7 @@ def read_run(workdir: Path, checkpoint: str, split: str) -> Run:
         counts = read_image_counts(folder)
     except FileNotFoundError as error:
         advice = eval_command(workdir, str(step), split)
-        raise InputError(f"{folder}: has no {FILE_NAME}; {advice} writes it") from error
+        raise InputError(f"{folder}: has no {FILE_NAME}; evaluate it again: {advice}") from error
     return Run(workdir, dict(leaves(config)), step, counts, read_curve(workdir))
 
 
@@ -131,7 +133,7 @@ def choose_step(workdir: Path, checkpoint: str, split: str, num_steps: int) -> i
     steps = evaluated_steps(workdir, scored_split)
     if not steps:
         advice = eval_command(workdir, checkpoint, scored_split)
-        raise InputError(f"{workdir}: has no evaluation of {scored_split}; {advice} makes one")
+        raise InputError(f"{workdir}: has no evaluation of {scored_split}; evaluate it: {advice}")
     if checkpoint.isdecimal():
         if int(checkpoint) not in steps:
             known = ", ".join(map(str, steps))
@@ -143,7 +145,7 @@ def choose_step(workdir: Path, checkpoint: str, split: str, num_steps: int) -> i
         advice = eval_command(workdir, "latest", scored_split)
         raise InputError(
             f"{workdir}: its last evaluation of {scored_split} is of step {steps[-1]} of"
-            f" {num_steps}; finish its training, then {advice} makes one"
+            f" {num_steps}; finish its training, then evaluate it: {advice}"
         )
     if checkpoint == "latest":
         return steps[-1]
@@ -174,45 +176,55 @@ def read_curve(workdir: Path) -> Curve:
 def require_comparable(runs: Sequence[Run]) -> None:
     """Raise an InputError listing all that makes the scores of the runs incomparable."""
     paths = filter(decides_evaluation, runs[0].settings)
-    problems = [differing(path, lambda run: run.settings[path], runs) for path in paths]  # noqa: B023
-    problems.append(differing("evaluation protocol", lambda run: run.counts.protocol, runs))
-    problems.append(
-        differing("classes", lambda run: shortened(", ".join(run.counts.class_names), 80), runs)
-    )
+    problems = [differing(path, [run.settings[path] for run in runs], runs) for path in paths]
+    problems.append(differing("protocol", [run.counts.protocol for run in runs], runs))
+    classes = [run.counts.class_names for run in runs]
+    problems.append(differing("classes", classes, runs, text=_classes_text))
     problems += [problem for run in runs[1:] for problem in differing_images(run, runs[0])]
     problems = [problem for problem in problems if problem]
     if problems:
         raise listed("the runs to compare, which were not evaluated alike", problems)
 
 
-def differing(name: str, value_of: Callable[[Run], Hashable], runs: Sequence[Run]) -> str:
-    """The values that runs have of something, with the runs of each; empty if there is one."""
+def differing(
+    name: str,
+    values: Sequence[Hashable],
+    runs: Sequence[Run],
+    *,
+    text: Callable[[Any], str] = repr,
+) -> str:
+    """The values that the runs have of something, with the runs of each; empty if all are equal."""
     by_value: dict[Hashable, list[str]] = {}
-    for run in runs:
-        by_value.setdefault(value_of(run), []).append(str(run.workdir))
+    for value, run in zip(values, runs, strict=True):
+        by_value.setdefault(value, []).append(str(run.workdir))
     if len(by_value) == 1:
         return ""
-    values = (f"{value!r} in {', '.join(names)}" for value, names in by_value.items())
-    return f"{name} = {'; '.join(values)}"
+    parts = (f"{text(value)} in {', '.join(names)}" for value, names in by_value.items())
+    return f"{name} = {'; '.join(parts)}"
+
+
+def _classes_text(names: Sequence[str]) -> str:
+    return f"{len(names)} ({shortened(', '.join(names), CLASSES_LENGTH)})"
 
 
 def differing_images(run: Run, first: Run) -> Iterator[str]:
     """How the images and labels of a run's evaluation differ from those of another run's."""
     names, expected = run.counts.image_names, first.counts.image_names
-    for verb, others in (("lacks", [*expected]), ("alone has", [*names])):
-        known = {*(names if verb == "lacks" else expected)}
-        if unknown := [name for name in others if name not in known]:
-            yield (
-                f"images of {run.workdir}: {verb} {len(unknown)} beside {first.workdir},"
-                f" e.g. {unknown[0]}"
-            )
-            return
+    lacking = sorted({*expected} - {*names})
+    added = sorted({*names} - {*expected})
+    one, other = run.workdir, first.workdir
+    if lacking:
+        yield f"images: {one} lacks {len(lacking)} that {other} has, e.g. {lacking[0]}"
+    if added:
+        yield f"images: {one} has {len(added)} that {other} lacks, e.g. {added[0]}"
+    if lacking or added:
+        return
     if names != expected:
-        yield f"images of {run.workdir}: are in another order than in {first.workdir}"
+        yield f"images: {one} has them in another order than {other}"
     elif run.counts.class_names == first.counts.class_names:
-        other = np.flatnonzero((run.counts.labelled != first.counts.labelled).any(1))
-        if other.size:
+        found = np.flatnonzero((run.counts.labelled != first.counts.labelled).any(1))
+        if found.size:
             yield (
-                f"labels of {run.workdir}: have other pixels of the classes than those of"
-                f" {first.workdir} in {len(other)} of {len(names)} images, e.g. {names[other[0]]}"
+                f"labels: {one} has other numbers of labelled pixels than {other} in {len(found)}"
+                f" of {len(names)} images, e.g. {names[found[0]]}"
             )

@@ -278,28 +278,37 @@ def bootstrap_differences(
     are those of the summed counts, as those of the split are. `pairs`: of each of the `a` arms
     after the first with the first.
     """
-    num_classes = labelled.shape[1]
     # Sums by one matrix product, in float64, which has every whole number up to 2**53.
     parts = [x for c in counts for x in (*c.intersection, *c.predicted)]
     table = np.concatenate([labelled, *parts], axis=1).astype(np.float64)
     num_seeds = [len(c.intersection) for c in counts]
-    rows = table.shape[1] + table.shape[0]
+    chunk = max(1, MAX_ELEMENTS // sum(table.shape))
     found = []
-    for weights in resamples(len(labelled), num_resamples, seed, max(1, MAX_ELEMENTS // rows)):
-        sums = (weights @ table).reshape(len(weights), -1, num_classes)
-        of_label, sums = sums[:, :1], sums[:, 1:]
-        scores = []
-        for number in num_seeds:
-            intersection, predicted = sums[:, :number], sums[:, number : 2 * number]
-            scores.append(scores_of(intersection, of_label, predicted, rarest))
-            sums = sums[:, 2 * number :]
+    for weights in resamples(len(labelled), num_resamples, seed, chunk):
+        sums = (weights @ table).reshape(len(weights), len(parts) + 1, -1)
+        baseline, *others = resampled_scores(sums, num_seeds, rarest)
         found.append(
             [
-                of_arm[:, pair.of_arm].mean(1) - scores[0][:, pair.of_baseline].mean(1)
-                for of_arm, pair in zip(scores[1:], pairs, strict=True)
+                scores[:, pair.of_arm].mean(1) - baseline[:, pair.of_baseline].mean(1)
+                for scores, pair in zip(others, pairs, strict=True)
             ]
         )
     return np.concatenate(found, axis=1)
+
+
+def resampled_scores(
+    sums: Float64[np.ndarray, "r x k"], num_seeds: Sequence[int], rarest: Sequence[int]
+) -> Iterator[Float64[np.ndarray, "r s q"]]:
+    """The scores of each arm in each resample.
+
+    `sums`: labelled pixels, then of each arm those of the intersection and the predicted ones, each
+    of all its seeds.
+    """
+    labelled, start = sums[:, :1], 1
+    for number in num_seeds:
+        intersection, predicted = np.split(sums[:, start : start + 2 * number], 2, axis=1)
+        yield scores_of(intersection, labelled, predicted, rarest)
+        start += 2 * number
 
 
 def resamples(

@@ -224,20 +224,20 @@ def test_runs_that_are_not_there(runs, tmp_path):
 
 def test_a_comparison_takes_two_arms(runs, tmp_path):
     assert refused(tmp_path, "ce/seed_0") == (
-        "--runs=ce/seed_0: a single run (ce/seed_0), to compare takes two"
+        "--runs=ce/seed_0: is a single run; a comparison needs at least two"
     )
     assert refused(tmp_path, "ce") == (
-        "--runs: all 2 have the same settings but for their seeds; to compare takes runs of other"
-        " settings too"
+        "--runs: all 2 runs differ in their seeds alone; a comparison needs runs with other"
+        " settings as well"
     )
 
 
 def test_a_run_counts_once(runs, tmp_path):
     assert refused(tmp_path, "ce", "memory", "ce/seed_1") == (
-        "--runs=ce/seed_1: the run ce/seed_1 is given twice, by --runs=ce before"
+        "--runs=ce/seed_1: the run ce/seed_1 is given twice, by --runs=ce as well"
     )
     (tmp_path / "link").symlink_to(tmp_path / "ce" / "seed_0")
-    assert "the run link is given twice, by --runs=ce before" in refused(tmp_path, "ce", "link")
+    assert "the run link is given twice, by --runs=ce as well" in refused(tmp_path, "ce", "link")
     shutil.copytree(tmp_path / "ce" / "seed_0", tmp_path / "copy")
     assert refused(tmp_path, "ce", "memory", "copy") == (
         "--runs: ce/seed_0 and copy have the same settings and the same seed, 0; leave out one"
@@ -261,14 +261,15 @@ def test_runs_without_an_evaluation_are_all_listed(runs, tmp_path):
     assert refused(tmp_path).splitlines() == [
         "3 problems in the runs to compare:",
         "  ce/seed_0: its last evaluation of val is of step 4 of 6; finish its training, then"
-        " --mode=eval --workdir=ce/seed_0 --checkpoint=latest makes one",
-        "  memory/seed_0: has no evaluation of val; --mode=eval --workdir=memory/seed_0"
-        " --checkpoint=latest makes one",
-        "  memory/seed_1/eval/6: has no image_counts.npz; --mode=eval --workdir=memory/seed_1"
-        " --checkpoint=6 writes it",
+        " evaluate it: --mode=eval --workdir=ce/seed_0 --checkpoint=latest",
+        "  memory/seed_0: has no evaluation of val; evaluate it: --mode=eval"
+        " --workdir=memory/seed_0 --checkpoint=latest",
+        "  memory/seed_1/eval/6: has no image_counts.npz; evaluate it again: --mode=eval"
+        " --workdir=memory/seed_1 --checkpoint=6",
     ]
     message = refused(tmp_path, "ce/seed_1", "memory/seed_1", split="test")
-    assert "--workdir=ce/seed_1 --checkpoint=latest --split=test makes one" in message
+    assert "no evaluation of test; evaluate it: --mode=eval --workdir=ce/seed_1" in message
+    assert "--checkpoint=latest --split=test" in message
 
 
 def test_a_step_that_was_not_evaluated(runs, tmp_path):
@@ -320,21 +321,17 @@ OTHER_LABELS = confusions(0.5, 0)[::-1].sum(2)
     [
         (
             {"protocol": "flipped"},
-            "evaluation protocol = 'whole_image' in ce/seed_0, ce/seed_1; 'flipped' in b",
+            "protocol = 'whole_image' in ce/seed_0, ce/seed_1; 'flipped' in b",
         ),
         (
             {"class_names": ("road", "tree", "sky")},
-            "classes = 'road, tree, a|b_<c>' in ce/seed_0, ce/seed_1; 'road, tree, sky' in b",
+            "classes = 3 (road, tree, a|b_<c>) in ce/seed_0, ce/seed_1; 3 (road, tree, sky) in b",
         ),
-        (
-            {"image_names": (*IMAGES[:3], "x", "y")},
-            "images of b: lacks 2 beside ce/seed_0, e.g. image_3",
-        ),
-        ({"image_names": IMAGES[::-1]}, "images of b: are in another order than in ce/seed_0"),
+        ({"image_names": IMAGES[::-1]}, "images: b has them in another order than ce/seed_0"),
         (
             {"labelled": OTHER_LABELS},
-            "labels of b: have other pixels of the classes than those of ce/seed_0 in 4 of 5"
-            " images, e.g. image_0",
+            "labels: b has other numbers of labelled pixels than ce/seed_0 in 4 of 5 images, e.g."
+            " image_0",
         ),
     ],
 )
@@ -343,11 +340,23 @@ def test_evaluations_of_other_things(runs, tmp_path, changes, message):
     assert refused(tmp_path, "ce", "b").splitlines()[1:] == [f"  {message}"]
 
 
-def test_evaluations_of_more_images(runs, tmp_path):
+def test_evaluations_of_other_images(runs, tmp_path):
+    write_run(tmp_path / "c", variant="memory", image_names=(*IMAGES[:3], "x", "y"))
+    assert refused(tmp_path, "ce/seed_0", "c").splitlines()[1:] == [
+        "  images: c lacks 2 that ce/seed_0 has, e.g. image_3",
+        "  images: c has 2 that ce/seed_0 lacks, e.g. x",
+    ]
     more = {key: np.zeros((6, 3), np.int64) for key in ("intersection", "labelled", "predicted")}
     write_run(tmp_path / "b", variant="memory", image_names=(*IMAGES, "z"), **more)
-    expected = "  images of b: alone has 1 beside ce/seed_0, e.g. z"
+    expected = "  images: b has 1 that ce/seed_0 lacks, e.g. z"
     assert refused(tmp_path, "ce", "b").splitlines()[1:] == [expected]
+
+
+def test_classes_that_differ_in_the_middle_of_a_long_list(tmp_path):
+    for variant, name in (("ce", "cat"), ("memory", "dog")):
+        names = ("x" * 100, name, "y" * 100)
+        write_run(tmp_path / variant, variant=variant, class_names=names)
+    assert "  classes = 3 (xxx" in refused(tmp_path, "ce", "memory")
 
 
 # --- Runs that were trained -----------------------------------------------------------------------
