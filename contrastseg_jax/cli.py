@@ -1,10 +1,11 @@
-"""Command line: train, evaluate, predict, audit data, plan runs, convert pretrained weights.
+"""Command line: train, evaluate, compare, predict, audit data, plan runs, convert weights.
 
     python main.py --mode=audit --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=plan --config=configs/cityscapes.py --topology=v5e:2x4
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=eval --workdir=runs/quickstart --checkpoint=best
     python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
+    python main.py --mode=compare --runs=runs/ce --runs=runs/memory --output=comparison
     python main.py --mode=convert --input=resnet50.pth --output=weights/resnet50
 
 Any setting of contrastseg_jax/config/default.py can be changed: --config.train.batch_size=4.
@@ -48,6 +49,7 @@ class Arguments:
     checkpoint: str
     split: str | None
     input: tuple[str, ...]
+    runs: tuple[str, ...]
     output: Path
     coordinator: str | None
     num_processes: int | None
@@ -123,6 +125,15 @@ def run_plan(arguments: Arguments) -> None:
         output=optional_output(arguments),
     )
     exit_now(status)
+
+
+def run_compare(arguments: Arguments) -> None:
+    """Compare runs that were evaluated, over their seeds."""
+    start_logging()
+    from contrastseg_jax.evaluation.compare import compare_runs
+
+    split = arguments.split or "val"
+    compare_runs(arguments.runs, arguments.checkpoint, split, arguments.output)
 
 
 def run_convert(arguments: Arguments) -> None:
@@ -209,6 +220,7 @@ class Command:
     reads: tuple[str, ...]
 
 
+REPEATED = ("input", "runs")  # flags that may be given several times
 PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "start_timeout")
 COMMANDS = {
     "train": Command(run_train, ("config", "workdir"), ("checkpoint", *PROCESS_FLAGS)),
@@ -218,6 +230,7 @@ COMMANDS = {
     "predict": Command(run_predict, ("workdir", "input", "output"), ("config", "checkpoint")),
     "audit": Command(run_audit, ("workdir",), ("config", "split")),
     "plan": Command(run_plan, ("config",), ("output", "topology", "quick", "time_limit")),
+    "compare": Command(run_compare, ("runs", "output"), ("checkpoint", "split")),
     "convert": Command(run_convert, ("input", "output"), ("checkpoint",)),
 }
 
@@ -227,16 +240,18 @@ flags.DEFINE_string(
     None,
     "A recipe, e.g. camvid, or FILE.py, each with [:MODEL[,VARIANT]]; optional after training.",
 )
-flags.DEFINE_string("workdir", None, "Folder of the run; not used by plan and convert.")
+flags.DEFINE_string("workdir", None, "Folder of the run; not used by plan, compare and convert.")
 flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
-    "eval, predict, convert: latest, best or a step; eval, predict: or init, the pretrained"
-    " weights of model.init_from without training.",
+    "eval, predict, convert, compare: latest, best or a step; eval, predict: or init, the"
+    " pretrained weights of model.init_from without training.",
 )
 flags.DEFINE_string(
-    "split", None, "eval: split to evaluate, default val; audit: split to read, default all."
+    "split",
+    None,
+    "eval, compare: split to evaluate or that was, default val; audit: split to read, default all.",
 )
 flags.DEFINE_multi_string(
     "input",
@@ -244,11 +259,17 @@ flags.DEFINE_multi_string(
     "predict: image, folder of images or pattern ('photos/*.jpg'); may be repeated."
     " convert: .pth, .safetensors, folder of a run.",
 )
+flags.DEFINE_multi_string(
+    "runs",
+    None,
+    "compare: workdir, or folder that contains workdirs; may be repeated. The first is of the"
+    " baseline.",
+)
 flags.DEFINE_string(
     "output",
     None,
-    "predict, convert: folder for the results; eval: folder to use instead of the workdir, which"
-    " may then be read-only; plan: JSON file.",
+    "predict, convert, compare: folder for the results; eval: folder to use instead of the workdir,"
+    " which may then be read-only; plan: JSON file.",
 )
 flags.DEFINE_string(
     "coordinator", None, "train, eval with several processes: HOST:PORT of process 0."
@@ -294,11 +315,13 @@ def read_arguments(settings: Sequence[str]) -> Arguments:
     """The arguments from absl's flags and overrides "PATH=VALUE"; InputError if they conflict."""
     names = [field.name for field in fields(Arguments) if field.name in FLAGS]
     values: dict[str, Any] = {name: FLAGS[name].value for name in names}
-    values["input"] = inputs = tuple(values["input"] or ())
-    empty = {name for name in names if values[name] == "" or (name == "input" and "" in inputs)}
+    values |= {name: tuple(values[name] or ()) for name in REPEATED}
+    empty = {name for name in names if values[name] == ""}
+    empty |= {name for name in REPEATED if "" in values[name]}
     given = frozenset(name for name in names if FLAGS[name].present and name not in empty)
-    for text in inputs:
-        local_path("input", text)
+    for name in REPEATED:
+        for text in values[name]:
+            local_path(name, text)
     for name in ("workdir", "output"):
         values[name] = local_path(name, values[name] or "")
     arguments = Arguments(**values, settings=tuple(settings), given=given)

@@ -13,6 +13,7 @@ from small import SETTINGS, make_config
 
 from contrastseg_jax import cli
 from contrastseg_jax.errors import InputError
+from contrastseg_jax.evaluation import compare
 from contrastseg_jax.run.workdir import record_config
 
 CONFIG = f"--config={ROOT / 'configs' / 'default.py'}:toy,memory"
@@ -30,10 +31,13 @@ def arguments_of(*texts, settings=()):
         ["--mode=convert", "--input=x", "--output=gs://bucket/x"],
         ["--mode=train", CONFIG, "--workdir=s3://bucket/x"],
         ["--mode=predict", "--workdir=w", "--input=gs://x", "--output=y"],
+        ["--mode=compare", "--runs=a", "--runs=gs://x", "--output=y"],
     ],
 )
 def test_folders_must_be_on_a_disk(arguments):
-    with pytest.raises(InputError, match="--(output|workdir|input)=.*://.*: must be on a local"):
+    with pytest.raises(
+        InputError, match="--(output|workdir|input|runs)=.*://.*: must be on a local"
+    ):
         arguments_of(*arguments)
 
 
@@ -48,7 +52,8 @@ def test_flags_that_a_mode_needs_or_does_not_use_are_named(mode, tmp_path):
                 arguments_of(f"--mode={mode}", *filter(None, others.values()))
     values = {"quick": "true", "time_limit": "1", "num_processes": "2", "process_id": "0"}
     used = {*command.needs, *command.reads}
-    for name in {*values, "config", "workdir", "checkpoint", "split", "input", "output"} - used:
+    others = {"config", "workdir", "checkpoint", "split", "input", "runs", "output"}
+    for name in {*values, *others} - used:
         unused = f"--{name}={values.get(name, 'x')}"
         with pytest.raises(InputError, match=f"^--{name}: not used by --mode={mode}$"):
             arguments_of(f"--mode={mode}", *texts.values(), unused)
@@ -60,6 +65,20 @@ def test_a_conversion_has_no_settings_and_one_input(tmp_path):
         arguments_of(*texts, settings=["seed=1"])
     with pytest.raises(InputError, match="^--input=x y: --mode=convert takes one$"):
         arguments_of(*texts, "--input=y")
+
+
+def test_runs_are_compared_in_the_order_given(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(compare, "compare_runs", lambda *given: called.append(given))
+    texts = ("--mode=compare", "--runs=b", "--runs=a", f"--output={tmp_path}")
+    cli.run_compare(arguments_of(*texts))
+    cli.run_compare(arguments_of(*texts, "--checkpoint=best", "--split=test"))
+    assert called == [
+        (("b", "a"), "latest", "val", tmp_path),
+        (("b", "a"), "best", "test", tmp_path),
+    ]
+    with pytest.raises(InputError, match="^--runs: required by --mode=compare$"):
+        arguments_of(*texts, "--runs=")
 
 
 @pytest.mark.parametrize("mode", cli.COMMANDS)

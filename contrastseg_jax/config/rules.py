@@ -51,6 +51,19 @@ LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
 FOLDERS = ("data.root", "model.init_from")
 
 
+def decides_evaluation(path: str) -> bool:
+    """Whether scores cannot be compared where this setting differs.
+
+    Settings of the data and of evaluations do, unless they are of the machine, or of what is
+    trained on: those are named `train…`. (Of `num_examples` the second number matters, and shows in
+    the images that were evaluated.)
+    """
+    of_training = path.rpartition(".")[2].startswith("train")
+    of_training |= path == "data.synthetic.num_examples"
+    is_evaluated = path.partition(".")[0] in ("data", "eval")
+    return is_evaluated and path not in OPERATIONAL and not of_training
+
+
 def uses_contrast(config: Config) -> bool:
     """Whether the contrast loss takes part in training at all."""
     return config.contrast.candidates != "none"

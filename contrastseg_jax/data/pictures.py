@@ -177,13 +177,18 @@ def _add_legend(figure: Figure, entries: Sequence[Entry], **settings: Any) -> No
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as a PNG."""
+    write_atomically(path, figure_png(figure))
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The PNG of a figure."""
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", UserWarning
         )  # characters that the font lacks: a box will do
         figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
+    return picture.getvalue()
 
 
 def _class_entries(label_map: LabelMap) -> list[Entry]:

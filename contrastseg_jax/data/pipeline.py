@@ -76,6 +76,7 @@ class EvalGroup:
     image_size: Size
     label_size: Size
     example_ids: list[int]
+    names: list[str]  # of the examples
 
 
 def loading_settings(config: Config) -> Loading:
@@ -143,7 +144,8 @@ def eval_groups(
 ) -> list[EvalGroup]:
     """Which examples are evaluated together: up to `batch_size` whose padded sizes are the same.
 
-    Reads the header of every image of the split, so a run calls it once.
+    Reads every record of the split, for its name and the header of its image, so a run calls it
+    once.
 
     Args:
         source: the records of a split.
@@ -156,23 +158,24 @@ def eval_groups(
         InputError: for an image whose header cannot be read, or for all that are too large; it
             names the examples.
     """
-    read_size = partial(_image_size, source, preprocessing.decoding)
-    sizes = grain.MapDataset.range(len(source)).map(read_size)
+    read_header = partial(_image_header, source, preprocessing.decoding)
+    headers = grain.MapDataset.range(len(source)).map(read_header)
     short_side = preprocessing.short_side
-    example_ids: defaultdict[tuple[Size, Size], list[int]] = defaultdict(list)
+    members: defaultdict[tuple[Size, Size], list[tuple[int, str]]] = defaultdict(list)
     problems = []
-    for example_id, size in enumerate(sizes.to_iter_dataset(_read_options(loading.num_threads))):
+    options = _read_options(loading.num_threads)
+    for example_id, (name, size) in enumerate(headers.to_iter_dataset(options)):
         if problem := too_large(size, short_side, pad_multiple):
-            problems.append(f"image {source[example_id]['name'].decode()}: {problem}")
+            problems.append(f"image {name}: {problem}")
         resized = resized_size(size, short_side)
         padded = padded_size(resized, pad_multiple), padded_size(size, pad_multiple)
-        example_ids[padded].append(example_id)
+        members[padded].append((example_id, name))
     if problems:
         raise listed("the images to evaluate", problems)
     return [
-        EvalGroup(*padded, members[first : first + batch_size])
-        for padded, members in example_ids.items()
-        for first in range(0, len(members), batch_size)
+        EvalGroup(*padded, *map(list, zip(*found[first : first + batch_size], strict=True)))
+        for padded, found in members.items()
+        for first in range(0, len(found), batch_size)
     ]
 
 
@@ -338,9 +341,11 @@ def _cached(
     return example
 
 
-def _image_size(source: Source, decoding: Decoding, example_id: int) -> Size:
+def _image_header(source: Source, decoding: Decoding, example_id: int) -> tuple[str, Size]:
+    """The name of an example, and the size of its image."""
     record = source[example_id]
-    return image_size(record["image"], f"image {record['name'].decode()}", decoding)
+    name = record["name"].decode()
+    return name, image_size(record["image"], f"image {name}", decoding)
 
 
 def _shard_rows(batch_size: int, shard: Shard) -> range:

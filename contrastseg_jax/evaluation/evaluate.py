@@ -11,7 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data import pictures, pipeline
@@ -22,14 +22,15 @@ from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
 from contrastseg_jax.errors import InputError, best_effort
 from contrastseg_jax.evaluation import programs
-from contrastseg_jax.evaluation.metrics import METRICS
+from contrastseg_jax.evaluation.metrics import METRICS, image_counts
 from contrastseg_jax.evaluation.programs import Programs
-from contrastseg_jax.evaluation.protocols import Protocol, whole_image
+from contrastseg_jax.evaluation.protocols import Protocol, protocol_name, whole_image
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.ops.resize import resized_argmax
 from contrastseg_jax.parallel import processes, sharding
 from contrastseg_jax.report import evaluation
+from contrastseg_jax.report.image_counts import ImageCounts, save_image_counts
 from contrastseg_jax.run.checkpoint import find_step
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
@@ -53,10 +54,11 @@ class Evaluator:
 
     setup: Setup
     split: str
+    protocol: str  # its name
     source: Source
     groups: Sequence[EvalGroup]
     network: Programs  # variables, images -> logits
-    score: Programs  # logits, batch -> predictions, counts
+    score: Programs  # logits, batch -> predictions, counts, counts of each image
 
 
 def make_evaluator(
@@ -80,11 +82,12 @@ def make_evaluator(
     return Evaluator(
         setup=setup,
         split=split,
+        protocol=protocol_name(protocol),
         source=source,
         groups=groups,
         network=compile_network(setup, protocol),
         score=programs.by_shape(
-            score, in_shardings=split_rows, out_shardings=(split_rows, replicated)
+            score, in_shardings=split_rows, out_shardings=(split_rows, replicated, split_rows)
         ),
     )
 
@@ -114,8 +117,10 @@ def network_logits(
     return protocol(logits, image)
 
 
-def score(logits: Float[Array, "b hs ws k"], batch: Batch) -> tuple[UInt8[Array, "b h w"], Counts]:
-    """Predictions at the size of the labels, and the counts of each metric.
+def score(
+    logits: Float[Array, "b hs ws k"], batch: Batch
+) -> tuple[UInt8[Array, "b h w"], Counts, Int[Array, "b 3 k"]]:
+    """Predictions at the size of the labels, the counts of each metric, and `image_counts`.
 
     Padding rows have no labels.
     """
@@ -128,11 +133,13 @@ def score(logits: Float[Array, "b hs ws k"], batch: Batch) -> tuple[UInt8[Array,
     prediction = resized_argmax(
         logits, image_size, label_size, padded_image=image, padded_label=label
     )
+    num_classes = logits.shape[-1]
     counts = {
-        name: metric.count(batch.label, prediction, num_classes=logits.shape[-1])
+        name: metric.count(batch.label, prediction, num_classes=num_classes)
         for name, metric in METRICS.items()
     }
-    return prediction.astype(jnp.uint8), counts
+    per_image = image_counts(batch.label, prediction, num_classes=num_classes)
+    return prediction.astype(jnp.uint8), counts, per_image
 
 
 def require_memory(evaluator: Evaluator, variables: Variables) -> None:
@@ -187,21 +194,23 @@ def evaluate(
     """Scores of a split, after `step` steps of training.
 
     They are written to `folder/metrics.json` and `folder/index.html`, which also shows the first
-    images of process 0 with labels and predictions. Classes that are never predicted are logged,
-    with the class weights of an audit in the workdir. `before_batch` receives the error if a batch
-    could not be made, and may raise to end the evaluation.
+    images of process 0 with labels and predictions; what was counted in each image, to
+    `folder/image_counts.npz`. Classes that are never predicted are logged, with the class weights
+    of an audit in the workdir. `before_batch` receives the error if a batch could not be made, and
+    may raise to end the evaluation.
     """
     require_finite(variables, step)
-    setup, panels = evaluator.setup, []
+    setup, panels, counted = evaluator.setup, [], []
     totals: Any = None  # counts by metric
     num_panels = setup.config.eval.num_pictures if processes.is_first() else 0
     for batch in _asking(make_batches(evaluator), before_batch):
         on_devices = sharding.to_devices(batch, setup.mesh)
         logits = programs.run(evaluator.network, variables, on_devices.image)
-        prediction, counts = programs.run(evaluator.score, logits, on_devices)
+        prediction, counts, per_image = programs.run(evaluator.score, logits, on_devices)
         # In int64, as a split has more pixels than int32 can count.
         counts = jax.tree.map(lambda x: np.asarray(x, np.int64), counts)
         totals = counts if totals is None else jax.tree.map(np.add, totals, counts)
+        counted.append((batch.example_id, sharding.local_rows(per_image)))
         panels += _draw_panels(evaluator, batch, prediction, folder, num_panels)
         num_panels = max(0, num_panels - int(batch.valid.sum()))  # those that failed too
     results = {
@@ -216,11 +225,41 @@ def evaluate(
     if advice and processes.is_first():
         log.info(advice)
 
+    of_images = join_image_counts(evaluator, counted)
+
     def write() -> None:
-        evaluation.save_evaluation(folder, results, panels, advice)
+        save_image_counts(folder, of_images)
+        evaluation.save_evaluation(folder, results, panels, advice)  # which say that it is complete
 
     processes.sync_errors(write if processes.is_first() else lambda: None)
     return results
+
+
+def join_image_counts(
+    evaluator: Evaluator, counted: Sequence[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "b 3 k"]]]
+) -> ImageCounts:
+    """The counts of every image of the split, from the rows of all processes.
+
+    `counted`: example ids and `image_counts` of this process's rows of each batch. All processes
+    must call it.
+    """
+    mesh = evaluator.setup.mesh
+    example_id, rows = (
+        sharding.all_rows(np.concatenate(parts), mesh) for parts in zip(*counted, strict=True)
+    )
+    order = np.argsort(example_id)
+    order = order[example_id[order] >= 0]  # without rows of padding
+    intersection, labelled, predicted = np.moveaxis(rows[order], 1, 0)
+    names = {i: n for g in evaluator.groups for i, n in zip(g.example_ids, g.names, strict=True)}
+    return ImageCounts(
+        split=evaluator.split,
+        protocol=evaluator.protocol,
+        image_names=tuple(names[i] for i in example_id[order].tolist()),
+        class_names=tuple(evaluator.setup.classes.names),
+        intersection=intersection,
+        labelled=labelled,
+        predicted=predicted,
+    )
 
 
 def make_batches(evaluator: Evaluator) -> Iterator[Batch]:

@@ -1,37 +1,71 @@
-"""Metrics of a split, exact for any batching; the only definition of mIoU."""
+"""Metrics of a split, exact for any batching."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
+
+from contrastseg_jax.ops.iou import class_iou, mean_over_classes
+from contrastseg_jax.ops.iou import pixel_accuracy as accuracy
+
+
+def confusion_matrices(
+    label: UInt8[Array, "b h w"], prediction: Int[Array, "b h w"], *, num_classes: int
+) -> Int[Array, "b k k"]:
+    """Number of pixels with label i and prediction j, at [i, j] of each image's matrix.
+
+    Ignored pixels are left out.
+    """
+    labelled = label < num_classes
+    row, column = label.astype(jnp.int32), prediction.astype(jnp.int32)
+    pair = jnp.where(labelled, row * num_classes + column, num_classes**2)
+    count = functools.partial(jnp.bincount, length=num_classes**2 + 1)
+    counts = jax.vmap(count)(pair.reshape(len(pair), -1)).astype(jnp.int32)
+    return counts[:, :-1].reshape(-1, num_classes, num_classes)
 
 
 def confusion_matrix(
     label: UInt8[Array, "b h w"], prediction: Int[Array, "b h w"], *, num_classes: int
 ) -> Int[Array, "k k"]:
-    """Number of pixels with label i and prediction j, at [i, j]; ignored pixels are left out."""
-    labelled = label < num_classes
-    row, column = label.astype(jnp.int32), prediction.astype(jnp.int32)
-    pair = jnp.where(labelled, row * num_classes + column, num_classes**2)
-    counts = jnp.bincount(pair.reshape(-1), length=num_classes**2 + 1).astype(jnp.int32)
-    return counts[:-1].reshape(num_classes, num_classes)
+    """The sum of the images' `confusion_matrices`."""
+    counts = confusion_matrices(label, prediction, num_classes=num_classes)
+    return counts.sum(0, dtype=jnp.int32)
+
+
+def image_counts(
+    label: UInt8[Array, "b h w"], prediction: Int[Array, "b h w"], *, num_classes: int
+) -> Int[Array, "b 3 k"]:
+    """Pixels of each image and class: rightly predicted, labelled, and predicted.
+
+    Ignored pixels are left out of all three. Summed over the images of a split they give the same
+    IoU as its confusion matrix, and summed over any sample of images the IoU of that sample.
+    """
+    counts = confusion_matrices(label, prediction, num_classes=num_classes)
+    hit = jnp.diagonal(counts, axis1=1, axis2=2)
+    sums = (counts.sum(axis, dtype=jnp.int32) for axis in (2, 1))
+    return jnp.stack([hit, *sums], axis=1)
+
+
+def class_counts(
+    confusion: Int[np.ndarray, "k k"],
+) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+    """Pixels of each class: rightly predicted, labelled, and predicted."""
+    return np.diag(confusion), confusion.sum(1), confusion.sum(0)
 
 
 def iou(confusion: Int[np.ndarray, "k k"]) -> Float[np.ndarray, " k"]:
     """Intersection over union per class; NaN for a class in neither label nor prediction."""
-    hit = np.diag(confusion).astype(np.float64)
-    union = confusion.sum(0) + confusion.sum(1) - hit
-    return np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)
+    return class_iou(*class_counts(confusion))
 
 
 def mean_iou(confusion: Int[np.ndarray, "k k"]) -> float:
     """Mean IoU over the classes that occur in label or prediction; NaN if there are none."""
-    values = iou(confusion)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if values.size else float("nan")
+    return float(mean_over_classes(iou(confusion)))
 
 
 def never_predicted(confusion: Int[np.ndarray, "k k"]) -> list[int]:
@@ -41,8 +75,8 @@ def never_predicted(confusion: Int[np.ndarray, "k k"]) -> list[int]:
 
 def pixel_accuracy(confusion: Int[np.ndarray, "k k"]) -> float:
     """Share of labelled pixels predicted correctly; NaN if none is labelled."""
-    total = confusion.sum()
-    return float(np.diag(confusion).sum() / total) if total else float("nan")
+    hit, labelled, _ = class_counts(confusion)
+    return float(accuracy(hit, labelled))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Logits are combined at the network's stride; full-size logits are never materialised.
 """
 
+import functools
 from collections.abc import Callable
 
 from jaxtyping import Array, Float, UInt8
@@ -16,3 +17,11 @@ Protocol = Callable[[Network, Images], Logits]  # pure; at the network's stride
 def whole_image(network: Network, image: Images) -> Logits:
     """One pass over the image as it is."""
     return network(image)
+
+
+def protocol_name(protocol: Protocol) -> str:
+    """The protocol's function with the settings bound to it, as evaluations record it."""
+    if isinstance(protocol, functools.partial):
+        values = (*map(repr, protocol.args), *(f"{k}={v!r}" for k, v in protocol.keywords.items()))
+        return f"{protocol_name(protocol.func)}({', '.join(values)})"
+    return getattr(protocol, "__name__", type(protocol).__name__)

@@ -84,6 +84,19 @@ def local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
+def all_rows(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """The rows of all processes, in each of them; all have equally many, a multiple of devices."""
+    if jax.process_count() == 1:
+        return rows
+    array = jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+    return np.asarray(_all_gather(mesh)(array))
+
+
+@functools.cache
+def _all_gather(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(lambda rows: rows, out_shardings=replicated(mesh))
+
+
 def any_process(flag: bool, mesh: Mesh) -> jax.Array:
     """Whether `flag` is set in any process: the same answer in all, computed asynchronously."""
     flags = jax.make_array_from_process_local_data(

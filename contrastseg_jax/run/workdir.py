@@ -84,6 +84,14 @@ def evaluation_folder(workdir: Path, step: int, split: str = "val") -> Path:
     return workdir / "eval" / (str(step) if split == "val" else f"{step}_{split}")
 
 
+def evaluated_steps(workdir: Path, split: str = "val") -> list[int]:
+    """The steps of the evaluations of a split, in order."""
+    names = {path.parent.name for path in workdir.glob("eval/*/metrics.json")}
+    numbers = {name.partition("_")[0] for name in names}
+    steps = sorted(int(number) for number in numbers if number.isdecimal())
+    return [step for step in steps if evaluation_folder(workdir, step, split).name in names]
+
+
 def read_score(workdir: Path, step: int) -> float:
     """The val mIoU, by which "best" is chosen; -inf for a checkpoint without a score."""
     path = evaluation_folder(workdir, step) / "metrics.json"

@@ -5,7 +5,7 @@ import re
 import pytest
 from paths import ROOT
 
-from contrastseg_jax.config.load import from_json, load
+from contrastseg_jax.config.load import from_json, load, schema
 from contrastseg_jax.config.rules import (
     FOLDERS,
     LEFT_OPEN,
@@ -13,6 +13,7 @@ from contrastseg_jax.config.rules import (
     PHOTOGRAPHIC,
     RULES,
     broken_rules,
+    decides_evaluation,
 )
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.errors import InputError, listed
@@ -329,3 +330,11 @@ def test_files_that_are_no_config(tmp_path, monkeypatch):
     path.write_text("x = 1\n")
     with pytest.raises(InputError, match="get_config"):
         load(str(path))
+
+
+def test_what_is_evaluated_is_decided_by_settings_of_data_and_evaluation():
+    decisive = {path for path, _ in leaves(schema()) if decides_evaluation(path)}
+    assert {path.partition(".")[0] for path in decisive} == {"data", "eval"}
+    assert {"data.name", "data.short_side", "data.tfds.val_split", "eval.pad_multiple"} <= decisive
+    assert not decisive & {"data.root", "data.tfds.train_split", "eval.batch_size", *OPERATIONAL}
+    assert not decides_evaluation("data.train_anything")

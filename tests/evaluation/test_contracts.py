@@ -1,5 +1,7 @@
 """The contracts of a metric and of a protocol, by one of a few lines each."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from small import setup_of
 from contrastseg_jax.data.dataset import open_split
 from contrastseg_jax.evaluation.evaluate import evaluate, make_evaluator
 from contrastseg_jax.evaluation.metrics import METRICS, Metric
+from contrastseg_jax.evaluation.protocols import protocol_name, whole_image
+from contrastseg_jax.report.image_counts import read_image_counts
 from contrastseg_jax.setup.resolve import load_network
 
 pytestmark = pytest.mark.slow
@@ -47,7 +51,7 @@ def test_a_metric_is_counted_beside_the_others(scored, monkeypatch):
     assert results["share"] == pytest.approx(predicted[0] / predicted.sum())
 
 
-def test_a_protocol_combines_the_logits_of_several_passes(scored):
+def test_a_protocol_combines_the_logits_of_several_passes(scored, tmp_path):
     """Of an image and its mirror image, with weights that show which was which."""
 
     def mirrored_alone(network, image):
@@ -55,6 +59,7 @@ def test_a_protocol_combines_the_logits_of_several_passes(scored):
         return mirrored + 0.0 * network(image)
 
     plain, mirrored = scored(), scored(protocol=mirrored_alone)
+    assert read_image_counts(tmp_path).protocol == "mirrored_alone"
     assert np.sum(plain["confusion"]) == np.sum(mirrored["confusion"])
     assert plain["confusion"] != mirrored["confusion"]  # a network of few steps is not symmetric
 
@@ -63,3 +68,9 @@ def test_a_protocol_combines_the_logits_of_several_passes(scored):
 
     again = scored(protocol=back_again)
     assert np.abs(np.subtract(plain["confusion"], again["confusion"])).sum() <= 2
+
+
+def test_a_protocol_is_named_with_its_settings():
+    assert protocol_name(whole_image) == "whole_image"
+    scaled = functools.partial(whole_image, scales=(0.5, 1.0))
+    assert protocol_name(scaled) == "whole_image(scales=(0.5, 1.0))"

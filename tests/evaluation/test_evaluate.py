@@ -88,7 +88,8 @@ def test_resized_evaluations_send_nothing_but_their_counts(trained):
     label = np.zeros((2, 40, 40), np.uint8)
     image, row = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int32)
     batch = Batch(image, label, row, row >= 0, sizes, sizes)
-    score_fn = jax.jit(score, in_shardings=split, out_shardings=(split, sharding.replicated(mesh)))
+    shardings = split, sharding.replicated(mesh), split
+    score_fn = jax.jit(score, in_shardings=split, out_shardings=shardings)
     text = score_fn.lower(np.zeros((2, 8, 8, 3), np.float32), batch).compile().as_text()
     assert "all-reduce" in text  # of the confusion matrix
     assert "all-gather" not in text and "all-to-all" not in text
@@ -153,7 +154,8 @@ def test_an_evaluation_with_an_output_leaves_the_workdir_as_it_is(trained, tmp_p
     before, output = contents(workdir), tmp_path / "scores"
     evaluate_run(setup_of(config), workdir, "latest", "val", output)
     assert contents(workdir) == before
-    assert {path.name for path in output.iterdir()} == {"metrics.json", "index.html", "000000.png"}
+    names = {"metrics.json", "image_counts.npz", "index.html", "000000.png"}
+    assert {path.name for path in output.iterdir()} == names
     scores = json.loads((output / "metrics.json").read_text())
     assert scores == json.loads((workdir / "eval" / "6" / "metrics.json").read_text())
 

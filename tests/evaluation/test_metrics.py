@@ -8,6 +8,7 @@ from sklearn.metrics import jaccard_score
 
 from contrastseg_jax.evaluation.metrics import (
     confusion_matrix,
+    image_counts,
     iou,
     mean_iou,
     never_predicted,
@@ -32,6 +33,23 @@ def test_confusion_matrix_and_iou_match_scikit_learn(scene):
     np.testing.assert_allclose(iou(got), jaccard_score(truth, guess, average=None))
     assert mean_iou(got) == pytest.approx(jaccard_score(truth, guess, average="macro"))
     assert pixel_accuracy(got) == pytest.approx((truth == guess).mean())
+
+
+def test_images_are_counted_one_by_one(scene):
+    """Each as if it were alone, ignored pixels left out; together they are the matrix."""
+    label, prediction = scene
+    arrays = jnp.asarray(label), jnp.asarray(prediction)
+    got = np.asarray(image_counts(*arrays, num_classes=5))
+    assert got.shape == (2, 3, 5) and got.dtype == np.int32
+    for counts, truth, guess in zip(got, label, prediction, strict=True):
+        seen = truth != IGNORE_LABEL
+        for c in range(5):
+            is_label, is_guess = seen & (truth == c), seen & (guess == c)
+            expected = [(is_label & is_guess).sum(), is_label.sum(), is_guess.sum()]
+            assert counts[:, c].tolist() == expected
+    confusion = np.asarray(confusion_matrix(*arrays, num_classes=5))
+    sums = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    np.testing.assert_array_equal(got.sum(0), sums)
 
 
 def test_classes_that_do_not_occur_are_left_out_of_the_mean():

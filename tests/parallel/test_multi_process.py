@@ -1,11 +1,15 @@
 """Several processes, through `main.py`: how they meet, and what must be the same in all."""
 
+import json
 import shutil
 import textwrap
 
+import numpy as np
 import pytest
 from paths import ROOT
 from program import TOY, TRAIN, command, ended, run
+
+from contrastseg_jax.report.image_counts import read_image_counts
 
 pytestmark = pytest.mark.multiprocess
 
@@ -121,3 +125,31 @@ def test_an_evaluation_that_fails_in_one_process_ends_none(prepared_dir, tmp_pat
         assert "step 6: evaluation failed, training continues: in process 1: x.png" in text
     saved = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert "6" in saved and not (workdir / "eval" / "6" / "metrics.json").exists()
+
+
+def test_images_of_all_processes_are_counted(prepared_dir, tmp_path, start):
+    """Three images in batches of two: the second has a row that fills it up."""
+    workdir = tmp_path / "run"
+    arguments = command(prepared_dir, workdir, *TOY)
+    statuses, messages = ended(start(arguments, num_processes=2))
+    assert statuses == [0, 0], messages
+    counts = read_image_counts(workdir / "eval" / "6")
+    confusion = np.array(
+        json.loads((workdir / "eval" / "6" / "metrics.json").read_text())["confusion"]
+    )
+    assert counts.image_names == ("000000", "000001", "000002")
+    np.testing.assert_array_equal(counts.intersection.sum(0), np.diag(confusion))
+    np.testing.assert_array_equal(counts.predicted.sum(0), confusion.sum(0))
+    assert (counts.labelled.sum(1) > 0).all()
+
+    alone = [
+        *arguments[:2],
+        f"--workdir={workdir}",
+        "--mode=eval",
+        f"--output={tmp_path / 'alone'}",
+    ]
+    result = run(alone, num_devices=2)
+    assert result.returncode == 0, result.stderr
+    expected = read_image_counts(tmp_path / "alone")
+    for name in ("labelled", "intersection", "predicted"):
+        np.testing.assert_array_equal(getattr(counts, name), getattr(expected, name))
