@@ -1,10 +1,11 @@
-"""Command line: train, evaluate, predict, audit data, plan runs, convert pretrained weights.
+"""Command line: train, evaluate, predict, compare embeddings, audit data, plan, convert weights.
 
     python main.py --mode=audit --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=plan --config=configs/cityscapes.py --topology=v5e:2x4
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=eval --workdir=runs/quickstart --checkpoint=best
     python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
+    python main.py --mode=embed --runs=runs/ce --runs=runs/contrast --output=embeddings
     python main.py --mode=convert --input=resnet50.pth --output=weights/resnet50
 
 Any setting of contrastseg_jax/config/default.py can be changed: --config.train.batch_size=4.
@@ -32,6 +33,7 @@ from contrastseg_jax.config.tree import Config
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import ORBAX_MISREADS, require_literal
 from contrastseg_jax.run.logging import start_logging
+from contrastseg_jax.run.runs import read_runs
 from contrastseg_jax.run.workdir import find_run, read_config, require_same_config
 from contrastseg_jax.run.xla_flags import xla_flags
 
@@ -48,6 +50,7 @@ class Arguments:
     checkpoint: str
     split: str | None
     input: tuple[str, ...]
+    runs: tuple[Path, ...]
     output: Path
     coordinator: str | None
     num_processes: int | None
@@ -96,6 +99,16 @@ def run_predict(arguments: Arguments) -> None:
 
     inputs, output = list(arguments.input), arguments.output
     predict_run(setup, arguments.workdir, arguments.checkpoint, inputs, output)
+
+
+def run_embed(arguments: Arguments) -> None:
+    """Draw what several runs have learnt of the same pixels."""
+    configs = read_runs(arguments.runs)
+    start_logging()
+    setups = [set_up(config, arguments) for config in configs]
+    from contrastseg_jax.evaluation.embed import embed_runs
+
+    embed_runs(setups, arguments.runs, arguments.checkpoint, optional_output(arguments))
 
 
 def run_audit(arguments: Arguments) -> None:
@@ -227,6 +240,7 @@ COMMANDS = {
         run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *PROCESS_FLAGS)
     ),
     "predict": Command(run_predict, ("workdir", "input", "output"), ("config", "checkpoint")),
+    "embed": Command(run_embed, ("runs",), ("checkpoint", "output")),
     "audit": Command(run_audit, ("workdir",), ("config", "split")),
     "plan": Command(run_plan, ("config",), ("output", "topology", "quick", "time_limit")),
     "convert": Command(run_convert, ("input", "output"), ("checkpoint",)),
@@ -238,12 +252,12 @@ flags.DEFINE_string(
     None,
     "A recipe, e.g. camvid, or FILE.py, each with [:MODEL[,VARIANT]]; optional after training.",
 )
-flags.DEFINE_string("workdir", None, "Folder of the run; not used by plan and convert.")
+flags.DEFINE_string("workdir", None, "Folder of the run; not used by embed, plan and convert.")
 flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
-    "eval, predict, convert: latest, best or a step; eval, predict: or init, the pretrained"
+    "eval, predict, embed, convert: latest, best or a step; eval, predict: or init, the pretrained"
     " weights of model.init_from without training.",
 )
 flags.DEFINE_string(
@@ -255,11 +269,12 @@ flags.DEFINE_multi_string(
     "predict: image, folder of images or pattern ('photos/*.jpg'); may be repeated."
     " convert: .pth, .safetensors, folder of a run.",
 )
+flags.DEFINE_multi_string("runs", None, "embed: folder of a run; may be repeated.")
 flags.DEFINE_string(
     "output",
     None,
-    "predict, convert: folder for the results; eval: folder to use instead of the workdir, which"
-    " may then be read-only; plan: JSON file.",
+    "predict, embed, convert: folder for the results, of embed by default in the first run's; eval:"
+    " folder to use instead of the workdir, which may then be read-only; plan: JSON file.",
 )
 flags.DEFINE_string(
     "coordinator", None, "train, eval with several processes: HOST:PORT of process 0."
@@ -305,11 +320,11 @@ def read_arguments(settings: Sequence[str]) -> Arguments:
     """The arguments from absl's flags and overrides "PATH=VALUE"; InputError if they conflict."""
     names = [field.name for field in fields(Arguments) if field.name in FLAGS]
     values: dict[str, Any] = {name: FLAGS[name].value for name in names}
-    values["input"] = inputs = tuple(values["input"] or ())
-    empty = {name for name in names if values[name] == "" or (name == "input" and "" in inputs)}
+    several = {name: tuple(values[name] or ()) for name in ("input", "runs")}
+    empty = {name for name in names if values[name] == "" or "" in several.get(name, ())}
     given = frozenset(name for name in names if FLAGS[name].present and name not in empty)
-    for text in inputs:
-        local_path("input", text)
+    paths = {name: [local_path(name, text) for text in several[name]] for name in several}
+    values |= {"input": several["input"], "runs": tuple(paths["runs"])}
     for name in ("workdir", "output"):
         values[name] = local_path(name, values[name] or "")
     arguments = Arguments(**values, settings=tuple(settings), given=given)
