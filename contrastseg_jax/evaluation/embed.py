@@ -334,7 +334,8 @@ def _require_step(workdir: Path, checkpoint: str) -> None:
 
 def _require_enough(pixels: Pixels, class_names: Sequence[str], data_name: str) -> None:
     """Raise an InputError for labels of which no silhouette or no map can be made."""
-    labelled = [class_names[i] for i in np.unique(pixels.label)]
+    present = set(pixels.label.tolist())
+    labelled = [name for class_id, name in enumerate(class_names) if class_id in present]
     if len(labelled) < 2:
         names = ", ".join(labelled) or "none"
         raise InputError(

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def score_table(results: Results) -> list[list[str]]:
     rows = [["", *SCORES.values()]]
     for run in results["runs"]:
         for kind, scores in run["scores"].items():
-            values = (f"{scores[key]:.3f}" for key in SCORES)
+            values = (_number(scores[key]) for key in SCORES)
             rows.append([f"{run['name']}, {KINDS[kind]}", *values])
     return rows
 
@@ -126,9 +127,13 @@ def _class_table(results: Results, scores: Results, class_names: Sequence[str]) 
     rows = [["class", "pixels", *SCORES.values()]]
     for name, count in zip(class_names, counts, strict=True):
         if count:
-            values = (f"{scores['classes'][name][key]:.3f}" for key in SCORES)
+            values = (_number(scores["classes"][name][key]) for key in SCORES)
             rows.append([name, str(count), *values])
     return rows
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:

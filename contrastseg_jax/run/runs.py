@@ -43,7 +43,7 @@ def require_same_data(workdirs: Sequence[Path], configs: Sequence[Config]) -> No
         if other[path] != value
     ]
     if problems:
-        raise listed(f"--runs={' '.join(map(str, workdirs))}: different data", problems)
+        raise listed(f"--runs={' '.join(map(str, workdirs))}, of different data", problems)
 
 
 def run_names(workdirs: Sequence[Path]) -> list[str]:

@@ -13,6 +13,7 @@ from state_dicts import flax_variables
 
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.heads.projection import ProjectionHead
+from contrastseg_jax.weights.recognize import LAST_LAYERS
 from contrastseg_jax.weights.torch_names import locate
 
 pytestmark = pytest.mark.slow
@@ -409,3 +410,31 @@ def test_gradients_are_those_of_the_original(trained, tensors, stored, case):
         np.linalg.norm(by_params[path]) for key, path in paths.items() if "running" not in key
     ]
     np.testing.assert_allclose(lengths, stored["grad_param_l2"], rtol=of_gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hrnet_tiny", "hrnet_tiny_ocr", "fcn_r18", "ocr_r18"),
+        *("deeplabv3_r18", "deeplabv3_r18_torchvision", "deeplabv3plus_r18"),
+        *("fcn_convnext_tiny", "ocr_convnext_tiny"),
+    ],
+)
+@pytest.mark.parametrize("proj_dim", [0, 4])
+def test_features_are_those_of_which_the_logits_are_made(name, proj_dim):
+    model = zoo.build(name, num_classes=3, proj_dim=proj_dim, dropout_rate=0.1)
+    variables = segmenter.init_variables(model, 0)
+    assert variables.keys() == {"params", "batch_stats"}
+    image = jnp.asarray(random_image(2, 33, 49))
+    logits = jax.jit(lambda x: model.apply(variables, x, train=False).logits)(image)
+    embedding, features = jax.jit(partial(segmenter.describe_pixels, model, variables))(image)
+    head = variables["params"]["cls_head"]
+    last = next(head[layer] for layer in LAST_LAYERS if layer in head)
+    expected = np.asarray(features) @ last["kernel"][0, 0] + last.get("bias", np.float32(0))
+    np.testing.assert_allclose(expected, logits, rtol=1e-3, atol=1e-3)
+    assert segmenter.map_size(model, (33, 49)) == features.shape[1:3]
+    if proj_dim:
+        assert embedding.shape == (*features.shape[:3], 4)
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, rtol=1e-5)
+    else:
+        assert embedding is None
