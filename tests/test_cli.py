@@ -30,10 +30,13 @@ def arguments_of(*texts, settings=()):
         ["--mode=convert", "--input=x", "--output=gs://bucket/x"],
         ["--mode=train", CONFIG, "--workdir=s3://bucket/x"],
         ["--mode=predict", "--workdir=w", "--input=gs://x", "--output=y"],
+        ["--mode=embed", "--runs=x", "--runs=gs://y"],
     ],
 )
 def test_folders_must_be_on_a_disk(arguments):
-    with pytest.raises(InputError, match="--(output|workdir|input)=.*://.*: must be on a local"):
+    with pytest.raises(
+        InputError, match="--(output|workdir|input|runs)=.*://.*: must be on a local"
+    ):
         arguments_of(*arguments)
 
 
@@ -48,7 +51,16 @@ def test_flags_that_a_mode_needs_or_does_not_use_are_named(mode, tmp_path):
                 arguments_of(f"--mode={mode}", *filter(None, others.values()))
     values = {"quick": "true", "time_limit": "1", "num_processes": "2", "process_id": "0"}
     used = {*command.needs, *command.reads}
-    for name in {*values, "config", "workdir", "checkpoint", "split", "input", "output"} - used:
+    for name in {
+        *values,
+        "config",
+        "workdir",
+        "checkpoint",
+        "split",
+        "input",
+        "runs",
+        "output",
+    } - used:
         unused = f"--{name}={values.get(name, 'x')}"
         with pytest.raises(InputError, match=f"^--{name}: not used by --mode={mode}$"):
             arguments_of(f"--mode={mode}", *texts.values(), unused)

@@ -52,7 +52,7 @@ def save_maps(path: Path, results: Results, classes: LabelMap) -> None:
     longest = max(len(shortened(name)) for name, _ in entries)
     width = PANEL_SIZE * num_columns
     legend_columns = max(1, min(len(entries), int(width / (0.6 + 0.09 * longest))))
-    height = num_rows * (PANEL_SIZE + 0.5) + 0.2 + 0.25 * -(-len(entries) // legend_columns)
+    height = num_rows * (PANEL_SIZE + 0.7) + 0.15 + 0.22 * -(-len(entries) // legend_columns)
     figure = Figure(figsize=(width, height), layout="constrained")
     cells = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     colors = np.array(classes.palette)[label] / 255
@@ -69,14 +69,17 @@ def _draw_map(axes: Axes, run: Results, colors: np.ndarray) -> None:
     # Outlined, as some classes are nearly white.
     axes.scatter(x, y, s=14, c=colors, edgecolors="0.3", linewidths=0.25)
     axes.set_box_aspect(1)
+    axes.set_anchor("S")  # what is left over of the height is the title's
     axes.set_xticks([])
     axes.set_yticks([])
     axes.margins(0.04)
-    shown, silhouette = run["shown"], run["scores"][run["shown"]]["silhouette"]
-    title = f"{shortened(run['name'])}\n{shortened(run['network'])}, step {run['step']}:"
-    axes.set_title(
-        f"{title} {KINDS[shown]}, silhouette {silhouette:.2f}", fontsize=11, parse_math=False
+    silhouette = run["scores"][run["shown"]]["silhouette"]
+    lines = (
+        shortened(run["name"]),
+        f"{run['network']}, step {run['step']}",
+        f"{KINDS[run['shown']]}, silhouette {_number(silhouette)}",
     )
+    axes.set_title("\n".join(lines), fontsize=11, parse_math=False)
 
 
 def score_table(results: Results) -> list[list[str]]:

@@ -110,7 +110,9 @@ def test_vectors_are_those_of_the_drawn_cells(tmp_path, variant, eval_batch_size
         )
         expected = {"embedding": embedding, "features": features}
         grid = features.shape[1:3]
-        np.testing.assert_array_equal(maps[image_id], label_at_stride(jnp.asarray(label[None]), grid)[0])
+        np.testing.assert_array_equal(
+            maps[image_id], label_at_stride(jnp.asarray(label[None]), grid)[0]
+        )
         of_image = pixels.image == image_id
         rows, columns = pixels.cell[of_image].T
         for kind, values in vectors.items():
