@@ -151,7 +151,7 @@ def cell_labels(
 
 
 def draw_pixels(maps: LabelMaps) -> Pixels:
-    """Cells of each class, at random from all images: as many of one class as of another."""
+    """Cells of each class, at random from all images, as evenly as `quotas` can have it."""
     label = np.concatenate([labels.ravel() for labels in maps])
     starts = np.cumsum([0, *(labels.size for labels in maps)])
     rng = np.random.default_rng(SEED)

@@ -94,12 +94,12 @@ def score_table(results: Results) -> list[list[str]]:
 
 def page(results: Results, picture: bytes, classes: LabelMap) -> str:
     """The HTML page, which holds the picture itself."""
-    title = _text(f"{results['data']} {results['split']}: what the pixels look like to each run")
+    title = _text(f"{results['data']} {results['split']}: pixel embeddings")
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     body = [
         f"<h1>{title}</h1>",
         f"<p>The same {results['num_pixels']} pixels of {results['num_images']} images in every"
-        " panel, drawn at random and balanced over the classes. Each map is by t-SNE (perplexity"
+        " panel, drawn at random, as evenly from the classes as rare ones allow. Each map is by t-SNE (perplexity"
         f" {results['perplexity']:.3g}, cosine): which pixels lie together has a meaning; distances"
         " between groups, and sizes of groups, have none.</p>",
         f'<p><img src="{source}" width="100%" alt="t-SNE maps"></p>',

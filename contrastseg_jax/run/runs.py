@@ -14,7 +14,7 @@ from contrastseg_jax.run.workdir import read_config, saved_steps
 
 
 def read_runs(workdirs: Sequence[Path]) -> list[Config]:
-    """The configs of finished or unfinished runs.
+    """The configs of runs that have a checkpoint, finished or not.
 
     Raises:
         InputError: a folder holds no run or no checkpoint, is named twice, or the runs are of
