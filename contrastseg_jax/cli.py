@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, compare, predict, audit data, plan runs, convert weights.
+"""Command line: train, evaluate, compare, embed, predict, audit data, plan runs, convert weights.
 
     python main.py --mode=audit --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=plan --config=configs/cityscapes.py --topology=v5e:2x4
@@ -6,6 +6,7 @@
     python main.py --mode=eval --workdir=runs/quickstart --checkpoint=best
     python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
     python main.py --mode=compare --runs=runs/ce --runs=runs/memory --output=comparison
+    python main.py --mode=embed --runs=runs/ce --runs=runs/contrast --output=embeddings
     python main.py --mode=convert --input=resnet50.pth --output=weights/resnet50
 
 Any setting of contrastseg_jax/config/default.py can be changed: --config.train.batch_size=4.
@@ -33,6 +34,7 @@ from contrastseg_jax.config.tree import Config
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import ORBAX_MISREADS, require_literal
 from contrastseg_jax.run.logging import start_logging
+from contrastseg_jax.run.several import read_runs
 from contrastseg_jax.run.workdir import find_run, read_config, require_same_config
 from contrastseg_jax.run.xla_flags import xla_flags
 
@@ -98,6 +100,17 @@ def run_predict(arguments: Arguments) -> None:
 
     inputs, output = list(arguments.input), arguments.output
     predict_run(setup, arguments.workdir, arguments.checkpoint, inputs, output)
+
+
+def run_embed(arguments: Arguments) -> None:
+    """Draw what several runs have learnt of the same pixels."""
+    workdirs = [local_path("runs", text) for text in arguments.runs]
+    configs = read_runs(workdirs)
+    start_logging()
+    setups = [set_up(config, arguments) for config in configs]
+    from contrastseg_jax.evaluation.embed import embed_runs
+
+    embed_runs(setups, workdirs, arguments.checkpoint, optional_output(arguments))
 
 
 def run_audit(arguments: Arguments) -> None:
@@ -228,6 +241,7 @@ COMMANDS = {
         run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *PROCESS_FLAGS)
     ),
     "predict": Command(run_predict, ("workdir", "input", "output"), ("config", "checkpoint")),
+    "embed": Command(run_embed, ("runs",), ("checkpoint", "output")),
     "audit": Command(run_audit, ("workdir",), ("config", "split")),
     "plan": Command(run_plan, ("config",), ("output", "topology", "quick", "time_limit")),
     "compare": Command(run_compare, ("runs", "output"), ("checkpoint", "split")),
@@ -240,12 +254,14 @@ flags.DEFINE_string(
     None,
     "A recipe, e.g. camvid, or FILE.py, each with [:MODEL[,VARIANT]]; optional after training.",
 )
-flags.DEFINE_string("workdir", None, "Folder of the run; not used by plan, compare and convert.")
+flags.DEFINE_string(
+    "workdir", None, "Folder of the run; not used by plan, compare, embed and convert."
+)
 flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
-    "eval, predict, convert, compare: latest, best or a step; eval, predict: or init, the"
+    "eval, predict, convert, compare, embed: latest, best or a step; eval, predict: or init, the"
     " pretrained weights of model.init_from without training.",
 )
 flags.DEFINE_string(
@@ -263,13 +279,14 @@ flags.DEFINE_multi_string(
     "runs",
     None,
     "compare: workdir, or folder that contains workdirs; may be repeated. The first is of the"
-    " baseline.",
+    " baseline. embed: workdir; may be repeated.",
 )
 flags.DEFINE_string(
     "output",
     None,
-    "predict, convert, compare: folder for the results; eval: folder to use instead of the workdir,"
-    " which may then be read-only; plan: JSON file.",
+    "predict, convert, compare, embed: folder for the results, of embed by default in the first"
+    " run's; eval: folder to use instead of the workdir, which may then be read-only; plan: JSON"
+    " file.",
 )
 flags.DEFINE_string(
     "coordinator", None, "train, eval with several processes: HOST:PORT of process 0."

@@ -32,6 +32,7 @@ def arguments_of(*texts, settings=()):
         ["--mode=train", CONFIG, "--workdir=s3://bucket/x"],
         ["--mode=predict", "--workdir=w", "--input=gs://x", "--output=y"],
         ["--mode=compare", "--runs=a", "--runs=gs://x", "--output=y"],
+        ["--mode=embed", "--runs=x", "--runs=gs://y"],
     ],
 )
 def test_folders_must_be_on_a_disk(arguments):

@@ -71,6 +71,7 @@ HEAVY = {
     "orbax",
     "tensorboardX",
     "clu",
+    "sklearn",
 }
 
 

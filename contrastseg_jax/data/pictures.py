@@ -52,7 +52,7 @@ def save_legend(path: Path, label_map: LabelMap) -> None:
     names = label_map.names
     width = max(2.4, 0.8 + 0.11 * max(len(shortened(name)) for name in names))
     figure = Figure(figsize=(width, 0.3 + 0.22 * len(names)))
-    _add_legend(figure, _class_entries(label_map), loc="center", frameon=False)
+    add_legend(figure, class_entries(label_map), loc="center", frameon=False)
     save_figure(path, figure)
 
 
@@ -72,7 +72,7 @@ def save_panel(
     height, width = image.shape[:2]
     num_rows, num_columns = (3, 1) if width > WIDE * height else (1, 3)
     row_height = min(PANEL_WIDTH / num_columns * drawn_aspect(height, width), MAX_HEIGHT)
-    entries = [*_class_entries(label_map), ("no class", Patch(facecolor="black"))]
+    entries = [*class_entries(label_map), ("no class", Patch(facecolor="black"))]
     legend_columns = min(len(entries), PANEL_LEGEND_COLUMNS)
     legend_height = 0.4 + 0.25 * -(-len(entries) // legend_columns)
     figure = Figure(
@@ -90,7 +90,7 @@ def save_panel(
         _draw(axes, picture)
         axes.set_title(shortened(title), parse_math=False)
         axes.axis("off")
-    _add_legend(figure, entries, loc="outside lower center", ncols=legend_columns)
+    add_legend(figure, entries, loc="outside lower center", ncols=legend_columns)
     save_figure(path, figure)
 
 
@@ -116,7 +116,7 @@ def save_sheet(path: Path, examples: Sequence[Example], label_map: LabelMap, tit
         _draw(axes, _hatched(overlay(example.image, example.label, label_map), example.label))
         axes.set_title(shortened(example.name), fontsize=10, parse_math=False)
     figure.suptitle(shortened(title, 200), parse_math=False)
-    _add_legend(figure, entries, loc="outside lower center", ncols=legend_columns, fontsize=12)
+    add_legend(figure, entries, loc="outside lower center", ncols=legend_columns, fontsize=12)
     save_figure(path, figure)
 
 
@@ -167,7 +167,7 @@ def printable(name: str) -> str:
     )
 
 
-def _add_legend(figure: Figure, entries: Sequence[Entry], **settings: Any) -> None:
+def add_legend(figure: Figure, entries: Sequence[Entry], **settings: Any) -> None:
     """A legend. Names are set afterwards, since Matplotlib leaves out labels that begin with _."""
     handles = [patch for _, patch in entries]
     legend = figure.legend(handles=handles, labels=[""] * len(handles), **settings)
@@ -191,7 +191,8 @@ def figure_png(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
-def _class_entries(label_map: LabelMap) -> list[Entry]:
+def class_entries(label_map: LabelMap) -> list[Entry]:
+    """The legend's entries of all classes, in the order of their ids."""
     colors = ("#{:02x}{:02x}{:02x}".format(*color) for color in label_map.palette)
     patches = (Patch(facecolor=color, edgecolor="0.5") for color in colors)
     return list(zip(label_map.names, patches, strict=False))
@@ -200,5 +201,5 @@ def _class_entries(label_map: LabelMap) -> list[Entry]:
 def _occurring_entries(examples: Sequence[Example], label_map: LabelMap) -> list[Entry]:
     """The legend's entries of the classes that occur in the examples."""
     present = np.unique(np.concatenate([np.unique(example.label) for example in examples]))
-    entries = _class_entries(label_map)
+    entries = class_entries(label_map)
     return [entries[class_id] for class_id in present if class_id < len(entries)]

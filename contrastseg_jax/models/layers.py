@@ -12,6 +12,10 @@ from contrastseg_jax.ops.convolution import depthwise, pointwise
 
 Features = dict[str, Float[Array, "b _ _ _"]]  # of a backbone: by layer, the final ones as "last"
 
+# Where a segmentation head sows what its last convolution reads. Flax keeps nothing that is sown
+# unless the collection is asked for.
+LAST_FEATURES = ("intermediates", "last_features")
+
 
 def conv(
     x: Float[Array, "b h w c"],

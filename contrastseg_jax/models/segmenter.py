@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from contrastseg_jax.models.heads.projection import ProjectionHead
+from contrastseg_jax.models.layers import LAST_FEATURES
 from contrastseg_jax.structs import SegmentationOutput
 
 Variables = dict[str, Any]  # what a network's `apply` takes: params and batch_stats
@@ -65,6 +66,20 @@ class Segmenter(nn.Module):
         return SegmentationOutput(logits=logits, embedding=embedding, aux_logits=aux_logits)
 
 
+def describe_pixels(
+    model: Segmenter, variables: Variables, image: Float[Array, "b h w 3"]
+) -> tuple[Float[Array, "b hs ws d"] | None, Float[Array, "b hs ws c"]]:
+    """What a network knows of each pixel, outside training, at its stride; `image` is normalised.
+
+    The embeddings, None without a projection head, and the features of which the segmentation
+    head's last convolution makes the logits.
+    """
+    collection, name = LAST_FEATURES
+    output, captured = model.apply(variables, image, train=False, embed=True, mutable=[collection])
+    (features,) = cast(Mapping[str, Any], captured)[collection]["cls_head"][name]
+    return cast(SegmentationOutput, output).embedding, features.astype(jnp.float32)
+
+
 def flatten(variables: Variables) -> dict[LeafPath, Any]:
     """Each leaf of a network's variables by its path."""
     return flatten_dict(variables)
@@ -109,6 +124,17 @@ def training_shapes(model: Segmenter, image_shape: tuple[int, int, int]) -> Trai
     with nn.intercept_methods(note):
         logits = jax.eval_shape(outputs, jax.random.key(0), image).logits
     return TrainingShapes(logits.shape[1:3], num_values)
+
+
+def map_size(model: Segmenter, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the maps of images of a size (height, width), outside training.
+
+    Traced; nothing is computed.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_size, 3), "float32")
+    evaluate = partial(model.apply, train=False)
+    output = cast(SegmentationOutput, jax.eval_shape(evaluate, variable_shapes(model), image))
+    return output.logits.shape[1], output.logits.shape[2]
 
 
 def init_variables(model: nn.Module, seed: int) -> Variables:

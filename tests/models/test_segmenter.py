@@ -13,6 +13,7 @@ from state_dicts import flax_variables
 
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.heads.projection import ProjectionHead
+from contrastseg_jax.weights.recognize import LAST_LAYERS
 from contrastseg_jax.weights.torch_names import locate
 
 pytestmark = pytest.mark.slow
@@ -409,3 +410,45 @@ def test_gradients_are_those_of_the_original(trained, tensors, stored, case):
         np.linalg.norm(by_params[path]) for key, path in paths.items() if "running" not in key
     ]
     np.testing.assert_allclose(lengths, stored["grad_param_l2"], rtol=of_gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "proj_dim"),
+    [
+        *(("hrnet_tiny", 0), ("hrnet_tiny", 4), ("hrnet_tiny_ocr", 4), ("deeplabv3plus_r18", 4)),
+        *(("deeplabv3_r18", 0), ("deeplabv3_r18_torchvision", 0)),
+    ],
+)
+def test_features_are_those_of_which_the_logits_are_made(name, proj_dim):
+    model = zoo.build(name, num_classes=3, proj_dim=proj_dim, dropout_rate=0.1)
+    variables = segmenter.init_variables(model, 0)
+    assert variables.keys() == {"params", "batch_stats"}
+    image = jnp.asarray(random_image(2, 33, 49))
+    logits = jax.jit(lambda x: model.apply(variables, x, train=False).logits)(image)
+    embedding, features = jax.jit(partial(segmenter.describe_pixels, model, variables))(image)
+    last = last_layer(variables)
+    expected = np.asarray(features) @ last["kernel"][0, 0] + last.get("bias", np.float32(0))
+    np.testing.assert_allclose(expected, logits, rtol=1e-3, atol=1e-3)
+    if proj_dim:
+        assert embedding.shape == (*features.shape[:3], 4)
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=-1), 1, rtol=1e-5)
+    else:
+        assert embedding is None
+
+
+@pytest.mark.parametrize(
+    "name", ["fcn_r34", "ocr_r18", "fcn_convnext_tiny", "deeplabv3plus_convnext_tiny"]
+)
+def test_features_are_as_many_as_the_last_layer_reads(name):
+    model = zoo.build(name, num_classes=3, proj_dim=4, dropout_rate=0.1)
+    shapes = segmenter.variable_shapes(model)
+    image = jax.ShapeDtypeStruct((1, 33, 49, 3), jnp.float32)
+    describe = partial(segmenter.describe_pixels, model)
+    embedding, features = jax.eval_shape(describe, shapes, image)
+    assert features.shape[-1] == last_layer(shapes)["kernel"].shape[2]
+    assert features.shape[1:3] == embedding.shape[1:3] == segmenter.map_size(model, (33, 49))
+
+
+def last_layer(variables):
+    head = variables["params"]["cls_head"]
+    return next(head[layer] for layer in LAST_LAYERS if layer in head)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.layers import Features, batch_norm, conv, conv_bn
+from contrastseg_jax.models.layers import LAST_FEATURES, Features, batch_norm, conv, conv_bn
 from contrastseg_jax.ops.resize import resize_bilinear
 
 
@@ -60,6 +60,7 @@ class DeepLabV3Head(nn.Module):
         aspp = ASPP(self.width, self.rates, self.project_size, self.dropout_rate, name="aspp")
         x = conv_bn(aspp(x, train=train), self.width, 3, train=train, name="refine")
         x = nn.relu(x) if self.refine_relu else x
+        self.sow(*LAST_FEATURES, x)
         return conv(x, self.num_classes, 1, use_bias=True, name="refine_2")
 
 
@@ -94,4 +95,5 @@ class DeepLabV3PlusHead(nn.Module):
             x = conv(x, 256, 3, name=f"conv{i}")
             x = nn.relu(batch_norm(x, train=train, name=f"bn{i}"))
         x = nn.Dropout(self.dropout_rate, broadcast_dims=(1, 2), deterministic=not train)(x)
+        self.sow(*LAST_FEATURES, x)
         return conv(x, self.num_classes, 1, use_bias=True, name="conv3")

@@ -3,7 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.layers import batch_norm, conv
+from contrastseg_jax.models.layers import LAST_FEATURES, batch_norm, conv
 
 
 class FCNHead(nn.Module):
@@ -24,4 +24,5 @@ class FCNHead(nn.Module):
         x = conv(x, self.width or x.shape[-1], 3, use_bias=of_first, name="conv1")
         x = nn.relu(batch_norm(x, train=train, name="bn1"))
         x = nn.Dropout(self.dropout_rate, broadcast_dims=(1, 2), deterministic=not train)(x)
+        self.sow(*LAST_FEATURES, x)
         return conv(x, self.num_classes, 1, use_bias=of_last, name="conv2")
