@@ -48,6 +48,7 @@ class SegmentationOutput:
 
     logits: Float[Array, "b hs ws k"]
     embedding: Float[Array, "b hs ws d"] | None = None  # unit length; None outside training
+    features: Float[Array, "b hs ws c"] | None = None  # of which the last convolution makes logits
     aux_logits: Float[Array, "b hs ws k"] | None = None
 
 

@@ -82,6 +82,9 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
 
     config.model = net = ConfigDict()
     net.name = model  # see `contrastseg_jax/models/zoo.py`
+    # What the projection head reads: features, as the segmentation head does (original), or last,
+    # what the segmentation head's last convolution reads.
+    net.proj_input = "features"
     net.proj_dim = 256  # length of an embedding (paper: 256)
     net.dropout_rate = -1.0  # in front of the logits; -1: as the network's original has it
     net.init_from = ""  # folder of --mode=convert, whose weights training starts from; empty: none

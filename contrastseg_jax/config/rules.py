@@ -197,6 +197,7 @@ RULES: dict[str, list[Rule]] = {
     "augment.color_distortion": [between(0, 1)],
     "augment.class_uniform_rate": [between(0, 1)],
     "model.name": [],  # the networks know their names
+    "model.proj_input": [one_of("features", "last")],
     "model.proj_dim": [EMBEDDED],
     "model.dropout_rate": [DROPOUT],
     "model.init_from": [text()],

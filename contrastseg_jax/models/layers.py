@@ -4,6 +4,9 @@ So a network computes in the type to which its image is cast: parameters stay fl
 takes its statistics and normalises in float32 whatever its input.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
@@ -12,9 +15,19 @@ from contrastseg_jax.ops.convolution import depthwise, pointwise
 
 Features = dict[str, Float[Array, "b _ _ _"]]  # of a backbone: by layer, the final ones as "last"
 
-# Where a segmentation head sows what its last convolution reads. Flax keeps nothing that is sown
-# unless the collection is asked for.
-LAST_FEATURES = ("intermediates", "last_features")
+Watch = Callable[[Array], Array]  # the identity, but that it may note what passes, or its gradient
+
+
+class HeadOutput(NamedTuple):
+    """Logits, and the features of which a head's last 1x1 convolution makes them."""
+
+    logits: Float[Array, "b hs ws k"]
+    features: Float[Array, "b hs ws c"]
+
+
+def unwatched(x: Array) -> Array:
+    """The same."""
+    return x
 
 
 def conv(

@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from contrastseg_jax.models.heads.projection import ProjectionHead
-from contrastseg_jax.models.layers import LAST_FEATURES
+from contrastseg_jax.models.layers import unwatched
+from contrastseg_jax.ops.probe import probe
 from contrastseg_jax.structs import SegmentationOutput
 
 Variables = dict[str, Any]  # what a network's `apply` takes: params and batch_stats
@@ -23,6 +24,13 @@ LeafPath = tuple[str, ...]  # collection, modules, leaf
 # What leaves that are no kernels start from; others, biases and means, from 0. The blocks of a
 # ConvNeXt add next to nothing at first.
 CONSTANTS = {"scale": 1.0, "var": 1.0, "layer_scale": 1e-6}
+
+
+class Probes(NamedTuple):
+    """Scalars whose gradients are sums of squares of gradients inside a network (`ops.probe`)."""
+
+    logits: Float[Array, ""]  # of the gradient that the segmentation head sends
+    embedding: Float[Array, ""]  # of the projection head's
 
 
 class Segmenter(nn.Module):
@@ -40,17 +48,28 @@ class Segmenter(nn.Module):
     aux_guides: bool
     num_classes: int
     proj_dim: int  # 0: no projection head
+    proj_input: str  # what the projection head reads: features, as cls_head, or its last ones
     dtype: str  # in which it computes; results are float32
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b h w 3"], *, train: bool, embed: bool = False
+        self,
+        image: Float[Array, "b h w 3"],
+        *,
+        train: bool,
+        embed: bool = False,
+        probes: Probes | None = None,
     ) -> SegmentationOutput:
         """Logits, and in training embeddings, at the network's stride; `image` is normalised.
 
         What only training needs is left out otherwise: the projection head, and the auxiliary head
         unless the logits depend on it. `embed`: embeddings are needed outside training too.
+        `probes`: where the gradients are probed that both heads send into what both read.
         """
+        on_logits = on_embedding = unwatched
+        if probes is not None:
+            on_logits = partial(probe, square=probes.logits)
+            on_embedding = partial(probe, square=probes.embedding)
         training = train or self.is_initializing()
         features = self.backbone(image.astype(self.dtype), train=train)
         if self.neck is not None:
@@ -58,12 +77,24 @@ class Segmenter(nn.Module):
         x = features["last" if self.neck is None else "neck"]
         aux_logits = embedding = None
         if self.aux_head is not None and (training or self.aux_guides):
-            aux_logits = self.aux_head(features[self.aux_input], train=train).astype(jnp.float32)
+            aux_logits, _ = self.aux_head(features[self.aux_input], train=train)
+            aux_logits = aux_logits.astype(jnp.float32)
         guide = (aux_logits,) if self.aux_guides else ()
-        logits = self.cls_head(x, *guide, train=train).astype(jnp.float32)
+        if self.proj_input == "last":
+            logits, last = self.cls_head(x, *guide, train=train, watch=on_logits)
+            shared = last
+        else:
+            logits, last = self.cls_head(on_logits(x), *guide, train=train)
+            shared = x
         if self.proj_dim and (training or embed):
-            embedding = ProjectionHead(self.proj_dim, name="proj_head")(x, train=train)
-        return SegmentationOutput(logits=logits, embedding=embedding, aux_logits=aux_logits)
+            head = ProjectionHead(self.proj_dim, name="proj_head")
+            embedding = head(on_embedding(shared), train=train)
+        return SegmentationOutput(
+            logits=logits.astype(jnp.float32),
+            embedding=embedding,
+            aux_logits=aux_logits,
+            features=last,
+        )
 
 
 def describe_pixels(
@@ -74,10 +105,9 @@ def describe_pixels(
     The embeddings, None without a projection head, and the features of which the segmentation
     head's last convolution makes the logits.
     """
-    collection, name = LAST_FEATURES
-    output, captured = model.apply(variables, image, train=False, embed=True, mutable=[collection])
-    (features,) = cast(Mapping[str, Any], captured)[collection]["cls_head"][name]
-    return cast(SegmentationOutput, output).embedding, features.astype(jnp.float32)
+    output = cast(SegmentationOutput, model.apply(variables, image, train=False, embed=True))
+    features: Any = output.features
+    return output.embedding, features.astype(jnp.float32)
 
 
 def flatten(variables: Variables) -> dict[LeafPath, Any]:

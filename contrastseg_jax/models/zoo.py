@@ -140,6 +140,7 @@ def build(
     num_classes: int,
     proj_dim: int,
     dropout_rate: float,
+    proj_input: str = "features",
     dtype: str = "float32",
     remat: tuple[str, ...] = (),
 ) -> Segmenter:
@@ -167,5 +168,6 @@ def build(
         aux_guides=spec.aux_guides,
         num_classes=num_classes,
         proj_dim=proj_dim,
+        proj_input=proj_input,
         dtype=dtype,
     )

@@ -84,6 +84,7 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
         config.model.name,
         num_classes=num_classes,
         proj_dim=config.model.proj_dim if uses_contrast(config) else 0,
+        proj_input=config.model.proj_input,
         dropout_rate=rate,
         dtype=config.model.dtype,
         remat=tuple(config.model.remat),

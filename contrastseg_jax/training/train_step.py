@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from contrastseg_jax.losses.segmentation import segmentation_loss
+from contrastseg_jax.models.segmenter import Probes
 from contrastseg_jax.objectives.objective import Metrics, Objective
 from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.ops.resize import label_at_stride
@@ -33,23 +34,8 @@ def train_step(
     dropout_rng, loss_rng, update_rng, shared_rng = jax.random.split(step_rng, 4)
     per_image = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     image = normalize(batch.image, setup.image_format)
-
-    def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, SegmentationOutput, Metrics]]:
-        output, updates = setup.model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            image,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_rng},
-        )
-        image_rng = per_image(loss_rng, batch.example_id)
-        loss, metrics = total_loss(setup, state, output, batch.label, image_rng, shared_rng)
-        return loss, (updates["batch_stats"], output, metrics)
-
-    # Gathered if sharded, as only batches are computed in parallel. The gradients are then
-    # reduced to the same shards.
-    whole = sharding.replicate(state.params, mesh)
-    grads, (batch_stats, output, metrics) = jax.grad(loss_fn, has_aux=True)(whole)
+    rngs = dropout_rng, per_image(loss_rng, batch.example_id), shared_rng
+    grads, (batch_stats, output, metrics) = gradients(setup, state, batch.label, image, rngs)
     grads = lax.with_sharding_constraint(grads, state_sharding(setup, state, mesh).params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -71,6 +57,44 @@ def train_step(
         memory, diagnostics = objective.update(memory, output, label, image_rng)
         metrics |= diagnostics
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema, memory), metrics
+
+
+def gradients(
+    setup: Setup,
+    state: TrainState,
+    label: UInt8[Array, "b h w"],
+    image: Float[Array, "b h w 3"],
+    rngs: tuple[Key[Array, ""], Key[Array, " b"], Key[Array, ""]],
+) -> tuple[Any, tuple[Any, SegmentationOutput, Metrics]]:
+    """Gradients of the total loss in the parameters; new batch statistics, output and metrics.
+
+    `rngs`: of dropout, of each image, and of the whole batch.
+    """
+    dropout_rng, image_rng, shared_rng = rngs
+
+    def loss_fn(
+        params: Any, probes: Probes
+    ) -> tuple[Float[Array, ""], tuple[Any, SegmentationOutput, Metrics]]:
+        output, updates = setup.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            image,
+            train=True,
+            probes=probes,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_rng},
+        )
+        loss, metrics = total_loss(setup, state, output, label, image_rng, shared_rng)
+        return loss, (updates["batch_stats"], output, metrics)
+
+    # Gathered if sharded, as only batches are computed in parallel. The gradients are then
+    # reduced to the same shards.
+    whole = sharding.replicate(state.params, setup.mesh)
+    probes = Probes(jnp.zeros(()), jnp.zeros(()))
+    (grads, squares), found = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(whole, probes)
+    if setup.objective is not None and setup.config.loss.segmentation_weight:
+        ratio = squares.embedding / jnp.maximum(squares.logits, 1e-30)
+        found[2]["gradient_ratio"] = jnp.sqrt(ratio)
+    return grads, found
 
 
 def output_of(setup: Setup, variables: Any, image: Float[Array, "b h w 3"]) -> SegmentationOutput:

@@ -54,11 +54,12 @@ def restore(workdir: Path, checkpoint: str) -> tuple[Variables, Weights]:
         InputError: there is no such checkpoint, or it is damaged.
         FloatingPointError: a value is not finite.
     """
-    weights = describe(workdir)
+    weights, run = describe(workdir), read_config(workdir)
     model = zoo.build(
         weights.networks[0],
         num_classes=weights.num_classes,
         proj_dim=weights.proj_dim,
+        proj_input=run.model.proj_input,
         dropout_rate=0.0,
         dtype="float32",
         remat=(),

@@ -1,5 +1,6 @@
 """The train step: what it computes, and how often; on other devices: test_multi_device.py."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +109,59 @@ def test_keys_come_from_the_network_or_from_its_average():
             rows, _ = memory_bank.segment_keys(output.embedding, label, num_classes=3)
             np.testing.assert_allclose(banks["ema"], rows[0, :, 0], atol=1e-4)
     assert np.abs(banks["online"] - banks["ema"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("proj_input", ["features", "last"])
+def test_the_gradient_ratio_is_that_of_the_losses_where_the_heads_part(proj_input):
+    """Differentiated for each loss alone, with what the heads read given from outside."""
+    config = make_config(*PLAIN, f"model.proj_input={proj_input}", "contrast.loss_weight=0.3")
+    setup = setup_of(config)
+    step_fn, state, mesh = start(config)
+    batch = sharding.to_devices(make_batch(), mesh)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    image = normalized(config, batch)
+    rng = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step), 4)
+    image_rng = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng[1], batch.example_id)
+
+    def losses(shifts):
+        """The two losses, of features that are shifted on their way to either head."""
+
+        def shifted(call, args, kwargs, context):
+            name = context.module.name
+            if context.method_name != "__call__" or name not in ("cls_head", "proj_head"):
+                return call(*args, **kwargs)
+            shift = shifts[name]
+            if name == "cls_head" and proj_input == "last":
+                return call(*args, **kwargs | {"watch": lambda x: x + shift})
+            return call(args[0] + shift, *args[1:], **kwargs)
+
+        with nn.intercept_methods(shifted):
+            output, _ = setup.model.apply(
+                *(variables, image), train=True, mutable=["batch_stats"], rngs={"dropout": rng[0]}
+            )
+        loss, metrics = train_step.total_loss(setup, state, output, batch.label, image_rng, rng[3])
+        return metrics["cross_entropy"], 0.3 * metrics["contrast"]
+
+    shape = jax.eval_shape(
+        lambda: (
+            setup.model.apply(
+                *(variables, image), train=True, mutable=["batch_stats"], rngs={"dropout": rng[0]}
+            )[0].features
+        )
+    ).shape
+    width = shape if proj_input == "last" else (*shape[:3], features_width(state))
+    shifts = {name: jnp.zeros(width) for name in ("cls_head", "proj_head")}
+    of_segmentation = jax.grad(lambda x: losses(x)[0])(shifts)["cls_head"]
+    of_contrast = jax.grad(lambda x: losses(x)[1])(shifts)["proj_head"]
+    expected = np.linalg.norm(of_contrast) / np.linalg.norm(of_segmentation)
+    assert expected > 0
+    _, metrics = step_fn(state, batch)
+    np.testing.assert_allclose(metrics["gradient_ratio"], expected, rtol=1e-3)
+
+
+def features_width(state):
+    """Channels of the features that the projection head reads."""
+    return state.params["proj_head"]["conv1"]["kernel"].shape[2]
 
 
 def test_as_many_anchors_are_sampled_as_the_map_has_sixteenths(monkeypatch):

@@ -4,7 +4,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.layers import LAST_FEATURES, Features, batch_norm, conv, conv_bn
+from contrastseg_jax.models.layers import (
+    Features,
+    HeadOutput,
+    Watch,
+    batch_norm,
+    conv,
+    conv_bn,
+    unwatched,
+)
 from contrastseg_jax.ops.resize import resize_bilinear
 
 
@@ -55,13 +63,15 @@ class DeepLabV3Head(nn.Module):
     refine_relu: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b hs ws c"], *, train: bool) -> Float[Array, "b hs ws k"]:
+    def __call__(
+        self, x: Float[Array, "b hs ws c"], *, train: bool, watch: Watch = unwatched
+    ) -> HeadOutput:
         """ASPP, 3x3 convolution, BN, 1x1 convolution."""
         aspp = ASPP(self.width, self.rates, self.project_size, self.dropout_rate, name="aspp")
         x = conv_bn(aspp(x, train=train), self.width, 3, train=train, name="refine")
         x = nn.relu(x) if self.refine_relu else x
-        self.sow(*LAST_FEATURES, x)
-        return conv(x, self.num_classes, 1, use_bias=True, name="refine_2")
+        logits = conv(watch(x), self.num_classes, 1, use_bias=True, name="refine_2")
+        return HeadOutput(logits, x)
 
 
 class DeepLabV3PlusNeck(nn.Module):
@@ -89,11 +99,13 @@ class DeepLabV3PlusHead(nn.Module):
     dropout_rate: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b hs ws c"], *, train: bool) -> Float[Array, "b hs ws k"]:
+    def __call__(
+        self, x: Float[Array, "b hs ws c"], *, train: bool, watch: Watch = unwatched
+    ) -> HeadOutput:
         """Twice 3x3 convolution, BN and ReLU; dropout of whole channels, 1x1 convolution."""
         for i in (1, 2):
             x = conv(x, 256, 3, name=f"conv{i}")
             x = nn.relu(batch_norm(x, train=train, name=f"bn{i}"))
         x = nn.Dropout(self.dropout_rate, broadcast_dims=(1, 2), deterministic=not train)(x)
-        self.sow(*LAST_FEATURES, x)
-        return conv(x, self.num_classes, 1, use_bias=True, name="conv3")
+        logits = conv(watch(x), self.num_classes, 1, use_bias=True, name="conv3")
+        return HeadOutput(logits, x)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from contrastseg_jax.models.layers import LAST_FEATURES, batch_norm, conv
+from contrastseg_jax.models.layers import HeadOutput, Watch, batch_norm, conv, unwatched
 
 
 class OCRHead(nn.Module):
@@ -27,7 +27,8 @@ class OCRHead(nn.Module):
         aux_logits: Float[Array, "b hs ws k"],
         *,
         train: bool,
-    ) -> Float[Array, "b hs ws k"]:
+        watch: Watch = unwatched,
+    ) -> HeadOutput:
         """Each pixel's features beside the context that it draws from the classes' features."""
 
         def layer(
@@ -52,8 +53,8 @@ class OCRHead(nn.Module):
         context = layer(context, self.width, "f_up")
         x = layer(jnp.concatenate([context, x], axis=-1), self.width, "conv_bn_dropout")
         x = nn.Dropout(self.dropout_rate, broadcast_dims=(1, 2), deterministic=not train)(x)
-        self.sow(*LAST_FEATURES, x)
-        return conv(x, self.num_classes, 1, use_bias=True, name="classifier")
+        logits = conv(watch(x), self.num_classes, 1, use_bias=True, name="classifier")
+        return HeadOutput(logits, x)
 
 
 def spatial_gather(
