@@ -54,6 +54,7 @@ class Arm:
     settings: tuple[str, ...] = ()
     model: str = "hrnet_tiny"
     num_steps: int = NUM_STEPS
+    start: "Arm | None" = None  # whose run this one starts from
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,27 @@ def contrast(weight: float, *settings: str, rate: float = 0.05, name: str = "") 
     return Arm(f"contrast-w{weight}-lr{rate}{name}", "contrast", settings)
 
 
+def memory(name: str, *settings: str) -> Arm:
+    """Contrast with the bank at the weight and rate that the first round found."""
+    return Arm(f"memory{name}", "memory", (*CHOSEN, *BANK, *settings))
+
+
 RAMP = "contrast.ramp_steps=400"
+# Of 46 images; the recipe's are of 367.
+BANK = ("memory.pixel_size=460", "memory.segment_size=46")
+CHOSEN = ("optim.learning_rate=0.05", "contrast.loss_weight=0.5")
+BATCH = Arm("contrast", "contrast", CHOSEN)
+EMA_KEYS = "memory.key_network=ema"
+CORRECT_KEYS = "memory.key_pixels=correct"
+DISTORTED = "augment.color_distortion=1.0"
+HALF = NUM_STEPS // 2
+
+
+def halves(name: str, first: Arm) -> Arm:
+    """A first half of any kind, then cross entropy on the whole network."""
+    return Arm(name, "ce", ("optim.learning_rate=0.05",), num_steps=HALF, start=first)
+
+
 # Seven trials for either side. The long arm takes the wall time of contrast.
 WEIGHT = (
     *(cross_entropy(rate) for rate in (0.05, 0.1, 0.025, 0.2, 0.4)),
@@ -89,6 +110,36 @@ WEIGHT = (
 )
 ROUNDS = {
     "weight": Round(WEIGHT, subsets=("46",), seeds=(0,)),
+    "bank": Round(
+        (
+            BATCH,
+            memory(""),
+            memory("-correct", CORRECT_KEYS),
+            memory("-ema", EMA_KEYS),
+            memory("-correct-ema", CORRECT_KEYS, EMA_KEYS),
+            memory("-filled-first", "contrast.warmup_steps=400"),
+            memory("-pixels", "memory.segment_size=0"),
+        ),
+        subsets=("46",),
+        seeds=(0, 1),
+    ),
+    "pretrain": Round(
+        (
+            halves("contrast-first", Arm("pretrain", "pretrain", CHOSEN, num_steps=HALF)),
+            halves("ce-first", cross_entropy(0.05, DISTORTED, name="-half", num_steps=HALF)),
+            cross_entropy(0.05, DISTORTED, name="-distorted"),
+        ),
+        subsets=("46",),
+        seeds=(0, 1),
+    ),
+    "temperature": Round(
+        tuple(
+            Arm(f"temperature-{t}", "contrast", (*CHOSEN, f"contrast.temperature={t}"))
+            for t in (0.05, 0.07, 0.1, 0.2, 0.3, 0.4)
+        ),
+        subsets=("46",),
+        seeds=(0,),
+    ),
 }
 
 
@@ -118,6 +169,8 @@ def train(name: str, arm: Arm, subset: str, seed: int) -> None:
     folder, plan = workdir(name, arm, subset, seed), ROUNDS[name]
     if read_score(folder, arm.num_steps) > 0:
         return
+    if arm.start:
+        train(name, arm.start, subset, seed)
     published = Path(FLAGS.camvid).resolve()
     root = published if plan.split == "published" else development_split(published)
     settings = (
@@ -128,6 +181,8 @@ def train(name: str, arm: Arm, subset: str, seed: int) -> None:
         *(f"parallel.compilation_cache={Path(FLAGS.output).resolve() / 'compiled'}",),
         *arm.settings,
     )
+    if arm.start:
+        settings += (f"model.init_from={workdir(name, arm.start, subset, seed).resolve()}",)
     command = [
         *(sys.executable, str(ROOT / "main.py"), f"--workdir={folder}"),
         f"--config={ROOT}/configs/camvid.py:{arm.model},{arm.variant}",

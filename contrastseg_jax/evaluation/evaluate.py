@@ -190,6 +190,7 @@ def evaluate(
     folder: Path,
     workdir: Path,
     before_batch: Callable[[Exception | None], None] = _raise,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores of a split, after `step` steps of training.
 
@@ -197,7 +198,7 @@ def evaluate(
     images of process 0 with labels and predictions; what was counted in each image, to
     `folder/image_counts.npz`. Classes that are never predicted are logged, with the class weights
     of an audit in the workdir. `before_batch` receives the error if a batch could not be made, and
-    may raise to end the evaluation.
+    may raise to end the evaluation. `notes`: what the page says of the run besides.
     """
     require_finite(variables, step)
     setup, panels, counted = evaluator.setup, [], []
@@ -229,7 +230,8 @@ def evaluate(
 
     def write() -> None:
         save_image_counts(folder, of_images)
-        evaluation.save_evaluation(folder, results, panels, advice)  # which say that it is complete
+        # Last: they say that the evaluation is complete.
+        evaluation.save_evaluation(folder, results, panels, [*filter(None, [advice]), *notes])
 
     processes.sync_errors(write if processes.is_first() else lambda: None)
     return results

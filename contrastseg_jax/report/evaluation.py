@@ -22,21 +22,21 @@ def score_rows(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def save_evaluation(
-    folder: Path, results: Mapping[str, Any], pictures: Sequence[str], advice: str = ""
+    folder: Path, results: Mapping[str, Any], pictures: Sequence[str], notes: Sequence[str] = ()
 ) -> None:
-    """Write `metrics.json`, and `index.html` with the same numbers and the pictures."""
+    """Write `metrics.json`, and `index.html` with the same numbers, notes and the pictures."""
     write_atomically(folder / "metrics.json", to_json(dict(results)) + "\n")
     rows = "".join(
         f"<tr><td>{html.escape(printable(name))}</td><td>{value:.4f}</td></tr>"
         for name, value in score_rows(results).items()
     )
     images = "".join(f'<p><img src="{quote(name)}" width="100%"></p>' for name in pictures)
-    note = f"<p>{html.escape(advice)}</p>" if advice else ""
+    remarks = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     title = html.escape(f"{results['data']} {results['split']}, step {results['step']}")
     page = (
         f"<!doctype html><meta charset=utf-8><title>{title}</title>"
         "<style>body{font:15px sans-serif;max-width:1100px;margin:2em auto}td{padding:2px 1em}"
-        f"</style><h1>{title}</h1><table>{rows}</table>{note}{images}"
+        f"</style><h1>{title}</h1><table>{rows}</table>{remarks}{images}"
     )
     with best_effort(str(folder / "index.html")):
         write_atomically(folder / "index.html", page)

@@ -118,9 +118,10 @@ def test_evaluation_page_escapes_names_and_metrics_are_valid_json(tmp_path):
         **{"data": "d", "split": "val", "step": 7, "mean_iou": 0.25, "pixel_accuracy": 0.5},
         "iou": {"red": 0.25, "<green>": float("nan")},
     }
-    evaluation.save_evaluation(tmp_path, results, ["000001.png"])
+    evaluation.save_evaluation(tmp_path, results, ["000001.png"], ["it has <collapsed>"])
     page = (tmp_path / "index.html").read_text()
     assert "&lt;green&gt;" in page and "<green>" not in page and 'src="000001.png"' in page
+    assert "it has &lt;collapsed&gt;" in page
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text and json.loads(text)["iou"] == {"red": 0.25, "<green>": None}
 
