@@ -110,6 +110,18 @@ WEIGHT = (
 )
 ROUNDS = {
     "weight": Round(WEIGHT, subsets=("46",), seeds=(0,)),
+    # Both sides at the rate and with the class weights that cross entropy prefers.
+    "rate": Round(
+        (
+            cross_entropy(0.2, CLASS_WEIGHTS, name="-class-weights"),
+            contrast(0.5, rate=0.2),
+            contrast(1.0, rate=0.2),
+            contrast(0.5, CLASS_WEIGHTS, name="-class-weights"),
+            contrast(0.5, CLASS_WEIGHTS, rate=0.2, name="-class-weights"),
+        ),
+        subsets=("46",),
+        seeds=(0,),
+    ),
     "bank": Round(
         (
             BATCH,
