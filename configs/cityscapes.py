@@ -25,7 +25,6 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     )
     config.loss.aux_weight = 0.4  # original: cityscapes/H_48_D_4
     config.contrast.anchors_per_image = 512  # original: 1024 for the 2 images of a GPU
-    config.contrast.temperature = 0.1  # paper; original: cityscapes/H_48_D_4
     config.contrast.loss_weight = 0.1  # original: cityscapes/H_48_D_4
     config.contrast.warmup_steps = 5000  # original: cityscapes/H_48_D_4
     config.memory.segment_size = 2975  # paper: the number of training images

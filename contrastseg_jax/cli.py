@@ -267,7 +267,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "split",
     None,
-    "eval, compare: split to evaluate or that was, default val; audit: split to read, default all.",
+    "eval, compare: split to evaluate, or that was, default val; audit: split to read, default"
+    " all.",
 )
 flags.DEFINE_multi_string(
     "input",
@@ -278,7 +279,7 @@ flags.DEFINE_multi_string(
 flags.DEFINE_multi_string(
     "runs",
     None,
-    "compare: workdir, or folder that contains workdirs; may be repeated. The first is of the"
+    "compare: workdir, or folder that contains workdirs; may be repeated. The first is the"
     " baseline. embed: workdir; may be repeated.",
 )
 flags.DEFINE_string(

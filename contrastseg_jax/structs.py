@@ -48,8 +48,8 @@ class SegmentationOutput:
 
     logits: Float[Array, "b hs ws k"]
     embedding: Float[Array, "b hs ws d"] | None = None  # unit length; None outside training
-    features: Float[Array, "b hs ws c"] | None = None  # of which the last convolution makes logits
     aux_logits: Float[Array, "b hs ws k"] | None = None
+    features: Float[Array, "b hs ws c"] | None = None  # of which the last convolution makes logits
 
 
 @struct.dataclass

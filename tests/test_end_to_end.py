@@ -108,7 +108,9 @@ def test_converted_weights_are_evaluated_trained_and_gone_on_without(prepared_di
     assert result.returncode == 0, result.stderr
     settings += ("contrast.temperature=0",)
     result = run(command(prepared_dir, tmp_path / "other", *TRAIN, settings=settings))
-    assert result.returncode == 1 and "must be a folder written by --mode=convert" in result.stderr
+    assert (
+        result.returncode == 1 and "must be a run with a checkpoint, or a folder" in result.stderr
+    )
     assert "contrast.temperature = 0.0: must be > 0" in result.stderr
     assert not (tmp_path / "other").exists()
 

@@ -87,7 +87,7 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     net.proj_input = "features"
     net.proj_dim = 256  # length of an embedding (paper: 256)
     net.dropout_rate = -1.0  # in front of the logits; -1: as the network's original has it
-    net.init_from = ""  # folder of --mode=convert, whose weights training starts from; empty: none
+    net.init_from = ""  # run, or folder of --mode=convert, to start from its weights; empty: none
     net.dtype = "float32"  # in which layers compute, or bfloat16; parameters stay float32
     net.remat = ()  # stages computed again for the gradient, to save memory, e.g. ("stage4",)
     # How the network takes images. Empty: as the weights of init_from do, or ImageNet's way.

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from contrastseg_jax.config import default
-from contrastseg_jax.config.checks import is_text
+from contrastseg_jax.config.checks import is_number, is_text
 from contrastseg_jax.config.rules import FOLDERS, LEFT_OPEN, broken_rules
 from contrastseg_jax.config.tree import Config, leaves, nearest, replaced
 from contrastseg_jax.errors import InputError, listed
@@ -98,6 +98,9 @@ def _located(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by path, with folders and class names as whoever compares them needs them."""
     paths = {path: settings[path] for path in FOLDERS if is_text(settings[path])}  # else: a rule
     paths = {path: os.path.expanduser(value) for path, value in paths.items()}
+    images = paths.get("data.train_subset", "")
+    if images and not is_number(images):
+        paths["data.train_subset"] = os.path.realpath(images)
     weights = paths.get("model.init_from", "")
     if weights and "://" not in weights:  # those of a run, from wherever it is started again
         paths["model.init_from"] = os.path.realpath(weights)

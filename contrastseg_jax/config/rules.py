@@ -48,7 +48,7 @@ PHOTOGRAPHIC = ("data.exif_orientation", "data.bit_depth")
 # Settings that are those of the weights a run starts from, where a config does not say.
 LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
 # Folders, in which ~ is the home of whoever starts the run.
-FOLDERS = ("data.root", "model.init_from")
+FOLDERS = ("data.root", "data.train_subset", "model.init_from")
 
 
 def decides_evaluation(path: str) -> bool:
@@ -148,7 +148,11 @@ CLASS_WEIGHTS = Rule(
     "must be numbers, none negative and not all 0",
 )
 CONTRAST_COUNTS = Rule(
-    lambda value, config: _is_before_end(value, config) or not uses_contrast(config),
+    lambda value, config: (
+        _is_before_end(value, config)
+        or not uses_contrast(config)
+        or config.loss.segmentation_weight == 0
+    ),
     "must be less than train.num_steps, or the contrast loss never counts",
 )
 WARMUP_ENDS = Rule(_is_before_end, "must be less than train.num_steps")
@@ -158,7 +162,7 @@ SOME_SLOTS = Rule(
 )
 EMA_EXISTS = Rule(
     lambda value, config: value != "ema" or config.optim.ema_decay > 0,
-    "must not be ema without one: set optim.ema_decay, e.g. 0.999",
+    "needs a running average: set optim.ema_decay, e.g. 0.999",
 )
 SELECTION = one_of("all", "random", "hardest", "semi_hard")
 DTYPE = one_of("float32", "bfloat16")

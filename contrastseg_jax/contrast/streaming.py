@@ -214,7 +214,7 @@ def _like(given: Anchors | Candidates, gradient: Float[Array, "x d"]) -> Float[A
 
 
 def tile_size(num_rows: int) -> int:
-    """A sixteenth of the rows: few fill no large tile, whose other rows are computed in vain."""
+    """A sixteenth of the rows: of few, a large tile would mostly be padding."""
     return min(max(num_rows // 16 // BLOCK, 1) * BLOCK, LARGEST_TILE)
 
 

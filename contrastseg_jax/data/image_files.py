@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, Uni
 
 from contrastseg_jax.errors import InputError
 
-MAX_PIXELS = 1 << 28  # of an image, which is decoded whole for each crop: 0.8 GB
+MAX_PIXELS = 1 << 28  # of an image: 0.8 GB once it is decoded
 MAX_PNG_TEXT = 1 << 28  # bytes of a PNG's texts and profiles, decompressed
 # By content, whatever the suffix: no vector formats, and none that starts another program.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")

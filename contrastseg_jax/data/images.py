@@ -1,8 +1,8 @@
 """Decodes image and mask files to arrays, and encodes arrays.
 
-Plain PNGs are decoded by imagecodecs, in half of Pillow's time and as far as they are needed; all
-else by Pillow. OpenCV is somewhat faster as well (`benchmarks/data.py --decoders`), but for a
-damaged JPEG or an odd PNG its libraries write lines to standard error that name no file.
+Images in plain PNGs are decoded by imagecodecs, in half of Pillow's time and as far as they are
+needed; all else by Pillow. OpenCV is somewhat faster as well (`benchmarks/data.py --decoders`), but
+for a damaged JPEG or an odd PNG its libraries write lines to standard error that name no file.
 
 `Decoding` says whether an image's EXIF orientation is applied, and how many bits its values have. A
 mask keeps the pixels and values that are stored.

@@ -45,10 +45,12 @@ def subset(records: Sequence[dict[str, bytes]], which: str) -> Sequence[dict[str
     try:
         wanted = float(which)
     except ValueError:
-        return Subset(records, _listed(records, Path(which).expanduser()))
+        return Subset(records, _listed(records, Path(which)))
     number = int(wanted) if wanted >= 1 else max(1, round(wanted * len(records)))
     if number > len(records):
-        raise InputError(f"{SETTING} = '{which}': the split has {len(records)} images only")
+        raise InputError(
+            f"{SETTING} = '{which}': must be at most {len(records)}, the images of the split"
+        )
     # The first of one permutation, so that a smaller part lies inside a larger one.
     drawn = np.random.default_rng(SEED).permutation(len(records))[:number]
     return Subset(records, tuple(sorted(drawn.tolist())))
@@ -61,7 +63,7 @@ def image_names(records: Sequence[dict[str, bytes]]) -> list[str]:
 
 def _listed(records: Sequence[dict[str, bytes]], file: Path) -> tuple[int, ...]:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text in UTF-8"
         raise InputError(f"{SETTING} = '{file}': cannot be read ({reason})") from error

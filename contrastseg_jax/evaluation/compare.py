@@ -1,5 +1,8 @@
 """The program that compares runs: groups them into arms, and writes the comparison."""
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from contrastseg_jax.config.rules import FOLDERS, OPERATIONAL
+from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data.pictures import shortened
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation.runs import Run, find_workdirs, read_runs, require_comparable
@@ -19,6 +23,7 @@ from contrastseg_jax.report.comparison_page import (
     save_comparison,
 )
 from contrastseg_jax.run.logging import log
+from contrastseg_jax.run.workdir import read_config
 from contrastseg_jax.text import count_of
 
 MAX_NAMED = 3  # settings in the name of an arm
@@ -102,8 +107,22 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
 
 def experiment(run: Run) -> dict[str, Any]:
     """The settings of a run that make its arm."""
+    return _arm_settings(run.settings)
+
+
+def _arm_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All but the seed and what is of the machine.
+
+    A run that this one starts from counts by its own such settings: each seed has its own.
+    """
     left_out = {"seed", *OPERATIONAL}
-    return {path: value for path, value in run.settings.items() if path not in left_out}
+    kept = {path: value for path, value in settings.items() if path not in left_out}
+    start = Path(settings["model.init_from"] or os.devnull)
+    if (start / "config.json").is_file():
+        first = _arm_settings(dict(leaves(read_config(start))))
+        digest = hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
+        kept["model.init_from"] = f"run {digest[:6]}"
+    return kept
 
 
 def seed_of(run: Run) -> int:

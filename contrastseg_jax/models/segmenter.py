@@ -75,17 +75,17 @@ class Segmenter(nn.Module):
         if self.neck is not None:
             features = features | {"neck": self.neck(features, train=train)}
         x = features["last" if self.neck is None else "neck"]
+        # What feeds the logits, and all of it: an auxiliary head may read the same features.
+        watched = x if self.proj_input == "last" else on_logits(x)
         aux_logits = embedding = None
         if self.aux_head is not None and (training or self.aux_guides):
-            aux_logits, _ = self.aux_head(features[self.aux_input], train=train)
+            aux_x = features[self.aux_input]
+            aux_logits, _ = self.aux_head(watched if aux_x is x else aux_x, train=train)
             aux_logits = aux_logits.astype(jnp.float32)
         guide = (aux_logits,) if self.aux_guides else ()
-        if self.proj_input == "last":
-            logits, last = self.cls_head(x, *guide, train=train, watch=on_logits)
-            shared = last
-        else:
-            logits, last = self.cls_head(on_logits(x), *guide, train=train)
-            shared = x
+        watch = on_logits if self.proj_input == "last" else unwatched
+        logits, last = self.cls_head(watched, *guide, train=train, watch=watch)
+        shared = last if self.proj_input == "last" else x
         if self.proj_dim and (training or embed):
             head = ProjectionHead(self.proj_dim, name="proj_head")
             embedding = head(on_embedding(shared), train=train)
@@ -93,7 +93,7 @@ class Segmenter(nn.Module):
             logits=logits.astype(jnp.float32),
             embedding=embedding,
             aux_logits=aux_logits,
-            features=last,
+            features=last.astype(jnp.float32),
         )
 
 
@@ -106,8 +106,7 @@ def describe_pixels(
     head's last convolution makes the logits.
     """
     output = cast(SegmentationOutput, model.apply(variables, image, train=False, embed=True))
-    features: Any = output.features
-    return output.embedding, features.astype(jnp.float32)
+    return output.embedding, cast(Array, output.features)
 
 
 def flatten(variables: Variables) -> dict[LeafPath, Any]:

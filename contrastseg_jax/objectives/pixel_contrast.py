@@ -32,7 +32,7 @@ def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mes
     )
     return Objective(
         loss_weight=contrast.loss_weight,
-        warmup_steps=contrast.warmup_steps if config.loss.segmentation_weight else 0,
+        warmup_steps=contrast_start(config),
         ramp_steps=contrast.ramp_steps,
         init=init if uses_memory(config) else lambda: None,
         loss=partial(contrast_loss, settings=contrast, mesh=mesh, split=split),
@@ -46,6 +46,11 @@ def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mes
         update_from_ema=uses_memory(config) and memory.key_network == "ema",
         sharding=sharding.bank_sharding if split else sharding.replicated_tree,
     )
+
+
+def contrast_start(config: Config) -> int:
+    """Steps before the contrast loss counts: its warm-up, unless there is no other loss."""
+    return config.contrast.warmup_steps if config.loss.segmentation_weight else 0
 
 
 def contrast_loss(
@@ -127,12 +132,15 @@ def update_bank(
     rows = sharding.replicate((pixel, segment), mesh)
     bank = memory_bank.enqueue(bank, *rows, mesh=mesh if split else None)
     fill, num_keys = memory_bank.fill_ratio(bank), jnp.sum(valid, dtype=jnp.float32)
-    return bank, {
+    metrics = {
         "memory_fill": fill.mean(),
         "memory_fill_min": fill.min(),
         "memory_age": memory_bank.mean_age(bank),
-        "correct_keys": jnp.sum(jnp.where(valid, right[..., 0], 0.0)) / jnp.maximum(num_keys, 1.0),
     }
+    if bank.pixel.size:
+        num_right = jnp.sum(jnp.where(valid, right[..., 0], 0.0))
+        metrics["correct_keys"] = num_right / jnp.maximum(num_keys, 1.0)
+    return bank, metrics
 
 
 def num_anchors(given: int, map_size: tuple[int, ...]) -> int:

@@ -249,7 +249,7 @@ def percentile_interval(samples: Float64[np.ndarray, "r q"]) -> Float64[np.ndarr
     """The interval between the percentiles of resampled values.
 
     Resamples in which a score does not exist, as a class occurs in neither label nor prediction,
-    are left out for that score; it is NaN if that are all.
+    are left out for that score; it is NaN if none is left.
     """
     tail = (1 - CONFIDENCE) / 2
     interval = np.full((2, samples.shape[1]), np.nan)

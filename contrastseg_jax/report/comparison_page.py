@@ -147,7 +147,7 @@ def runs_table(comparison: Comparison) -> Table:
 
 
 def mean_text(arm: ArmScores, score: int) -> str:
-    """A mean with its standard deviation, as far as there are such."""
+    """A mean with its standard deviation, where they exist."""
     mean, std = arm.mean[score], arm.std[score]
     if np.isnan(mean):
         return NO_VALUE

@@ -19,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from flax.serialization import from_state_dict, to_state_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from contrastseg_jax.errors import InputError, best_effort, listed, reason, warn_once
 from contrastseg_jax.files import require_disk_space
@@ -166,12 +168,31 @@ def find_intact(
 def restore(workdir: Path, step: int, state: TrainState, sharding: Any) -> TrainState:
     """The state saved at a step, with the given `sharding` (a prefix of the state's tree).
 
-    `state`: its structure, shapes and dtypes. It may have been saved with another sharding.
+    `state`: its structure, shapes and dtypes. It may have been saved with another sharding, and by
+    a version whose objective counted less: such counters begin at 0.
     """
-    abstract = _with_sharding(state, sharding)
-    stored = _without_empty(abstract)
-    restored = _read(_folder(workdir) / str(step), lambda: ocp.args.StandardRestore(stored))
-    return jax.tree.map(_or_empty, abstract, cast(TrainState, restored))
+    path, abstract = _folder(workdir) / str(step), _with_sharding(state, sharding)
+
+    def args() -> Any:
+        names = _array_names(path / ITEM, with_empty=True)
+        known = {at: x for at, x in _memory_leaves(abstract).items() if ".".join(at) in names}
+        stored = _without_empty(
+            cast(Any, abstract).replace(memory=unflatten_dict(known).get("memory"))
+        )
+        return ocp.args.StandardRestore(stored)
+
+    restored = cast(TrainState, _read(path, args))
+    if abstract.memory is not None:
+        found = _memory_leaves(restored)
+        leaves = {at: _or_empty(x, found.get(at)) for at, x in _memory_leaves(abstract).items()}
+        memory = from_state_dict(abstract.memory, unflatten_dict(leaves)["memory"])
+        restored = cast(Any, restored).replace(memory=memory)
+    return jax.tree.map(_or_empty, abstract, restored)
+
+
+def _memory_leaves(state: TrainState) -> dict[tuple[str, ...], Any]:
+    """The arrays of the objective's state by their names."""
+    return {} if state.memory is None else flatten_dict({"memory": to_state_dict(state.memory)})
 
 
 def restore_variables(workdir: Path, step: int, variables: Any, sharding: Any) -> Any:
@@ -396,13 +417,13 @@ def _single_process_checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _array_names(item: Path) -> list[str]:
-    """The names of the stored arrays of a state."""
+def _array_names(item: Path, *, with_empty: bool = False) -> list[str]:
+    """The names of the stored arrays of a state; `with_empty`: and of those without elements."""
     nodes = json.loads((item / "_METADATA").read_text())["tree_metadata"].values()
     return [
         ".".join(part["key"] for part in node["key_metadata"])
         for node in nodes
-        if not node["value_metadata"]["skip_deserialize"]  # else it is None
+        if with_empty or not node["value_metadata"]["skip_deserialize"]  # else it is None
     ]
 
 

@@ -42,17 +42,20 @@ def record_config(workdir: Path, config: Config, *, write: bool = True) -> None:
         write_atomically(workdir / "config.json", to_json(config))
 
 
-def record_train_images(workdir: Path, names: Sequence[str], *, write: bool = True) -> None:
-    """Keep the names of the images of a run that trains on a part of them; it resumes with them.
+def record_train_images(workdir: Path, names: Sequence[str], *, resume: bool) -> None:
+    """Keep the names of the images of a run that trains on a part of them; none: on all.
+
+    `resume`: the run goes on, which it does with the images it has begun with.
 
     Raises:
-        InputError: the run has begun with others.
+        InputError: it has begun with others.
     """
     file, text = workdir / "train_images.txt", "".join(f"{name}\n" for name in names)
-    if not file.exists():
-        if write:
+    if not resume:
+        file.unlink(missing_ok=True)
+        if names:
             write_atomically(file, text)
-    elif file.read_text() != text:
+    elif file.exists() and file.read_text(encoding="utf-8") != text:
         raise InputError(
             f"{file}: the run has begun with other training images than data.train_subset now"
             " names; use another workdir"

@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 
 from contrastseg_jax.config.tree import Config
+from contrastseg_jax.objectives.pixel_contrast import contrast_start
 
+NEEDED = {"contrast", "negatives_per_anchor", "positive_similarity", "negative_similarity"}
 PATIENCE = 0.1  # share of the steps that the contrast loss is given before it is judged
-FLOOR_MARGIN = 0.02  # share by which a loss that tells nothing apart may lie below log(1 + N)
+FLOOR_MARGIN = 0.02  # share by which the loss of useless embeddings may lie below log(1 + N)
 COLLAPSE = 0.05  # difference of the mean similarities of positives and negatives
 STALE = 1000  # steps, mean age of the rows of the bank
 SMALLEST_RATIO = 0.01  # of the gradients of contrast and segmentation loss
@@ -21,31 +23,33 @@ def symptoms(values: Mapping[str, float], step: int, config: Config) -> dict[str
         config: of the run.
     """
     contrast, num_steps = config.contrast, config.train.num_steps
-    start = contrast.warmup_steps if config.loss.segmentation_weight else 0
-    start += contrast.ramp_steps
-    if step < start + PATIENCE * (num_steps - start) or "contrast" not in values:
+    start = contrast_start(config) + contrast.ramp_steps
+    is_early = step < start + PATIENCE * (num_steps - start)
+    if is_early or not NEEDED <= values.keys():
         return {}
     found = {}
+    # Of pairs that were chosen for being hard, even a good embedding has similar negatives.
+    is_fair = {contrast.positives, contrast.negatives} <= {"all", "random"}
     scale = contrast.temperature / contrast.base_temperature
     floor = scale * math.log1p(values["negatives_per_anchor"])
     positive, negative = values["positive_similarity"], values["negative_similarity"]
-    if positive - negative < COLLAPSE:
+    if is_fair and positive - negative < COLLAPSE:
         found["collapse"] = (
-            f"the embeddings have collapsed: positives are no more similar ({positive:.2f}) than"
-            f" negatives ({negative:.2f}); raise contrast.temperature, or lower"
-            " optim.learning_rate"
+            "the embeddings have collapsed: positives are hardly more similar"
+            f" ({positive:.2f}) than negatives ({negative:.2f}); raise contrast.temperature, or"
+            " lower optim.learning_rate"
         )
-    elif values["contrast"] > (1 - FLOOR_MARGIN) * floor:
+    elif is_fair and values["contrast"] > (1 - FLOOR_MARGIN) * floor:
         found["floor"] = (
-            f"the contrast loss, {values['contrast']:.2f}, is that of embeddings that tell nothing"
-            f" apart, log(1 + negatives) = {floor:.2f}; lower contrast.temperature, or raise"
+            f"the contrast loss, {values['contrast']:.2f}, is that of embeddings that do not"
+            f" separate the classes, {floor:.2f}; lower contrast.temperature, or raise"
             " contrast.loss_weight"
         )
     if values.get("memory_age", 0.0) > STALE:
         found["stale"] = (
             f"the rows of the memory bank are {values['memory_age']:.0f} steps old on average, from"
-            " a network that was another; lower memory.pixel_size and memory.segment_size, or"
-            " raise memory.pixels_per_class"
+            " a network that has changed since; lower memory.pixel_size and memory.segment_size,"
+            " or raise memory.pixels_per_class"
         )
     ratio = values.get("gradient_ratio", math.inf)
     if config.loss.segmentation_weight and ratio < SMALLEST_RATIO:

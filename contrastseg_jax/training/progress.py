@@ -42,7 +42,7 @@ class Progress:
     is_start: bool = True  # first interval, which includes making the first batches
     is_warned: bool = False  # about waiting for data, once
     symptoms: dict[str, str] = field(default_factory=dict)  # of the last interval
-    said: set[str] = field(default_factory=set)  # the names of those that were logged, once each
+    reported: set[str] = field(default_factory=set)  # names of those that were logged, once each
 
 
 def log_progress(progress: Progress, step: int) -> None:
@@ -61,9 +61,9 @@ def log_progress(progress: Progress, step: int) -> None:
         write_metrics(progress.workdir, progress.board, step, numbers)
     log.info(_line(step, config.train.num_steps, values, size / seconds))
     progress.symptoms = symptoms(values, step, config)
-    for name in progress.symptoms.keys() - progress.said:
+    for name in progress.symptoms.keys() - progress.reported:
         log.warning(progress.symptoms[name])
-    progress.said |= progress.symptoms.keys()
+    progress.reported |= progress.symptoms.keys()
     advice = "" if progress.is_start else data_advice(values["data_wait"], config)
     if advice and not progress.is_warned:
         log.warning(advice)

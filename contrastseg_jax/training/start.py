@@ -1,8 +1,10 @@
 """Starting or resuming a run: its data, the initial state and the compiled train step."""
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -12,7 +14,7 @@ from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data.dataset import open_splits
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
-from contrastseg_jax.data.subset import subset
+from contrastseg_jax.data.subset import image_names, subset
 from contrastseg_jax.evaluation.evaluate import Evaluator, make_evaluator, require_memory
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.parallel import processes
@@ -55,7 +57,10 @@ def open_data(setup: Setup) -> tuple[Source, Evaluator]:
     )
     which = setup.config.data.train_subset
     part = processes.sync_errors(lambda: subset(source, which))
-    sizes = {"images": (len(part), len(val_source))}
+    sizes: dict[str, Any] = {"images": (len(part), len(val_source))}
+    if which:  # a list may differ from machine to machine
+        names = "\n".join(image_names(part)).encode()
+        sizes["training images, SHA-256"] = hashlib.sha256(names).hexdigest()
     processes.require_same(dict(leaves(setup.config)) | sizes)
     of_all = f" of {len(source)}, by data.train_subset = '{which}'" if which else ""
     log.info(

@@ -42,9 +42,9 @@ def train(setup: Setup, workdir: Path) -> None:
     variables = fresh_variables(setup, workdir)
     num_steps = setup.config.train.num_steps
     with claimed(workdir, setup.config, resume=variables is None):
-        if setup.config.data.train_subset:
-            record = functools.partial(record_train_images, workdir)
-            processes.sync_errors(lambda: record(image_names(source), write=processes.is_first()))
+        names = image_names(source) if setup.config.data.train_subset else []
+        record = functools.partial(record_train_images, workdir, names, resume=variables is None)
+        processes.sync_errors(record if processes.is_first() else lambda: None)
         begin = start(setup, workdir, variables, evaluator)
         if begin is None:
             log.info(f"{workdir}: training already finished, at step {num_steps}")

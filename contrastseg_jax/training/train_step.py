@@ -132,9 +132,9 @@ def total_loss(
 
 
 def ramp(step: Int[Array, ""], num_steps: int) -> Float[Array, ""]:
-    """What a weight is multiplied by: 0 before step 0, then in equal steps to 1 at `num_steps`.
+    """What a weight is multiplied by: 0 before step 0, then rising to 1 in `num_steps` equal steps.
 
-    The first step has its share already, so that a ramp of no steps is a switch.
+    Step 0 has its share already, so that a ramp of no steps is a switch.
     """
     return jnp.clip((step + 1).astype(jnp.float32) / max(num_steps, 1), 0.0, 1.0)
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def read(folder: Path, network: str) -> Weights:
     Raises:
         InputError: it is missing or damaged, or the weights are for another backbone.
     """
-    weights = run_weights.describe(folder) if run_weights.is_run(folder) else _read_record(folder)
+    with _named(folder):
+        is_run = run_weights.is_run(folder)
+        weights = run_weights.describe(folder) if is_run else _read_record(folder)
     fitting = sharing_backbone(weights.networks[0])
     if network not in fitting:
         raise InputError(
@@ -129,7 +132,8 @@ def require_intact(folder: Path) -> None:
     the newest checkpoint that is intact is read, as when it resumes.
     """
     if run_weights.is_run(folder):
-        find_intact(folder, "latest")
+        with _named(folder):
+            find_intact(folder, "latest")
         return
     written = json.loads((folder / "weights.json").read_text())["files"]
     found = _digests(folder / "variables")
@@ -155,7 +159,8 @@ def start_from(
     """
     weights = read(folder, network)
     if run_weights.is_run(folder):
-        given, weights = run_weights.restore(folder, "latest")
+        with _named(folder):
+            given, weights = run_weights.restore(folder, "latest")
     else:
         given = _restore(folder)
     parts = None if network in weights.networks else ("backbone",)
@@ -184,6 +189,17 @@ def start_from(
     if unread:
         log.info(f"not used: {', '.join(unread)}")
     return variables
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Lets an InputError about a run name the setting that names the run."""
+    try:
+        yield
+    except InputError as error:
+        if "model.init_from" in str(error):
+            raise
+        raise InputError(f"model.init_from = '{folder}': {error}") from error
 
 
 def _restore(folder: Path) -> Any:

@@ -5,6 +5,7 @@ import re
 import pytest
 from paths import ROOT
 
+from contrastseg_jax.config.default import VARIANTS
 from contrastseg_jax.config.load import from_json, load, schema
 from contrastseg_jax.config.rules import (
     FOLDERS,
@@ -58,8 +59,9 @@ def test_every_config_is_valid(path, variant, monkeypatch):
     config = load(str(path) + spec, NEEDED.get(path.name, []))
     if path.name != "default.py":
         check(config, mode="train")
-    expected = {"ce": "none", "contrast": "batch", "pretrain": "batch"}.get(variant, "both")
-    assert config.contrast.candidates == expected
+    settings = dict(leaves(config))
+    for setting, value in VARIANTS[variant or "memory"].items():
+        assert settings[setting] == value
 
 
 def test_every_setting_is_read():

@@ -52,5 +52,5 @@ def test_bad_lists_are_refused(tmp_path, text, message):
 
 
 def test_a_part_larger_than_the_split_is_refused():
-    with pytest.raises(InputError, match="train_subset = '41': the split has 40 images only"):
+    with pytest.raises(InputError, match="train_subset = '41': must be at most 40"):
         subset(RECORDS, "41")

@@ -45,6 +45,18 @@ def refused(tmp_path, *names, **settings):
 # --- What is compared -----------------------------------------------------------------------------
 
 
+def test_runs_that_start_from_runs_of_one_kind_are_one_arm(tmp_path):
+    """Each seed goes on from a run of its own."""
+    for seed in (0, 1, 2):
+        first = tmp_path / "first" / f"seed_{seed}"
+        write_run(first, seed=seed, rightness=0.3, variant="pretrain")
+        then = f"model.init_from={first}"
+        write_run(tmp_path / "then" / f"seed_{seed}", then, seed=seed, rightness=0.6)
+        write_run(tmp_path / "ce" / f"seed_{seed}", seed=seed, rightness=0.5)
+    values = compare(tmp_path, "ce", "then")
+    assert [arm["seeds"] for arm in values["arms"]] == [[0, 1, 2]] * 2
+
+
 def test_scores_are_those_of_the_evaluations(runs, tmp_path, caplog):
     caplog.set_level("INFO", "contrastseg_jax")
     values = compare(tmp_path)

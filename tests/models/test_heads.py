@@ -42,7 +42,7 @@ def test_fcn_head_is_the_written_out_one(features):
         padded[:, i : i + 5, j : j + 7] @ conv1["kernel"][i, j] for i in range(3) for j in range(3)
     )
     expected = batch_norm_relu(x, variables) @ conv2["kernel"][0, 0]
-    result = head.apply(variables, features, train=False)
+    result = head.apply(variables, features, train=False).logits
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -54,11 +54,11 @@ def test_dropout_removes_whole_channels_in_training_only(features):
     variables["params"]["bn1"]["bias"] = jnp.ones(6)
     variables["params"]["conv2"]["kernel"] = jnp.ones((1, 1, 6, 1))
 
-    np.testing.assert_array_equal(head.apply(variables, features, train=False), 6)
+    np.testing.assert_array_equal(head.apply(variables, features, train=False).logits, 6)
     draws = [
         head.apply(
             variables, features, train=True, rngs={"dropout": jax.random.key(i)}, mutable=True
-        )[0]
+        )[0].logits
         for i in range(5)
     ]
     for logits in draws:
@@ -142,7 +142,7 @@ def test_deeplab_head_is_the_written_out_one(features, settings):
     layers = TorchLayers(torch, variables)
     x = layers.bn(layers.conv(x, "refine_0"), "refine_1")
     expected = layers.conv(x.relu() if settings else x, "refine_2").numpy().transpose(0, 2, 3, 1)
-    result = head.apply(variables, features, train=False)
+    result = head.apply(variables, features, train=False).logits
     np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -168,5 +168,5 @@ def test_deeplab_plus_is_the_written_out_one(features):
     for i in (1, 2):
         x = layers.bn(layers.conv(x, f"conv{i}"), f"bn{i}").relu()
     expected = layers.conv(x, "conv3").numpy().transpose(0, 2, 3, 1)
-    result = head.apply(of_head, joined, train=False)
+    result = head.apply(of_head, joined, train=False).logits
     np.testing.assert_allclose(result, expected, rtol=1e-3)

@@ -93,7 +93,7 @@ def test_the_whole_head_is_the_written_out_one(rng):
     classifier = variables["params"]["classifier"]
     expected = x @ classifier["kernel"][0, 0] + classifier["bias"]
 
-    result = head.apply(variables, *inputs, train=False)
+    result = head.apply(variables, *inputs, train=False).logits
     np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -24,8 +24,16 @@ SETTINGS = ("train.num_steps=1000", "contrast.warmup_steps=100", "contrast.ramp_
     ("changed", "name", "text"),
     [
         ({}, None, ""),
-        ({"negative_similarity": 0.76}, "collapse", "no more similar (0.80) than negatives (0.76)"),
-        ({"contrast": FLOOR}, "floor", "is that of embeddings that tell nothing apart, log(1 + n"),
+        (
+            {"negative_similarity": 0.76},
+            "collapse",
+            "hardly more similar (0.80) than negatives (0.7",
+        ),
+        (
+            {"contrast": FLOOR},
+            "floor",
+            "of embeddings that do not separate the classes, 8.88;",
+        ),
         ({"contrast": 0.97 * FLOOR}, None, ""),
         ({"memory_age": 1500.0}, "stale", "are 1500 steps old on average"),
         ({"gradient_ratio": 0.002}, "weight", "2.0e-03 of that of the segmentation loss"),
@@ -51,3 +59,16 @@ def test_a_run_without_contrast_has_no_symptoms():
 def test_the_weight_is_not_judged_where_contrast_trains_alone():
     config = make_config(*SETTINGS, "loss.segmentation_weight=0.0")
     assert symptoms(HEALTHY | {"gradient_ratio": 0.0}, 900, config) == {}
+
+
+@pytest.mark.parametrize("selection", ["hardest", "semi_hard"])
+def test_pairs_chosen_for_being_hard_are_no_symptom(selection):
+    """Of an embedding that separates its classes well, they look collapsed."""
+    values = HEALTHY | {"positive_similarity": 0.1, "negative_similarity": 0.3, "contrast": 12.0}
+    config = make_config(*SETTINGS, f"contrast.negatives={selection}")
+    assert symptoms(values, 900, config) == {}
+    assert "collapse" in symptoms(values, 900, make_config(*SETTINGS))
+
+
+def test_another_objective_has_metrics_of_its_own():
+    assert symptoms({"contrast": 1.0, "loss": 2.0}, 900, make_config(*SETTINGS)) == {}
