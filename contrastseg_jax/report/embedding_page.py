@@ -99,9 +99,9 @@ def page(results: Results, picture: bytes, classes: LabelMap) -> str:
     body = [
         f"<h1>{title}</h1>",
         f"<p>The same {results['num_pixels']} pixels of {results['num_images']} images in every"
-        " panel, drawn at random, as evenly from the classes as rare ones allow. Each map is by"
-        f" t-SNE (perplexity {results['perplexity']:.3g}, cosine): which pixels lie together"
-        " has a meaning; distances between groups, and sizes of groups, have none.</p>",
+        " panel, drawn at random, balanced over the classes as far as rare ones allow. Each map is"
+        f" by t-SNE (perplexity {results['perplexity']:.3g}, cosine): which pixels lie together is"
+        " meaningful; distances between groups and their sizes are not.</p>",
         f'<p><img src="{source}" width="100%" alt="t-SNE maps"></p>',
         "<h2>All pixels</h2>",
         _html_table(score_table(results)),

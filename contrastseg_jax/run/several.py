@@ -43,7 +43,8 @@ def require_same_data(workdirs: Sequence[Path], configs: Sequence[Config]) -> No
         if other[path] != value
     ]
     if problems:
-        raise listed(f"--runs={' '.join(map(str, workdirs))}, of different data", problems)
+        given = " ".join(f"--runs={workdir}" for workdir in workdirs)
+        raise listed(f"{given}, whose data differ", problems)
 
 
 def run_names(workdirs: Sequence[Path]) -> list[str]:

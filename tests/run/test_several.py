@@ -49,7 +49,8 @@ def test_every_setting_in_which_the_data_differ_is_named(run_of, tmp_path):
     with pytest.raises(InputError) as error:
         read_runs([first, second, third])
     title, *problems = str(error.value).splitlines()
-    assert title == f"6 problems in --runs={first} {second} {third}, of different data:"
+    given = f"--runs={first} --runs={second} --runs={third}"
+    assert title == f"6 problems in {given}, whose data differ:"
     assert sorted(problems) == [
         f"  data.class_names = () in {first}, ('x', 'y') in {second}",
         f"  data.name = 'synthetic' in {first}, 'folder' in {second}",
