@@ -19,8 +19,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from flax.serialization import from_state_dict, to_state_dict
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from contrastseg_jax.errors import InputError, best_effort, listed, reason, warn_once
 from contrastseg_jax.files import require_disk_space
@@ -175,24 +173,39 @@ def restore(workdir: Path, step: int, state: TrainState, sharding: Any) -> Train
 
     def args() -> Any:
         names = _array_names(path / ITEM, with_empty=True)
-        known = {at: x for at, x in _memory_leaves(abstract).items() if ".".join(at) in names}
-        stored = _without_empty(
-            cast(Any, abstract).replace(memory=unflatten_dict(known).get("memory"))
-        )
-        return ocp.args.StandardRestore(stored)
+        known = {at: x for at, x in _memory_leaves(abstract).items() if f"memory.{at}" in names}
+        memory = None if abstract.memory is None else _nested(known)
+        return ocp.args.StandardRestore(_without_empty(_with_memory(abstract, memory)))
 
     restored = cast(TrainState, _read(path, args))
     if abstract.memory is not None:
         found = _memory_leaves(restored)
-        leaves = {at: _or_empty(x, found.get(at)) for at, x in _memory_leaves(abstract).items()}
-        memory = from_state_dict(abstract.memory, unflatten_dict(leaves)["memory"])
-        restored = cast(Any, restored).replace(memory=memory)
+        leaves = [_or_empty(x, found.get(at)) for at, x in _memory_leaves(abstract).items()]
+        memory = jax.tree.unflatten(jax.tree.structure(abstract.memory), leaves)
+        restored = _with_memory(restored, memory)
     return jax.tree.map(_or_empty, abstract, restored)
 
 
-def _memory_leaves(state: TrainState) -> dict[tuple[str, ...], Any]:
+def _memory_leaves(state: TrainState) -> dict[str, Any]:
     """The arrays of the objective's state by their names."""
-    return {} if state.memory is None else flatten_dict({"memory": to_state_dict(state.memory)})
+    leaves = jax.tree_util.tree_leaves_with_path(state.memory)
+    return {jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in leaves}
+
+
+def _with_memory(state: TrainState, memory: Any) -> TrainState:
+    return cast(Any, state).replace(memory=memory)
+
+
+def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Folders of names, as Orbax stores them, from names with dots."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return tree
 
 
 def restore_variables(workdir: Path, step: int, variables: Any, sharding: Any) -> Any:

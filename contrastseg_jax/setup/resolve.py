@@ -111,13 +111,14 @@ def num_anchors(config: Config, model: Segmenter) -> int:
 def adopt_image_format(config: Config, run: Config | None) -> Config:
     """The config, with unset image format settings taken from the weights in `model.init_from`.
 
-    `run`: the config of a run being resumed, which has them already.
+    `run`: the config of a run being resumed, used if the weights no longer exist.
     """
     net = config.model
     if not net.init_from:
         return config
     folder = Path(net.init_from)
-    if run is not None and run.model.init_from == net.init_from:
+    is_gone = not pretrained.is_there(folder)
+    if run is not None and run.model.init_from == net.init_from and is_gone:
         return inherit_image_format(config, run)
     expected = pretrained.read(folder, net.name).image_format
     log.info(f"image format of {folder}: {pretrained.describe_image_format(expected)}")

@@ -62,7 +62,8 @@ def log_progress(progress: Progress, step: int) -> None:
     log.info(_line(step, config.train.num_steps, values, size / seconds))
     progress.symptoms = symptoms(values, step, config)
     for name in progress.symptoms.keys() - progress.reported:
-        log.warning(progress.symptoms[name])
+        if progress.board:  # one process says it
+            log.warning(progress.symptoms[name])
     progress.reported |= progress.symptoms.keys()
     advice = "" if progress.is_start else data_advice(values["data_wait"], config)
     if advice and not progress.is_warned:

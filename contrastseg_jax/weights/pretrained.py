@@ -67,6 +67,11 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
                 parent.rmdir()
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a folder holds weights: converted ones, or a run's."""
+    return (folder / "weights.json").exists() or run_weights.is_run(folder)
+
+
 def read(folder: Path, network: str) -> Weights:
     """The description of the weights in a folder, or of a run.
 

@@ -100,7 +100,9 @@ def test_deeplabv3_is_torchvisions():
         )
         (features,) = state["intermediates"]["backbone"]["__call__"]
         of_aux_head = {collection: parts["aux_head"] for collection, parts in variables.items()}
-        return output.logits, model.aux_head.apply(of_aux_head, features["layer3"], train=False)
+        return output.logits, model.aux_head.apply(
+            of_aux_head, features["layer3"], train=False
+        ).logits
 
     logits, aux_logits = evaluate(variables, recipe.image())
     assert_close(logits, outputs["logits"], every)
