@@ -20,7 +20,7 @@ from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.files import write_atomically
 from contrastseg_jax.structs import IGNORE_LABEL
 
-Entry = tuple[str, Patch]  # of a legend: a name and its colour
+Entry = tuple[str, Any]  # of a legend: a name, and what is drawn beside it
 
 PANEL_WIDTH = 12.0  # inches
 PANEL_LEGEND_COLUMNS = 9
@@ -184,9 +184,8 @@ def figure_png(figure: Figure) -> bytes:
     """The PNG of a figure."""
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # characters that the font lacks: a box will do
+        # Characters that the font lacks: a box will do.
+        warnings.simplefilter("ignore", UserWarning)
         figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
 

@@ -13,7 +13,13 @@ from jaxtyping import Float64
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from contrastseg_jax.data.pictures import figure_png, plain_style, printable, shortened
+from contrastseg_jax.data.pictures import (
+    add_legend,
+    figure_png,
+    plain_style,
+    printable,
+    shortened,
+)
 from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.report.comparison import (
     NUM_OVERALL,
@@ -28,6 +34,7 @@ OVERALL = ("mIoU", "pixel accuracy", "mIoU of the rarest")
 OVERALL_KEYS = ("mean_iou", "pixel_accuracy", "rarest_mean_iou")
 INTERVALS = ("95 % over seeds", "95 % over images")
 NO_VALUE = "–"
+LEGEND: dict[str, Any] = {"loc": "outside upper left", "ncols": 2, "frameon": False}
 STYLE = (
     "body{font:15px sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
     "td,th{padding:2px 1em 2px 0;text-align:right;white-space:nowrap}"
@@ -335,7 +342,8 @@ def curves_figure(comparison: Comparison) -> Figure:
     axes.set_ylabel("val mIoU")
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    add_legend(figure, axes.lines, [scored.arm.name for scored in comparison.arms])
+    names = [scored.arm.name for scored in comparison.arms]
+    add_legend(figure, [*zip(names, axes.lines, strict=True)], **LEGEND)
     return figure
 
 
@@ -359,13 +367,6 @@ def differences_figure(comparison: Comparison) -> Figure:
     baseline = shortened(comparison.arms[0].arm.name)
     axes.set_xlabel(f"difference from {baseline}", parse_math=False)
     axes.grid(axis="x", alpha=0.3)
-    add_legend(figure, points, [found.arm.name for found in comparison.differences])
+    arms = [found.arm.name for found in comparison.differences]
+    add_legend(figure, [*zip(arms, points, strict=True)], **LEGEND)
     return figure
-
-
-def add_legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend. Names are set afterwards, since Matplotlib leaves out labels that begin with _."""
-    labels = [""] * len(handles)
-    legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=shortened(name), parse_math=False)

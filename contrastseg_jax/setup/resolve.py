@@ -21,8 +21,9 @@ from contrastseg_jax.objectives.objective import Objective
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.setup import Setup
-from contrastseg_jax.structs import IMAGENET, ImageFormat
+from contrastseg_jax.structs import ImageFormat
 from contrastseg_jax.weights import load, pretrained
+from contrastseg_jax.weights.spec import image_format
 
 
 def class_names(config: Config) -> tuple[str, ...]:
@@ -56,16 +57,6 @@ def build_objective(config: Config, model: Segmenter, mesh: Mesh) -> Objective |
         return None
     return pixel_contrast.pixel_contrast(
         config, num_classes=model.num_classes, proj_dim=model.proj_dim, mesh=mesh
-    )
-
-
-def image_format(config: Config) -> ImageFormat:
-    """The network's image format; ImageNet's for settings that the config leaves unset."""
-    net = config.model
-    return ImageFormat(
-        mean=net.image_mean or IMAGENET.mean,
-        std=net.image_std or IMAGENET.std,
-        channel_order=net.channel_order or IMAGENET.channel_order,
     )
 
 

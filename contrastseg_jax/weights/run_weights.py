@@ -11,9 +11,8 @@ from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run.workdir import find_run, read_config
-from contrastseg_jax.structs import IMAGENET, ImageFormat
 from contrastseg_jax.weights.load import load
-from contrastseg_jax.weights.spec import Weights
+from contrastseg_jax.weights.spec import Weights, image_format
 
 
 def is_run(folder: Path) -> bool:
@@ -35,11 +34,7 @@ def describe(workdir: Path) -> Weights:
         num_classes=len(names),
         proj_dim=net.proj_dim if uses_contrast(run) else 0,
         class_names=names,
-        image_format=ImageFormat(
-            mean=net.image_mean or IMAGENET.mean,
-            std=net.image_std or IMAGENET.std,
-            channel_order=net.channel_order or IMAGENET.channel_order,
-        ),
+        image_format=image_format(run),
         source=workdir.absolute().name,
         sha256="",
     )

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from contrastseg_jax.structs import ImageFormat
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.structs import IMAGENET, ImageFormat
 
 
 @dataclass(frozen=True)
@@ -16,3 +17,13 @@ class Weights:
     image_format: ImageFormat
     source: str  # name of the file or run that they come from
     sha256: str  # of that file; empty: from a run
+
+
+def image_format(config: Config) -> ImageFormat:
+    """The network's image format; ImageNet's for settings that the config leaves unset."""
+    net = config.model
+    return ImageFormat(
+        mean=net.image_mean or IMAGENET.mean,
+        std=net.image_std or IMAGENET.std,
+        channel_order=net.channel_order or IMAGENET.channel_order,
+    )
