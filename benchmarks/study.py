@@ -2,6 +2,7 @@
 
     python benchmarks/study.py --camvid=CAMVID --output=runs/study                # all rounds
     python benchmarks/study.py --camvid=CAMVID --output=runs/study --rounds=weight
+    python benchmarks/study.py --camvid=CAMVID --rounds=weight --arms=ce-lr0.2,contrast-w0.5-lr0.05
 
 Each run is `main.py` with configs/camvid.py at a short side of 120, from nothing. Settings are
 chosen on a development split: runs train on four fifths of the training images and are scored on
@@ -33,6 +34,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("camvid", None, "Folder of CamVid, as SegNet published it.", required=True)
 flags.DEFINE_string("output", "runs/study", "Folder of the runs.")
 flags.DEFINE_list("rounds", [], "Rounds to run; empty: all, in the order of the table.")
+flags.DEFINE_list("arms", [], "Arms of these rounds to run; empty: all.")
 
 NUM_STEPS = 800
 # Small enough for two cores. The learning rate is a part of the study.
@@ -168,7 +170,8 @@ def main(_: list[str]) -> None:
 def cells(plan: Round) -> Iterator[tuple[Arm, str, int]]:
     """The runs of a round: every arm of a seed before the next seed."""
     for subset, seed, arm in itertools.product(plan.subsets, plan.seeds, plan.arms):
-        yield arm, subset, seed
+        if not FLAGS.arms or arm.name in FLAGS.arms:
+            yield arm, subset, seed
 
 
 def workdir(name: str, arm: Arm, subset: str, seed: int) -> Path:
