@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.run import checkpoint
+from contrastseg_jax.run import checkpoint_reader
 from contrastseg_jax.run.workdir import read_config, saved_steps
 from contrastseg_jax.setup.resolve import resolve
 from contrastseg_jax.training.optim import build_optimizer
@@ -157,8 +157,8 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     setup = resolve(config)
     state = abstract_state(setup, build_optimizer(config)[0])
     everywhere = sharding.replicated(setup.mesh)
-    step = checkpoint.find_intact(workdir, "latest")
-    state = checkpoint.restore(workdir, step, state, everywhere)
+    step = checkpoint_reader.find_intact(workdir, "latest")
+    state = checkpoint_reader.restore(workdir, step, state, everywhere)
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
 
 

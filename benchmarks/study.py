@@ -6,11 +6,12 @@
 
 Each run is `main.py` with configs/camvid.py at a short side of 120, from nothing. Settings are
 chosen on a development split: runs train on four fifths of the training images and are scored on
-the rest, the last fifth of each drive. The score is that of the last step: nothing is selected by
-it.
+the rest, the last fifth of each drive. What was chosen is confirmed on the published split with new
+seeds, each scored once on val. The score is that of the last step: nothing is selected by it.
 
 Runs that have finished are not repeated, and one that was stopped resumes, so the command can be
-given again at any time. It ends with a table of each round.
+given again at any time. It ends with a table of each round, and where a round has several seeds
+with their comparison, as `--mode=compare` makes it, in OUTPUT/ROUND/SUBSET/comparison.
 """
 
 import itertools
@@ -67,6 +68,7 @@ class Round:
     arms: tuple[Arm, ...]
     subsets: tuple[str, ...]  # of data.train_subset
     seeds: tuple[int, ...]
+    published: bool = False  # trained and scored on CamVid's own split
 
 
 def cross_entropy(rate: float, *settings: str, name: str = "", num_steps: int = NUM_STEPS) -> Arm:
@@ -165,6 +167,8 @@ def main(_: list[str]) -> None:
             train(name, arm, subset, seed)
     for name in names:
         print_table(name)
+        if len(ROUNDS[name].seeds) > 1:
+            compare(name)
 
 
 def cells(plan: Round) -> Iterator[tuple[Arm, str, int]]:
@@ -186,7 +190,8 @@ def train(name: str, arm: Arm, subset: str, seed: int) -> None:
         return
     if arm.start:
         train(name, arm.start, subset, seed)
-    root = development_split(Path(FLAGS.camvid).resolve())
+    camvid = Path(FLAGS.camvid).resolve()
+    root = camvid if ROUNDS[name].published else development_split(camvid)
     settings = (
         *BASE,
         *(f"data.root={root}", f"data.train_subset={subset}", f"seed={seed}"),
@@ -230,6 +235,21 @@ def development_split(published: Path) -> Path:
     for split, lines in parts.items():
         (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
     return root
+
+
+def compare(name: str) -> None:
+    """Compare the arms of a round with its first one, subset by subset."""
+    plan = ROUNDS[name]
+    for subset in plan.subsets:
+        folders = [
+            folder
+            for arm, seed in itertools.product(plan.arms, plan.seeds)
+            if read_score(folder := workdir(name, arm, subset, seed), arm.num_steps) > -math.inf
+        ]
+        output = Path(FLAGS.output) / name / (subset or "all") / "comparison"
+        runs = (f"--runs={folder}" for folder in folders)
+        command = (sys.executable, str(ROOT / "main.py"), "--mode=compare", *runs)
+        subprocess.run((*command, f"--output={output}"), check=False)
 
 
 def print_table(name: str) -> None:

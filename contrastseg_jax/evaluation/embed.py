@@ -22,7 +22,7 @@ from contrastseg_jax.models.segmenter import Variables, describe_pixels, map_siz
 from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.report import embedding, embedding_page
-from contrastseg_jax.run.checkpoint import find_step
+from contrastseg_jax.run.checkpoint_files import find_step
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.several import run_names

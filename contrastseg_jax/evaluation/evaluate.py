@@ -31,7 +31,7 @@ from contrastseg_jax.ops.resize import resized_argmax
 from contrastseg_jax.parallel import processes, sharding
 from contrastseg_jax.report import evaluation
 from contrastseg_jax.report.image_counts import ImageCounts, save_image_counts
-from contrastseg_jax.run.checkpoint import find_step
+from contrastseg_jax.run.checkpoint_files import find_step
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import evaluation_folder

@@ -18,7 +18,7 @@ from contrastseg_jax.data.subset import image_names, subset
 from contrastseg_jax.evaluation.evaluate import Evaluator, make_evaluator, require_memory
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.parallel import processes
-from contrastseg_jax.run import checkpoint
+from contrastseg_jax.run import checkpoint_reader, checkpoint_writer
 from contrastseg_jax.run.claim import resumes
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
@@ -88,18 +88,18 @@ def start(
     """
     config = setup.config
     set_compilation_cache(config, workdir)
-    step = 0 if variables else checkpoint.find_intact(workdir, "latest", resume=True)
+    step = 0 if variables else checkpoint_reader.find_intact(workdir, "latest", resume=True)
     needs_scores = step > 0 and is_due(step, config.train.eval_steps, config.train.num_steps)
     is_scored = not needs_scores or has_scores(workdir, step)
     if step >= config.train.num_steps and is_scored:
         return None
     tx, schedule = build_optimizer(config)
     abstract = abstract_state(setup, tx)
-    checkpoint.prepare(workdir, abstract)
+    checkpoint_writer.prepare(workdir, abstract)
     where = state_sharding(setup, abstract, setup.mesh)
     if variables is None:
         log.info(f"resuming from step {step} of {config.train.num_steps}")
-        state = checkpoint.restore(workdir, step, abstract, where)
+        state = checkpoint_reader.restore(workdir, step, abstract, where)
     else:
         state = jax.device_put(init_state(setup, tx, variables), where)
     _log_network(setup, state)

@@ -16,7 +16,7 @@ from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.data.subset import image_names
 from contrastseg_jax.evaluation.evaluate import Evaluator
 from contrastseg_jax.parallel import processes
-from contrastseg_jax.run import checkpoint
+from contrastseg_jax.run import checkpoint_writer
 from contrastseg_jax.run.board import open_metrics_log
 from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
@@ -66,7 +66,7 @@ class Run:
     steps: Any  # of `take_steps`
     bar: tqdm
     progress: Progress
-    writer: checkpoint.Writer
+    writer: checkpoint_writer.Writer
     score: Callable[..., None]  # state, step, notes
     stop_requests: Callable[..., Any]
 
@@ -80,7 +80,7 @@ def _train(
         # Outermost: SIGTERM must not end the process before the last checkpoint is written.
         requests = stack.enter_context(processes.stop_requests(setup.mesh))
         keep_checkpoints = config.train.keep_checkpoints
-        writer = checkpoint.open_writer(workdir, keep_checkpoints=keep_checkpoints)
+        writer = checkpoint_writer.open_writer(workdir, keep_checkpoints=keep_checkpoints)
         writer = stack.enter_context(writer)
         board = stack.enter_context(open_metrics_log(workdir, begin.step)) if is_first else None
         batches = stack.enter_context(contextlib.closing(make_batches(setup, source, begin.step)))
@@ -126,7 +126,7 @@ def _loop(run: Run, begin: Start) -> int | None:
             if is_stopping or is_scoring or due(step, train.checkpoint_steps):
                 # A diverged state must not replace a good one; the loss is from before the update.
                 require_finite_state(state, metrics, step, mesh)
-                checkpoint.save(run.writer, step, state)
+                checkpoint_writer.save(run.writer, step, state)
             if is_stopping:
                 raise processes.Stopped
             if is_scoring:

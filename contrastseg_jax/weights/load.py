@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.objectives.objective import Objective
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.run import checkpoint
+from contrastseg_jax.run import checkpoint_reader
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import TrainState
 
@@ -25,8 +25,10 @@ def load(workdir: Path, name: str, shapes: Any, mesh: Mesh) -> tuple[Variables, 
         InputError: there is no such checkpoint, it is damaged, or from another network.
         FloatingPointError: a value is not finite.
     """
-    step = checkpoint.find_intact(workdir, name, fields=tuple(shapes))
-    variables = checkpoint.restore_variables(workdir, step, shapes, sharding.replicated(mesh))
+    step = checkpoint_reader.find_intact(workdir, name, fields=tuple(shapes))
+    variables = checkpoint_reader.restore_variables(
+        workdir, step, shapes, sharding.replicated(mesh)
+    )
     log.info(f"{workdir / 'checkpoints' / str(step)}: restored, step {step}")
     require_finite(variables, step)
     return variables, step

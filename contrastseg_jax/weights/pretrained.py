@@ -25,7 +25,8 @@ from contrastseg_jax.files import ORBAX_MISREADS, require_disk_space, require_li
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.models.zoo import NETWORKS, sharing_backbone
 from contrastseg_jax.run import digests
-from contrastseg_jax.run.checkpoint import LiteralPath, find_intact
+from contrastseg_jax.run.checkpoint_files import LiteralPath
+from contrastseg_jax.run.checkpoint_reader import find_intact
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import CHANNEL_ORDERS, ImageFormat
 from contrastseg_jax.weights import run_weights, torch_names
