@@ -10,10 +10,12 @@ the rest, the last fifth of each drive. What was chosen is confirmed on the publ
 seeds, each scored once on val. The score is that of the last step: nothing is selected by it.
 
 Runs that have finished are not repeated, and one that was stopped resumes, so the command can be
-given again at any time. It ends with a table of each round, and where a round has several seeds
-with their comparison, as `--mode=compare` makes it, in OUTPUT/ROUND/SUBSET/comparison.
+given again at any time, or several times at once: each trains runs that no other does. It ends with
+a table of each round, and where a round has several seeds with their comparison, as
+`--mode=compare` makes it, in OUTPUT/ROUND/SUBSET/comparison.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -27,6 +29,8 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from contrastseg_jax.errors import InputError
+from contrastseg_jax.files import lock
 from contrastseg_jax.run.workdir import read_score
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +130,26 @@ ROUNDS = {
         subsets=("46",),
         seeds=(0,),
     ),
+    # The class weights at the rates beside it, as many trials for either side.
+    "rate-class-weights": Round(
+        (
+            cross_entropy(0.1, CLASS_WEIGHTS, name="-class-weights"),
+            cross_entropy(0.4, CLASS_WEIGHTS, name="-class-weights"),
+            contrast(1.0, CLASS_WEIGHTS, rate=0.2, name="-class-weights"),
+        ),
+        subsets=("46",),
+        seeds=(0,),
+    ),
+    # The best of either side.
+    "confirm": Round(
+        (
+            cross_entropy(0.2, CLASS_WEIGHTS, name="-class-weights"),
+            contrast(0.5, CLASS_WEIGHTS, rate=0.2, name="-class-weights"),
+        ),
+        subsets=("46", ""),
+        seeds=(10, 11, 12, 13, 14),
+        published=True,
+    ),
     "bank": Round(
         (
             BATCH,
@@ -164,7 +188,8 @@ def main(_: list[str]) -> None:
     names = FLAGS.rounds or list(ROUNDS)
     for name in names:
         for arm, subset, seed in cells(ROUNDS[name]):
-            train(name, arm, subset, seed)
+            with contextlib.suppress(InputError), lock(lock_file(name, arm, subset, seed)):
+                train(name, arm, subset, seed)
     for name in names:
         print_table(name)
         if len(ROUNDS[name].seeds) > 1:
@@ -181,6 +206,12 @@ def cells(plan: Round) -> Iterator[tuple[Arm, str, int]]:
 def workdir(name: str, arm: Arm, subset: str, seed: int) -> Path:
     """The folder of a run."""
     return Path(FLAGS.output) / name / (subset or "all") / arm.name / f"seed{seed}"
+
+
+def lock_file(name: str, arm: Arm, subset: str, seed: int) -> Path:
+    """Locked while a run is trained."""
+    folder = workdir(name, arm, subset, seed)
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def train(name: str, arm: Arm, subset: str, seed: int) -> None:
@@ -207,7 +238,7 @@ def train(name: str, arm: Arm, subset: str, seed: int) -> None:
         f"--config={ROOT}/configs/camvid.py:{arm.model},{arm.variant}",
         *(f"--config.{setting}" for setting in settings),
     ]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         status = subprocess.run(command, check=False, stdout=log, stderr=log).returncode
     failed = f" (failed: {folder}.log)" if status else ""  # an arm may diverge

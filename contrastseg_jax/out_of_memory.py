@@ -1,6 +1,7 @@
 """Messages for out-of-memory errors: what was being done, and how to use less memory."""
 
 import errno
+import re
 import traceback
 from pathlib import Path
 
@@ -10,8 +11,10 @@ PACKAGE = Path(__file__).parent
 WORK = {
     "training/train.py": (
         "training",
-        "Lower augment.crop_size or train.batch_size; --mode=plan shows what fits and what"
-        " else saves memory",
+        "Lower augment.crop_size, train.batch_size or, with contrast,"
+        " contrast.anchors_per_image; set model.dtype=bfloat16 or model.remat; a bank shrinks with"
+        " memory.pixel_size, memory.dtype=bfloat16 or memory.sharding=slots. --mode=plan shows what"
+        " fits",
     ),
     "evaluation/evaluate.py": (
         "evaluating",
@@ -51,7 +54,7 @@ def explanation(error: BaseException) -> str | None:
     lines = str(error).strip().splitlines() or ["an allocation failed"]
     work, remedy = _work(error)
     kind = "device memory" if on_device else "memory"
-    return f"out of {kind}{work}: {lines[0]}{remedy}"
+    return f"out of {kind}{work}: {_with_units(lines[0])}{remedy}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -60,6 +63,16 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     signs = ("RESOURCE_EXHAUSTED", "(-4:Insufficient memory)")
     return any(sign in str(error) for sign in signs)
+
+
+def _with_units(message: str) -> str:
+    """A message with large numbers of bytes in GiB as well."""
+
+    def in_gib(found: re.Match[str]) -> str:
+        size = int(found[1]) / 2**30
+        return f"{found[0]} ({size:.1f} GiB)" if size >= 0.1 else found[0]
+
+    return re.sub(r"\b(\d+) bytes", in_gib, message)
 
 
 def _work(error: BaseException) -> tuple[str, str]:

@@ -56,7 +56,7 @@ def explained(function, *arguments):
     ("allocate", "message"),
     [
         (of_numpy, "out of memory: Unable to allocate 32.0 TiB"),
-        (of_opencv, "out of memory: .*Failed to allocate 32000000000000 bytes"),
+        (of_opencv, "out of memory: .*Failed to allocate 32000000000000 bytes \\(29802.3 GiB\\)"),
         (of_jax, "out of device memory: RESOURCE_EXHAUSTED: Out of memory"),
         (of_the_system, "out of memory: .*Cannot allocate memory"),
         (without_a_word, "out of memory: an allocation failed"),

@@ -148,6 +148,9 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     train.log_steps = 50  # between two lines of the log
     train.eval_steps = 1000  # between two evaluations; the last step always evaluates
     train.checkpoint_steps = 1000  # between two checkpoints; the last step always saves
+    train.max_skipped_steps = 20  # in a row, as not finite, after which a run stops
+    # Evaluations without a better val mIoU after which a run ends early; 0: it never does.
+    train.patience = 0
     train.keep_checkpoints = 2  # newest ones kept, besides the best by val mIoU
 
     config.parallel = parallel = ConfigDict()

@@ -37,12 +37,15 @@ OPERATIONAL = (
     "train.eval_steps",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
+    "train.max_skipped_steps",
     "eval.batch_size",
     "eval.num_pictures",
     "memory.sharding",
     "parallel.fsdp",
     "parallel.compilation_cache",
 )
+# Settings of when a run ends, which a run may resume with others of to go on.
+DURATION = ("train.num_steps", "train.patience")
 # Settings of the photographs: those to predict may come from another camera than those of the run.
 PHOTOGRAPHIC = ("data.exif_orientation", "data.bit_depth")
 # Settings that are those of the weights a run starts from, where a config does not say.
@@ -247,6 +250,8 @@ RULES: dict[str, list[Rule]] = {
     "train.log_steps": [at_least(1)],
     "train.eval_steps": [at_least(1)],
     "train.checkpoint_steps": [at_least(1)],
+    "train.max_skipped_steps": [at_least(1)],
+    "train.patience": [not_negative()],
     "train.keep_checkpoints": [at_least(1)],
     "parallel.fsdp": [],  # a truth value
     "parallel.compilation_cache": [text()],

@@ -114,9 +114,7 @@ def train_batches(
     Raises:
         InputError: while iterating, for a record that cannot be decoded; it names the example.
     """
-    # Grain shuffles epoch e by seed + e: without mixing, neighbouring seeds would share epochs.
-    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat()
+    order = _endless_order(len(source), seed)
     open_source = partial(_open_example, source.__getitem__, preprocessing=preprocessing)
     load = partial(
         _load_view,
@@ -132,6 +130,19 @@ def train_batches(
         seed=seed,
     )
     return _batches(load, steps=steps, rows=_shard_rows(batch_size, shard), loading=loading)
+
+
+def example_ids(num_examples: int, *, seed: int, batch_size: int, step: int) -> list[int]:
+    """The examples of the training batch that step `step` of `train_batches` has, row by row."""
+    order = _endless_order(num_examples, seed)
+    return [cast(int, order[index]) for index in range(step * batch_size, (step + 1) * batch_size)]
+
+
+def _endless_order(num_examples: int, seed: int) -> grain.MapDataset[int]:
+    """Shuffled epochs, one after the other."""
+    # Grain shuffles epoch e by seed + e: without mixing, neighbouring seeds would share epochs.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(num_examples).shuffle(shuffle_seed).repeat()
 
 
 def eval_groups(

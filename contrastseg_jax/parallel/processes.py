@@ -35,6 +35,8 @@ StopRequests = Callable[..., jax.Array]  # (failed=False) -> whether all should 
 HEARTBEAT_SECONDS = 40
 GATHER_TIMEOUT_MS = 7 * 24 * 3600 * 1000  # others may be preparing data; a death ends the wait
 SHARED_FOLDER_SECONDS = 20  # for a write on one host to become visible on the others
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEAT_SECONDS = 1.0  # within which a further signal is the same request
 TERMINATED = 128 + signal.SIGTERM  # exit status of a run that was stopped
 
 
@@ -153,8 +155,9 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        # Stopped, with everything saved: another SIGTERM must not interrupt the joint shutdown.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Stopped, with everything saved: another signal must not interrupt the joint shutdown.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         raise
     except Exception as error:
         if count() == 1:
@@ -183,25 +186,39 @@ def _exit(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def deferred_sigterm() -> Iterator[Callable[[], bool]]:
-    """Defer SIGTERM inside the block; the function says whether it was received."""
-    received = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+def deferred_signals() -> Iterator[Callable[[], int]]:
+    """Defer SIGTERM and SIGINT inside the block; the function returns the one received, or 0.
+
+    Another one exits at once, unless it follows within REPEAT_SECONDS: schedulers and shells may
+    deliver one request several times.
+    """
+    first, since = 0, 0.0
+
+    def receive(number: int, _: Any) -> None:
+        nonlocal first, since
+        if first and time.monotonic() - since > REPEAT_SECONDS:
+            print("stopped at once, without saving", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        if not first:
+            first, since = number, time.monotonic()
+
+    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
     try:
-        yield received.is_set
+        yield lambda: first
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def stop_requests(mesh: Mesh) -> Iterator[StopRequests]:
-    """Defer SIGTERM inside the block; the function asks whether all processes should stop.
+    """Defer stop signals inside the block; the function asks whether all processes should stop.
 
     All processes must call it, and get the same answer once it is computed: whether any of them
-    received SIGTERM, or called it with `failed`.
+    received SIGTERM or SIGINT, or called it with `failed`.
     """
-    with deferred_sigterm() as sigterm_received:
-        yield lambda failed=False: sharding.any_process(sigterm_received() or failed, mesh)
+    with deferred_signals() as received:
+        yield lambda failed=False: sharding.any_process(received() > 0 or failed, mesh)
 
 
 def stop_together(requests: StopRequests, error: Exception | None) -> None:

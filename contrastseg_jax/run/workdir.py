@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contrastseg_jax.config.load import from_json, override, to_json
-from contrastseg_jax.config.rules import LEFT_OPEN, OPERATIONAL
+from contrastseg_jax.config.rules import DURATION, LEFT_OPEN, OPERATIONAL
 from contrastseg_jax.config.tree import Config, leaves
 from contrastseg_jax.errors import InputError, listed, warn_once
 from contrastseg_jax.files import write_atomically
@@ -37,7 +37,12 @@ def record_config(workdir: Path, config: Config, *, write: bool = True) -> None:
         raise InputError(f"--workdir={workdir}: is a file, not a folder")
     run = find_run(workdir)
     if run is not None:
-        require_same_config(config, run, workdir)
+        require_same_config(config, run, workdir, may_differ=DURATION)
+        if (last := saved_steps(workdir)[-1]) > config.train.num_steps:
+            raise InputError(
+                f"train.num_steps = {config.train.num_steps}: the run in {workdir} has a checkpoint"
+                f" of step {last}; it can be raised, or lowered as far as that"
+            )
     if write:
         write_atomically(workdir / "config.json", to_json(config))
 
@@ -106,6 +111,16 @@ def read_score(workdir: Path, step: int) -> float:
     except (OSError, ValueError, LookupError, TypeError) as error:
         warn_once(str(path), f"{path}: is damaged ({error!r}); step {step} counts as not evaluated")
         return -math.inf
+
+
+def has_stalled(workdir: Path, patience: int, step: int) -> bool:
+    """Whether the last `patience` evaluations of val, up to `step`, are none of them the best.
+
+    Of equals the first is the best. With a patience of 0 they never are.
+    """
+    steps = [other for other in evaluated_steps(workdir) if other <= step]
+    scores = [read_score(workdir, other) for other in steps]
+    return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
 def require_same_config(

@@ -33,6 +33,15 @@ def make_batches(setup: Setup, source: Source, start_step: int) -> pipeline.Batc
     )
 
 
+def step_images(setup: Setup, source: Source, step: int) -> list[str]:
+    """The names of the images of the batch of a step, counted from 1."""
+    config = setup.config
+    ids = pipeline.example_ids(
+        len(source), seed=config.seed, batch_size=config.train.batch_size, step=step - 1
+    )
+    return [source[example_id]["name"].decode() for example_id in ids]
+
+
 def take_steps(
     step_fn: StepFn, state: TrainState, batches: Iterator[Batch], mesh: Mesh
 ) -> Iterator[tuple[TrainState, Metrics, float]]:

@@ -1,8 +1,8 @@
-"""Progress of a run: metrics and speed, logged regularly, and checks for divergence."""
+"""Progress of a run: metrics, speed and skipped steps, logged regularly."""
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from contrastseg_jax.text import count_of
 from contrastseg_jax.training.diagnosis import symptoms
 from contrastseg_jax.training.optim import Schedule
 
+MOST_REPORTED = 3  # skipped steps of an interval that are named
 DATA_BOUND = 0.2  # share of time spent waiting for data, above which a run logs advice
 # Metrics that are 0 in steps without pairs: during warm-up of the objective, or by chance.
 CONTRAST_METRICS = (
@@ -36,6 +37,7 @@ class Progress:
     schedule: Schedule
     workdir: Path
     board: Board | None  # None: another process writes the metrics
+    images_of: Callable[[int], list[str]]  # names of the images of the step with this number
     start_time: float  # of the interval, monotonic clock; moved forward by pauses
     metrics: list[Metrics] = field(default_factory=list)
     waited: float = 0.0  # seconds in which the devices were idle
@@ -43,15 +45,19 @@ class Progress:
     is_warned: bool = False  # about waiting for data, once
     symptoms: dict[str, str] = field(default_factory=dict)  # of the last interval
     reported: set[str] = field(default_factory=set)  # names of those that were logged, once each
+    skipped_in_a_row: int = 0  # steps, up to the last one logged
 
 
 def log_progress(progress: Progress, step: int) -> None:
     """Log means over the steps since the last call, and start a new interval after `step`."""
-    require_finite(progress.metrics, step)
     config, size = progress.config, len(progress.metrics)
     seconds = time.monotonic() - progress.start_time
-    values = interval_means(sharding.fetch(progress.metrics)) | {
+    history = sharding.fetch(progress.metrics)
+    taken = [metrics for metrics in history if not metrics["skipped"]]
+    report_skipped(progress, history, step)
+    values = interval_means(taken) | {
         "interval_steps": size,
+        "skipped": size - len(taken),
         "learning_rate": float(progress.schedule(step - 1)),
         "images_per_second": size * config.train.batch_size / seconds,
         "data_wait": progress.waited / seconds,
@@ -78,6 +84,8 @@ def interval_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     Without any such step they are left out, rather than 0.
     """
+    if not history:
+        return {}
     with_pairs = [metrics for metrics in history if metrics.get("positives_per_anchor") != 0]
     steps = {key: with_pairs if key in CONTRAST_METRICS else history for key in history[0]}
     return {
@@ -87,19 +95,42 @@ def interval_means(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def require_finite(history: Sequence[Metrics], step: int) -> None:
-    """Raise a FloatingPointError if a loss is not finite; `history` ends with `step`."""
-    losses = [float(metrics["loss"]) for metrics in history]
-    if not np.isfinite(losses).all():
-        raise FloatingPointError(
-            f"the loss is not finite in the {count_of(len(history), 'step')} up to step {step}:"
-            f" {losses}; lower optim.learning_rate or check the data"
+def report_skipped(progress: Progress, history: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Log which steps of those up to `step` were skipped, and their images."""
+    first = step - len(history) + 1
+    skipped = [first + i for i, metrics in enumerate(history) if metrics["skipped"]]
+    for metrics in history:
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if metrics["skipped"] else 0
+    if not progress.board:  # one process says it
+        return
+    for number in skipped[:MOST_REPORTED]:
+        log.warning(
+            f"step {number} was skipped: its loss or gradient is not finite; --replay={number}"
+            f" shows where; images: {', '.join(progress.images_of(number))}"
         )
+    if len(skipped) > MOST_REPORTED:
+        others = count_of(len(skipped) - MOST_REPORTED, "further step")
+        log.warning(f"{others} up to step {step} skipped as well")
 
 
-def require_finite_state(state: TrainState, metrics: Metrics, step: int, mesh: Mesh) -> None:
-    """Raise a FloatingPointError if the loss of `step`, or the state after it, is not finite."""
-    require_finite([metrics], step)
+def is_stuck(progress: Progress) -> bool:
+    """Whether too many of the last steps were skipped; the same in all processes."""
+    return progress.skipped_in_a_row >= progress.config.train.max_skipped_steps
+
+
+def stuck_error(progress: Progress, step: int) -> FloatingPointError:
+    """The error of a run that stops after `step`, as it is stuck."""
+    number = progress.skipped_in_a_row
+    return FloatingPointError(
+        f"the {count_of(number, 'step')} up to step {step} were skipped, as loss or gradient is not"
+        f" finite; train.max_skipped_steps = {progress.config.train.max_skipped_steps}. The state"
+        f" before them is saved. --replay={step - number + 1} shows where it begins; lower"
+        " optim.learning_rate, or check the images that the log names"
+    )
+
+
+def require_finite_state(state: TrainState, step: int, mesh: Mesh) -> None:
+    """Raise a FloatingPointError if the state after `step` is not finite."""
     if not sharding.all_finite(state, mesh):
         raise FloatingPointError(
             f"the state after step {step} is not finite; lower optim.learning_rate or check the"
@@ -123,7 +154,8 @@ def _line(step: int, num_steps: int, values: dict[str, float], steps_per_second:
     """One line of the log."""
     left = int((num_steps - step) / steps_per_second)
     losses = [f"{k} {values[k]:.4f}" for k in ("loss", "cross_entropy", "contrast") if k in values]
-    shown = "  ".join([*losses, *_contrast_words(values)])
+    skipped = [f"skipped {values['skipped']}"] if values["skipped"] else []
+    shown = "  ".join([*losses, *_contrast_words(values), *skipped])
     return (
         f"step {step}/{num_steps}  {shown}  lr {values['learning_rate']:.2e}"
         f"  {values['images_per_second']:.1f} img/s  waiting for data {values['data_wait']:.0%}"

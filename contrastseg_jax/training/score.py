@@ -13,7 +13,7 @@ from contrastseg_jax.parallel.processes import StopRequests
 from contrastseg_jax.report import curves
 from contrastseg_jax.run.board import Board, write_metrics
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.run.workdir import evaluation_folder
+from contrastseg_jax.run.workdir import evaluation_folder, has_stalled
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.weights.load import inference_variables
 
@@ -62,6 +62,11 @@ def score(
         with best_effort(str(workdir / "curves.png")):
             curves.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
         log.info(f"step {step}  val mIoU {results['mean_iou']:.4f}")
+
+
+def is_early_end(workdir: Path, patience: int, step: int) -> bool:
+    """Whether a run ends at `step`, as its scores have not risen: the same in all processes."""
+    return processes.gather(str(has_stalled(workdir, patience, step)))[0] == "True"
 
 
 def has_scores(workdir: Path, step: int) -> bool:

@@ -22,13 +22,14 @@ from contrastseg_jax.run import checkpoint_reader, checkpoint_writer
 from contrastseg_jax.run.claim import resumes
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
+from contrastseg_jax.run.workdir import find_run, saved_steps
 from contrastseg_jax.setup.resolve import initial_variables, num_anchors, num_cells
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.text import count_of
 from contrastseg_jax.training.feed import StepFn
 from contrastseg_jax.training.optim import Schedule, build_optimizer
-from contrastseg_jax.training.score import has_scores
+from contrastseg_jax.training.score import has_scores, is_early_end
 from contrastseg_jax.training.state import abstract_state, init_state, state_sharding
 from contrastseg_jax.training.train_step import batch_shape, compile_step
 from contrastseg_jax.weights.load import inference_variables
@@ -78,6 +79,18 @@ def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:
     return processes.sync_errors(lambda: initial_variables(setup)) if is_fresh else None
 
 
+def log_new_duration(setup: Setup, workdir: Path) -> None:
+    """Say what another `train.num_steps` than the run had before does to its learning rate."""
+    run, config, step = find_run(workdir), setup.config, saved_steps(workdir)[-1]
+    if run is None or run.train.num_steps == config.train.num_steps:
+        return
+    old, new = (float(build_optimizer(each)[1](step)) for each in (run, config))
+    log.info(
+        f"train.num_steps: {config.train.num_steps} instead of {run.train.num_steps}; the learning"
+        f" rate goes on at {new:.2e}, where the new schedule is at step {step}, not at {old:.2e}"
+    )
+
+
 def start(
     setup: Setup, workdir: Path, variables: Variables | None, evaluator: Evaluator
 ) -> Start | None:
@@ -92,6 +105,8 @@ def start(
     needs_scores = step > 0 and is_due(step, config.train.eval_steps, config.train.num_steps)
     is_scored = not needs_scores or has_scores(workdir, step)
     if step >= config.train.num_steps and is_scored:
+        return None
+    if step and is_scored and is_early_end(workdir, config.train.patience, step):
         return None
     tx, schedule = build_optimizer(config)
     abstract = abstract_state(setup, tx)

@@ -20,40 +20,50 @@ from contrastseg_jax.run import checkpoint_writer
 from contrastseg_jax.run.board import open_metrics_log
 from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.run.workdir import evaluation_folder, record_train_images
+from contrastseg_jax.run.workdir import evaluation_folder, record_train_images, saved_steps
 from contrastseg_jax.setup.setup import Setup
-from contrastseg_jax.training.feed import make_batches, take_steps
+from contrastseg_jax.training.feed import make_batches, step_images, take_steps
 from contrastseg_jax.training.progress import (
     Progress,
+    is_stuck,
     log_progress,
     require_finite_state,
+    stuck_error,
 )
-from contrastseg_jax.training.score import score
-from contrastseg_jax.training.start import Start, fresh_variables, is_due, open_data, start
+from contrastseg_jax.training.score import is_early_end, score
+from contrastseg_jax.training.start import (
+    Start,
+    fresh_variables,
+    is_due,
+    log_new_duration,
+    open_data,
+    start,
+)
 
 
 def train(setup: Setup, workdir: Path) -> None:
     """Train to `train.num_steps`, resuming from the newest checkpoint of the workdir if any.
 
-    SIGTERM saves a checkpoint and exits with status 143; running again resumes.
+    SIGTERM and SIGINT save a checkpoint and exit with status 143; running again resumes.
     """
     # Errors in data or weights are raised before anything is compiled or written.
     source, evaluator = open_data(setup)
     variables = fresh_variables(setup, workdir)
-    num_steps = setup.config.train.num_steps
+    if variables is None:
+        log_new_duration(setup, workdir)
     with claimed(workdir, setup.config, resume=variables is None):
         names = image_names(source) if setup.config.data.train_subset else []
         record = functools.partial(record_train_images, workdir, names, resume=variables is None)
         processes.sync_errors(record if processes.is_first() else lambda: None)
         begin = start(setup, workdir, variables, evaluator)
         if begin is None:
-            log.info(f"{workdir}: training already finished, at step {num_steps}")
+            log.info(f"{workdir}: training already finished, at step {saved_steps(workdir)[-1]}")
             return
         stopped_after = _train(setup, workdir, begin, source, evaluator)
     if stopped_after is not None:
-        log.warning(f"SIGTERM: stopped and saved after step {stopped_after}; run again to resume")
+        log.warning(f"stopped and saved after step {stopped_after}; run again to resume")
         sys.exit(processes.TERMINATED)
-    page = evaluation_folder(workdir, num_steps) / "index.html"
+    page = evaluation_folder(workdir, saved_steps(workdir)[-1]) / "index.html"
     if page.exists():
         log.info(f"scores and pictures: {page}")
 
@@ -77,7 +87,7 @@ def _train(
     """Take the remaining steps; returns the step after which the run was stopped, if it was."""
     config, is_first = setup.config, processes.is_first()
     with contextlib.ExitStack() as stack:
-        # Outermost: SIGTERM must not end the process before the last checkpoint is written.
+        # Outermost: a signal must not end the process before the last checkpoint is written.
         requests = stack.enter_context(processes.stop_requests(setup.mesh))
         keep_checkpoints = config.train.keep_checkpoints
         writer = checkpoint_writer.open_writer(workdir, keep_checkpoints=keep_checkpoints)
@@ -97,7 +107,9 @@ def _train(
         score_state = functools.partial(
             score, evaluator, workdir=workdir, board=board, requests=requests
         )
-        progress = Progress(config, begin.schedule, workdir, board, time.monotonic())
+        images_of = functools.partial(step_images, setup, source)
+        schedule, now = begin.schedule, time.monotonic()
+        progress = Progress(config, schedule, workdir, board, images_of, now)
         return _loop(Run(setup, steps, bar, progress, writer, score_state, requests), begin)
 
 
@@ -123,14 +135,22 @@ def _loop(run: Run, begin: Start) -> int | None:
                 log_progress(progress, step)
             paused = time.monotonic()
             is_scoring = not is_stopping and due(step, train.eval_steps)
-            if is_stopping or is_scoring or due(step, train.checkpoint_steps):
-                # A diverged state must not replace a good one; the loss is from before the update.
-                require_finite_state(state, metrics, step, mesh)
+            must_end = is_stopping or is_stuck(progress)
+            if must_end or is_scoring or due(step, train.checkpoint_steps):
+                require_finite_state(state, step, mesh)  # it must not replace a good one
                 checkpoint_writer.save(run.writer, step, state)
+            if is_stuck(progress):
+                raise stuck_error(progress, step)
             if is_stopping:
                 raise processes.Stopped
             if is_scoring:
                 run.score(state, step, notes=tuple(progress.symptoms.values()))
+                if step < train.num_steps and is_early_end(progress.workdir, train.patience, step):
+                    log.info(
+                        f"ending at step {step} of {train.num_steps}: train.patience ="
+                        f" {train.patience}, and as many evaluations have not raised the val mIoU"
+                    )
+                    return None
             progress.start_time += time.monotonic() - paused
     except processes.Stopped:
         return step

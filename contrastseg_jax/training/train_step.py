@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from contrastseg_jax.losses.segmentation import segmentation_loss
 from contrastseg_jax.models.segmenter import Probes
@@ -28,6 +28,10 @@ def train_step(
 
     A pure function of its arguments: all randomness comes from the seed, the step and, per image,
     the example's id, so it does not depend on how images are distributed over devices.
+
+    Where the loss, a gradient or a batch statistic is not finite, the step is skipped: the state
+    stays what it was, but for the step and the optimiser's count of them, which schedules follow.
+    Metric `skipped`: 1 in such a step, else 0.
     """
     config, mesh, objective = setup.config, setup.mesh, setup.objective
     step_rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -37,6 +41,9 @@ def train_step(
     rngs = dropout_rng, per_image(loss_rng, batch.example_id), shared_rng
     grads, (batch_stats, output, metrics) = gradients(setup, state, batch.label, image, rngs)
     grads = lax.with_sharding_constraint(grads, state_sharding(setup, state, mesh).params)
+    # Known before the update, which is then made in place.
+    is_finite = all_finite((metrics["loss"], grads, batch_stats))
+    metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -44,19 +51,36 @@ def train_step(
         # BatchNorm statistics belong to their weights, so both are averaged.
         variables = {"params": params, "batch_stats": batch_stats}
         ema = update_ema(ema, variables, state.step, ema_decay=config.optim.ema_decay)
+    before = state.params, state.batch_stats, state.opt_state, state.ema
+    after = params, batch_stats, opt_state, ema
+    params, batch_stats, opt_state, ema = unless_skipped(is_finite, after, before)
     memory = state.memory
     if objective is not None:
         # After the loss: an image is never contrasted with its own rows of this step.
         label = output_label(output, batch.label)
         if objective.update_from_ema:
             output = output_of(setup, sharding.replicate(ema, mesh), image)
-        # A diverged step must not corrupt the state. This also orders the loss before the write to
-        # the bank; otherwise XLA keeps a copy of the whole bank for it.
-        label = jnp.where(jnp.isfinite(metrics["loss"]), label, IGNORE_LABEL)
+        # A skipped step enqueues nothing. This also orders the loss before the write to the bank;
+        # otherwise XLA keeps a copy of the whole bank for it.
+        label = jnp.where(is_finite, label, IGNORE_LABEL)
         image_rng = per_image(update_rng, batch.example_id)
         memory, diagnostics = objective.update(memory, output, label, image_rng)
         metrics |= diagnostics
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema, memory), metrics
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether all values of a tree are finite."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def unless_skipped(is_finite: Bool[Array, ""], after: Any, before: Any) -> Any:
+    """The variables after a step, or those before it if it is skipped; its counts go on."""
+
+    def chosen(new: Array, old: Array) -> Array:
+        return jnp.where(is_finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return jax.tree.map(chosen, after, before)
 
 
 def gradients(

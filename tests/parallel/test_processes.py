@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -35,13 +37,33 @@ def test_alone_a_process_is_the_first_and_agrees_with_itself(tmp_path):
         processes.sync_errors((tmp_path / "nothing").read_text)
 
 
-def test_sigterm_is_noted_and_only_within():
-    before = signal.getsignal(signal.SIGTERM)
-    with processes.deferred_sigterm() as has_come:
-        assert not has_come()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert has_come()
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_only_within(number):
+    before = signal.getsignal(number)
+    with processes.deferred_signals() as received:
+        assert not received()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # the same request, delivered twice
+        assert received() == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_exits_at_once():
+    program = (
+        "import os, signal, time\n"
+        "from contrastseg_jax.parallel import processes\n"
+        "processes.REPEAT_SECONDS = 0\n"
+        "with processes.deferred_signals():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still here')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 130 and not result.stdout, result.stderr
+    assert "without saving" in result.stderr
 
 
 def test_the_code_has_one_digest():

@@ -1,10 +1,18 @@
 """The config that a run's folder has, and which others are refused there."""
 
+import json
+
 import pytest
 
 from contrastseg_jax.config.load import override, schema
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.run.workdir import read_config, record_config, record_train_images
+from contrastseg_jax.run.workdir import (
+    evaluation_folder,
+    has_stalled,
+    read_config,
+    record_config,
+    record_train_images,
+)
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
@@ -61,3 +69,14 @@ def test_a_run_goes_on_with_the_images_it_has_begun_with(tmp_path):
     assert file.read_text() == "a\nc\nd\n"
     record_train_images(tmp_path, [], resume=False)
     assert not file.exists()
+
+
+def test_a_run_stalls_when_the_last_scores_are_none_of_them_the_best(tmp_path):
+    for step, score in ((2, 0.3), (4, 0.5), (6, 0.5), (8, 0.4), (10, 0.6)):
+        folder = evaluation_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"mean_iou": score}))
+    assert not has_stalled(tmp_path, 0, 8) and not has_stalled(tmp_path, 1, 4)
+    assert has_stalled(tmp_path, 1, 6) and has_stalled(tmp_path, 2, 8)  # of equals the first
+    assert not has_stalled(tmp_path, 3, 8) and not has_stalled(tmp_path, 1, 10)
+    assert not has_stalled(tmp_path / "none", 1, 8)

@@ -1,18 +1,9 @@
 """What a run says of itself."""
 
-import jax.numpy as jnp
 import numpy as np
-import pytest
 from small import make_config
 
-from contrastseg_jax.training.progress import data_advice, interval_means, require_finite
-
-
-def test_a_loss_that_is_not_finite_stops_the_run():
-    history = [{"loss": jnp.asarray(1.0)}, {"loss": jnp.asarray(np.inf)}]
-    with pytest.raises(FloatingPointError, match="the 2 steps up to step 10"):
-        require_finite(history, 10)
-    require_finite(history[:1], 9)
+from contrastseg_jax.training.progress import data_advice, interval_means
 
 
 def test_steps_that_compare_nothing_have_no_part_in_the_means_of_the_contrast():
@@ -22,6 +13,7 @@ def test_steps_that_compare_nothing_have_no_part_in_the_means_of_the_contrast():
     means = {"contrast": 8.0, "positive_similarity": 0.5, "positives_per_anchor": 2}
     assert interval_means([nothing, pairs]) == {"loss": 4.0, **means}
     assert interval_means([nothing, nothing]) == {"loss": 3.0}
+    assert interval_means([]) == {}
     assert interval_means([{"loss": 3.0}, {"loss": 4.0}]) == {"loss": 3.5}
     lost = pairs | {"contrast": np.nan}
     assert np.isnan(interval_means([pairs, lost])["contrast"])

@@ -1,22 +1,29 @@
 """The training loop's parts; whole runs: test_end_to_end.py, test_stops.py."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
+import re
 import shutil
 import threading
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from paths import ROOT
 from small import make_batch, make_config, setup_of
 
+from contrastseg_jax.config.tree import replaced
 from contrastseg_jax.data import pictures, pipeline
+from contrastseg_jax.data.dataset import open_splits
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation import evaluate as evaluate_module
 from contrastseg_jax.parallel import processes, sharding
 from contrastseg_jax.report import curves
+from contrastseg_jax.run import workdir as run_workdir
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.training import feed, score
 from contrastseg_jax.training import train as train_module
@@ -88,7 +95,7 @@ def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for
     come = threading.Event()
 
     @contextlib.contextmanager
-    def deferred_sigterm():
+    def deferred_signals():
         yield come.is_set
 
     def evaluate(*arguments, **settings):
@@ -96,7 +103,7 @@ def test_a_stop_during_an_evaluation_gives_it_up_and_the_next_start_makes_up_for
         return evaluate_module.evaluate(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "deferred_sigterm", deferred_sigterm)
+        patch.setattr(processes, "deferred_signals", deferred_signals)
         patch.setattr(score, "evaluate", evaluate)
         with pytest.raises(SystemExit) as stopped:
             train_module.train(setup_of(config), tmp_path / "run")
@@ -192,3 +199,87 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_the_same(traine
     ]
     assert digests[0]["custom_metadata"] == digests[1]["custom_metadata"]
     assert val_steps(workdir) == [4, 6]
+
+
+# --- Steps that are not finite --------------------------------------------------------------------
+
+SPOILT = 7  # no class: a label that makes the loss NaN
+
+
+def spoil(setup, monkeypatch, *steps):
+    """The setup, with a loss that is NaN for the batches of some steps."""
+
+    def pixel_loss(logits, label, **settings):
+        loss = setup.pixel_loss(logits, label, **settings)
+        return jnp.where((label == SPOILT).any(), jnp.nan, loss)
+
+    def spoilt_steps(step_fn, state, batches, mesh):
+        def spoilt():
+            for step, batch in enumerate(batches, 1):
+                if step in steps:
+                    batch.label[0, 0, 0] = SPOILT
+                yield batch
+
+        yield from take_steps(step_fn, state, spoilt(), mesh)
+
+    monkeypatch.setattr(train_module, "take_steps", spoilt_steps)
+    return dataclasses.replace(setup, pixel_loss=pixel_loss)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, caplog):
+    setup = spoil(setup_of(config_of(tmp_path)), monkeypatch, 3)
+    workdir = tmp_path / "run"
+    with jax.debug_nans(False):
+        train_module.train(setup, workdir)
+    names = re.search(r"step 3 was skipped: .* --replay=3 .* images: (.*)", caplog.text)
+    source = open_splits(setup.data, ("train",))[0]
+    ids = next(itertools.islice(feed.make_batches(setup, source, start_step=2), 1)).example_id
+    assert names and names[1] == ", ".join(source[int(i)]["name"].decode() for i in ids)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    skipped = {line["step"]: line["train/skipped"] for line in lines if "train/skipped" in line}
+    assert skipped == {2: 0, 4: 1, 6: 0}
+    assert all(np.isfinite(line["train/loss"]) for line in lines if "train/loss" in line)
+    assert val_steps(workdir)[-1] == 6
+
+
+def test_a_run_of_skipped_steps_stops_with_the_last_good_state_saved(tmp_path, monkeypatch):
+    config = config_of(tmp_path, "train.max_skipped_steps=3", "train.checkpoint_steps=100")
+    setup, workdir = spoil(setup_of(config), monkeypatch, 2, 3, 4), tmp_path / "run"
+    message = r"the 3 steps up to step 4 were skipped.*max_skipped_steps = 3.*--replay=2 shows"
+    with jax.debug_nans(False), pytest.raises(FloatingPointError, match=message):
+        train_module.train(setup, workdir)
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
+    train_module.train(setup_of(config), workdir)
+    assert val_steps(workdir)[-1] == 6
+
+
+# --- The end of a run -----------------------------------------------------------------------------
+
+
+def test_a_run_ends_early_when_scores_do_not_rise_and_goes_on_with_more_patience(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", "contrastseg_jax")
+    config = config_of(tmp_path, "train.eval_steps=1", "train.patience=2", "train.num_steps=6")
+    workdir, scores = tmp_path / "run", {1: 0.5, 2: 0.4, 3: 0.5}
+    monkeypatch.setattr(run_workdir, "read_score", lambda _, step: scores.get(step, 0.1))
+    train_module.train(setup_of(config), workdir)
+    assert "ending at step 3 of 6: train.patience = 2" in caplog.text
+    train_module.train(setup_of(config), workdir)
+    assert "training already finished, at step 3" in caplog.text
+    train_module.train(setup_of(replaced(config, {"train.patience": 0})), workdir)
+    assert val_steps(workdir) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_goes_on_with_more_steps_but_not_with_fewer(trained, tmp_path, caplog):
+    caplog.set_level("INFO", "contrastseg_jax")
+    config, whole = trained
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    with pytest.raises(InputError, match=r"num_steps = 5: the run .* checkpoint of step 6"):
+        train_module.train(setup_of(replaced(config, {"train.num_steps": 5})), workdir)
+    train_module.train(setup_of(replaced(config, {"train.num_steps": 8})), workdir)
+    rate = 0.01 * (1 - 6 / 8) ** 0.9
+    assert f"8 instead of 6; the learning rate goes on at {rate:.2e}" in caplog.text
+    assert val_steps(workdir)[-1] == 8
+    assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 8

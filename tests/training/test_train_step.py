@@ -1,5 +1,7 @@
 """The train step: what it computes, and how often; on other devices: test_multi_device.py."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,10 @@ from contrastseg_jax.contrast.anchors import sample_anchors
 from contrastseg_jax.objectives import pixel_contrast
 from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.parallel import sharding
+from contrastseg_jax.setup.resolve import initial_variables
 from contrastseg_jax.training import train_step
+from contrastseg_jax.training.optim import build_optimizer
+from contrastseg_jax.training.state import init_state, state_sharding
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +66,44 @@ def test_contrast_counts_after_its_warmup_and_the_bank_fills_before(warming_up):
     written = np.arange(16)[None] < state.memory.pixel_count[:, None]
     np.testing.assert_allclose(lengths[written], 1, rtol=1e-5)
     assert not lengths[~written].any()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count_of_steps(where):
+    """Of batches with the label 7, which is no class."""
+    config = make_config("optim.ema_decay=0.9", "contrast.warmup_steps=0")
+    setup = setup_of(config)
+
+    def pixel_loss(logits, label, **settings):
+        loss, is_bad = setup.pixel_loss(logits, label, **settings), (label == 7).any()
+        if where == "loss":
+            return jnp.where(is_bad, jnp.nan, loss)
+        # The root of 0 is finite, its gradient infinite, times 0.
+        return loss + jnp.sqrt(jnp.where(is_bad, 0.0 * logits.sum(), 1.0))
+
+    tx, _ = build_optimizer(config)
+    state = init_state(setup, tx, initial_variables(setup))
+    state = jax.device_put(state, state_sharding(setup, state, setup.mesh))
+    step_fn = train_step.compile_step(dataclasses.replace(setup, pixel_loss=pixel_loss), tx)
+    with jax.debug_nans(False):
+        state, metrics = step_fn(state, sharding.to_devices(make_batch(0), setup.mesh))
+        assert metrics["skipped"] == 0
+        before, batch = sharding.fetch(state), make_batch(1)
+        batch.label[0, 0, 0] = 7
+        state, metrics = step_fn(state, sharding.to_devices(batch, setup.mesh))
+        assert metrics["skipped"] == 1 and np.isfinite(metrics["loss"]) == (where == "gradient")
+        after = sharding.fetch(state)
+        state, metrics = step_fn(state, sharding.to_devices(make_batch(2), setup.mesh))
+    assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+    names = {
+        jax.tree_util.keystr(path)
+        for path, is_changed in jax.tree_util.tree_leaves_with_path(changed)
+        if is_changed
+    }
+    counts = {name for name in names if name.endswith("count") and "opt_state" in name}
+    ages = {".memory.pixel_age", ".memory.segment_age"}  # go on
+    assert names - counts - ages == {".step"} and counts
 
 
 def test_both_weights_rise_in_equal_steps():
