@@ -79,6 +79,11 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     augment.color_distortion = 0.0  # brightness, contrast, saturation, hue; 1: as SSD (original: 0)
     # Share of crops around a pixel of a class drawn uniformly from the image's (original: 0).
     augment.class_uniform_rate = 0.0
+    augment.blur_rate = 0.0  # share of crops blurred by a Gaussian of 0.1 to 2 pixels (original: 0)
+    augment.erase_rate = 0.0  # share of crops with an erased rectangle, ignored (original: 0)
+    # Share of crops with half of the classes of the next crop pasted in (original: 0). ClassMix;
+    # such a crop is read and made as well, so 0.5 costs half as much time again.
+    augment.class_mix_rate = 0.0
 
     config.model = net = ConfigDict()
     net.name = model  # see `contrastseg_jax/models/zoo.py`

@@ -200,6 +200,9 @@ RULES: dict[str, list[Rule]] = {
     "augment.brightness": [not_negative()],
     "augment.color_distortion": [between(0, 1)],
     "augment.class_uniform_rate": [between(0, 1)],
+    "augment.blur_rate": [between(0, 1)],
+    "augment.erase_rate": [between(0, 1)],
+    "augment.class_mix_rate": [between(0, 1)],
     "model.name": [],  # the networks know their names
     "model.proj_input": [one_of("features", "last")],
     "model.proj_dim": [EMBEDDED],
