@@ -52,6 +52,15 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     # Part of the training images to train on: a share (0.125), a number (46) or a file that lists
     # names, one a line. Drawn by a fixed seed, smaller parts inside larger ones. Empty: all.
     data.train_subset = ""
+    # What to train on, in this order: also ("train", "val"), for a benchmark's server to score test
+    # (original: --include_val), or, of Cityscapes, "train_extra" with its coarse labels.
+    data.train_splits = ("train",)
+    # folder without a val: the share of its images that is drawn for one, the same in every run;
+    # 0: it has train and val.
+    data.val_fraction = 0.0
+    # What is drawn whole: sequence (images of one sub-folder, or of one name up to its last
+    # number), or image.
+    data.val_unit = "sequence"
     data.short_side = 0  # resize images to this short side first; 0: keep the size
     data.cache_size = 0  # decoded images kept in memory, by each process that makes batches
     data.num_threads = 4  # that read and augment, in each of the processes that do

@@ -4,9 +4,9 @@ The distribution is the original's (lib/datasets/tools/cv2_aug_transforms.py: re
 random_crop, random_hflip, random_brightness, then padding at a random offset), without ever making
 the resized images. Like the original's bicubic resizes it does not blur before it shrinks.
 
-What the original does not have (distorted colours, crops around rare classes, blur, erasing, mixing)
-is off by default. Each draws from a generator of its own, so that switching one on leaves the draws
-of all others as they are.
+What the original does not have is off by default: distorted colours, crops around rare classes,
+blur, erasing, mixing. Each draws from a generator of its own, so that switching one on leaves the
+draws of all others as they are.
 """
 
 import math

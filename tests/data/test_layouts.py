@@ -1,7 +1,6 @@
 """Splits that nobody asked for, and files that lie elsewhere than a layout has them."""
 
 import re
-import subprocess
 
 import numpy as np
 import pytest
@@ -145,7 +144,7 @@ def no_data(root):
     return found["message"], str(error.value)
 
 
-def test_images_beside_the_folders_of_splits_are_counted_and_how_to_split_them_works(raw):
+def test_images_beside_the_folders_of_splits_are_counted_and_what_is_advised_works(raw):
     for i in range(12):
         name = f"it's {i:02d}"
         write_pair(raw / "images" / f"{name}.jpg", raw / "labels" / f"{name}.png", seed=i)
@@ -155,12 +154,15 @@ def test_images_beside_the_folders_of_splits_are_counted_and_how_to_split_them_w
                 f"{number} lie in {raw}/{side} itself; they must lie in {side}/train and {side}/val"
             )
             assert hint in message
-        first, second = re.findall(r"^ *(cd .*|for .*)$", message, re.MULTILINE)
+        advice = message.split("Give the folder")[0]
+        (drawing,) = re.findall(r"--config\.(data\.val_fraction=\S+)$", advice, re.MULTILINE)
         assert "--config.data.root=FOLDER" in message
-    subprocess.run(["sh", "-ec", f"{first}\n{second}"], check=True)
-    assert run(raw)["num_errors"] == 0
-    train, val = open_splits(folder_spec(raw), ("train", "val"))
-    assert names(val) == ["it's 00", "it's 10"] and len(train) == 10
+    with pytest.raises(InputError, match="taken for one sequence") as error:
+        prepare(raw, drawing)
+    (single,) = re.findall(r"--config\.(data\.val_unit=\S+)$", str(error.value), re.MULTILINE)
+    assert run(raw, drawing, single)["num_errors"] == 0
+    train, val = open_splits(folder_spec(raw, drawing, single), ("train", "val"))
+    assert (len(train), len(val)) == (11, 1)
 
 
 @pytest.mark.parametrize(
