@@ -35,6 +35,19 @@ def test_a_test_split_without_masks_stops_no_training(root, masks, caplog, capsy
     assert found["message"] in str(error.value)
 
 
+def test_a_test_split_that_is_trained_on_needs_masks(root):
+    write_image(root / "images" / "test" / "x.jpg")
+    splits = "data.train_splits=('train', 'test')"
+    (found,) = run(root, splits)["findings"]
+    assert (found["kind"], found["is_error"]) == ("no_masks", True)
+    write_example(root, "test", "x", 7)
+    assert run(root, splits)["num_errors"] == 0
+    (root / "images" / "test" / "x.jpg").unlink()
+    (root / "labels" / "test" / "x.png").unlink()
+    (found,) = run(root, splits)["findings"]
+    assert found["message"] == "split 'test': has no examples, training needs some"
+
+
 def test_faults_of_a_split_count_when_it_is_asked_for_alone(root):
     write_example(root, "test", "t", 7)
     write(root / "images" / "test" / "t.jpg", b"damaged")
