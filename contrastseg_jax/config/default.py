@@ -52,6 +52,15 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     # Part of the training images to train on: a share (0.125), a number (46) or a file that lists
     # names, one a line. Drawn by a fixed seed, smaller parts inside larger ones. Empty: all.
     data.train_subset = ""
+    # What to train on, in this order: also ("train", "val"), for a benchmark's server to score test
+    # (original: --include_val), or, of Cityscapes, "train_extra" with its coarse labels.
+    data.train_splits = ("train",)
+    # folder without a val: the share of its images that is drawn for one, the same in every run;
+    # 0: it has train and val.
+    data.val_fraction = 0.0
+    # What is drawn whole: sequence (images of one sub-folder, or of one name up to its last
+    # number), or image.
+    data.val_unit = "sequence"
     data.short_side = 0  # resize images to this short side first; 0: keep the size
     data.cache_size = 0  # decoded images kept in memory, by each process that makes batches
     data.num_threads = 4  # that read and augment, in each of the processes that do
@@ -79,6 +88,11 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     augment.color_distortion = 0.0  # brightness, contrast, saturation, hue; 1: as SSD (original: 0)
     # Share of crops around a pixel of a class drawn uniformly from the image's (original: 0).
     augment.class_uniform_rate = 0.0
+    augment.blur_rate = 0.0  # share of crops blurred by a Gaussian of 0.1 to 2 pixels (original: 0)
+    augment.erase_rate = 0.0  # share of crops with an erased rectangle, ignored (original: 0)
+    # Share of crops with half of the classes of the next crop pasted in (original: 0). ClassMix;
+    # such a crop is read and made as well, so 0.5 costs half as much time again.
+    augment.class_mix_rate = 0.0
 
     config.model = net = ConfigDict()
     net.name = model  # see `contrastseg_jax/models/zoo.py`

@@ -120,6 +120,14 @@ TRAIN_SUBSET = Rule(
     lambda value, _: not is_number(value) or 0 < float(value) < 1 or value.strip("0").isdigit(),
     "must be a share above 0 and below 1, a whole number from 1 on, or a file of names",
 )
+TRAIN_SPLITS = Rule(
+    lambda value, _: 0 < len(value) == len(set(value)),
+    "must name at least one split, each once, e.g. ('train', 'val')",
+)
+OF_FOLDER = Rule(
+    lambda value, config: value == 0 or config.data.name == "folder",
+    "must be 0 unless data.name = 'folder', as other data sets come with a val",
+)
 IMAGE_SIZE = pair(32, "must be (height, width), whole numbers of at least 32")
 NUM_EXAMPLES = pair(1, "must be (train, val), at least 1")
 FACTORS = increasing("must be (smallest, largest), both > 0")
@@ -183,6 +191,9 @@ RULES: dict[str, list[Rule]] = {
     "data.exif_orientation": [one_of("stored", "applied")],
     "data.bit_depth": [BIT_DEPTH],
     "data.train_subset": [text(), TRAIN_SUBSET],
+    "data.train_splits": [TRAIN_SPLITS],
+    "data.val_fraction": [from_below(0, 1), OF_FOLDER],
+    "data.val_unit": [one_of("sequence", "image")],
     "data.short_side": [not_negative()],
     "data.cache_size": [not_negative()],
     "data.num_threads": [at_least(1)],
@@ -203,6 +214,9 @@ RULES: dict[str, list[Rule]] = {
     "augment.brightness": [not_negative()],
     "augment.color_distortion": [between(0, 1)],
     "augment.class_uniform_rate": [between(0, 1)],
+    "augment.blur_rate": [between(0, 1)],
+    "augment.erase_rate": [between(0, 1)],
+    "augment.class_mix_rate": [between(0, 1)],
     "model.name": [],  # the networks know their names
     "model.proj_input": [one_of("features", "last")],
     "model.proj_dim": [EMBEDDED],

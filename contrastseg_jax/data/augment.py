@@ -3,6 +3,10 @@
 The distribution is the original's (lib/datasets/tools/cv2_aug_transforms.py: resize, random_resize,
 random_crop, random_hflip, random_brightness, then padding at a random offset), without ever making
 the resized images. Like the original's bicubic resizes it does not blur before it shrinks.
+
+What the original does not have is off by default: distorted colours, crops around rare classes,
+blur, erasing, mixing. Each draws from a generator of its own, so that switching one on leaves the
+draws of all others as they are.
 """
 
 import math
@@ -21,6 +25,9 @@ Label = UInt8[np.ndarray, "h w"]
 NewImage = UInt8[np.ndarray, "h2 w2 3"]
 NewLabel = UInt8[np.ndarray, "h2 w2"]
 
+BLUR_SIGMAS = (0.1, 2.0)  # pixels, as SimCLR (Chen et al., ICML 2020, appendix A)
+ERASED_SHARES = (0.02, 0.4)  # of the image; these two as Zhong et al., AAAI 2020, section 4
+ERASED_ASPECTS = (0.3, 1 / 0.3)  # height over width
 TOLERANCE = 0.01  # pixels by which a crop may lie beside that of the whole image, resized
 
 
@@ -37,6 +44,9 @@ class Augmentation:
     # Share of crops that hold a pixel of a class drawn uniformly from those in the label, so that
     # rare classes are seen more often.
     class_uniform_rate: float
+    blur_rate: float  # share of views that `blur` blurs
+    erase_rate: float  # share of views from which `erase` takes a rectangle
+    class_mix_rate: float  # share of views into which `mix_classes` pastes parts of another
 
 
 @dataclass(frozen=True)
@@ -60,19 +70,17 @@ def augment(
 ) -> tuple[NewImage, NewLabel]:
     """A random view of an image and the same view of its label.
 
-    The image is read as far as the view reaches.
-
-    The result is a function of the generator. Colours and classes draw from generators of their
-    own, so switching one of them on leaves the other draws as they are.
+    The image is read as far as the view reaches. The result is a function of the generator.
 
     Args:
         example: an image, and a label of its size.
         rng: the example's own.
         augmentation: the distribution of views.
         short_side: length of the shorter side before all else; 0 keeps the size.
-        pad_color: RGB where a scaled image is smaller than the crop; IGNORE_LABEL in the label.
+        pad_color: RGB where a scaled image is smaller than the crop, and where it is erased;
+            IGNORE_LABEL in the label.
     """
-    color_rng, class_rng = rng.spawn(2)
+    color_rng, class_rng, blur_rng, erase_rng = rng.spawn(4)
     label = example.label
     view = _draw_view(resized_size(label.shape, short_side), rng, augmentation)
     shift = int(rng.integers(-augmentation.brightness, augmentation.brightness, endpoint=True))
@@ -82,9 +90,14 @@ def augment(
     pixels = _shift_brightness(_crop_image(example, view), shift)
     if augmentation.color_distortion > 0:
         pixels = distort_colors(pixels, color_rng, strength=augmentation.color_distortion)
+    if blur_rng.random() < augmentation.blur_rate:
+        pixels = blur(pixels, blur_rng)
+    label = _crop_label(label, view)
+    if erase_rng.random() < augmentation.erase_rate:
+        pixels, label = erase(pixels, label, erase_rng, color=pad_color)
     return (
         pad(pixels, augmentation.crop_size, pad_color, offset=view.offset),
-        pad(_crop_label(label, view), augmentation.crop_size, IGNORE_LABEL, offset=view.offset),
+        pad(label, augmentation.crop_size, IGNORE_LABEL, offset=view.offset),
     )
 
 
@@ -112,6 +125,47 @@ def distort_colors(image: Image, rng: np.random.Generator, *, strength: float) -
         hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table)
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     return image if contrast_first else cv2.LUT(image, _to_levels(levels * stretch))
+
+
+def blur(image: Image, rng: np.random.Generator) -> Image:
+    """Gaussian blur as in SimCLR: its sigma is uniform in BLUR_SIGMAS, borders are mirrored."""
+    return cv2.GaussianBlur(image, (0, 0), rng.uniform(*BLUR_SIGMAS))
+
+
+def erase(
+    image: Image, label: Label, rng: np.random.Generator, *, color: Color
+) -> tuple[Image, Label]:
+    """Random erasing (Zhong et al., AAAI 2020, algorithm 1): a rectangle of one colour.
+
+    Its share of the image and its height over its width are uniform in ERASED_SHARES and
+    ERASED_ASPECTS; a side longer than the image's is cut to that, where the paper draws again. Its
+    label is IGNORE_LABEL: nothing there shows the class, so it is neither learnt nor contrasted.
+    """
+    area = rng.uniform(*ERASED_SHARES) * label.size
+    aspect = rng.uniform(*ERASED_ASPECTS)
+    sides = math.sqrt(area * aspect), math.sqrt(area / aspect)
+    erased = []
+    for length, side in zip(label.shape, sides, strict=True):
+        number = min(length, max(1, round(side)))
+        start = int(rng.integers(0, length - number, endpoint=True))
+        erased.append(slice(start, start + number))
+    image, label = image.copy(), label.copy()
+    image[*erased], label[*erased] = color, IGNORE_LABEL
+    return image, label
+
+
+def mix_classes(
+    image: Image, label: Label, other: Image, other_label: Label, rng: np.random.Generator
+) -> tuple[Image, Label]:
+    """ClassMix (Olsson et al., WACV 2021) of labelled views of one size: pastes half the classes.
+
+    Of the classes in `other_label` half, rounded down, are drawn; their pixels and labels replace
+    those of the first view, and all else of it stays.
+    """
+    classes = np.unique(other_label[other_label != IGNORE_LABEL])
+    drawn = rng.choice(classes, len(classes) // 2, replace=False)
+    pasted = np.isin(other_label, drawn)
+    return np.where(pasted[..., None], other, image), np.where(pasted, other_label, label)
 
 
 def _draw_view(size: Size, rng: np.random.Generator, augmentation: Augmentation) -> View:

@@ -28,7 +28,15 @@ from contrastseg_jax.data.builders import (
     synthetic,
 )
 from contrastseg_jax.data.builders.base import RecordBuilder, SplitConfig, check_splits, data_root
-from contrastseg_jax.data.prepared import Records, find_fault, mark_prepared, open_records, remove
+from contrastseg_jax.data.prepared import (
+    Records,
+    find_fault,
+    list_file,
+    mark_prepared,
+    open_records,
+    remove,
+    write_names,
+)
 from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.files import lock
@@ -61,6 +69,11 @@ log = logging.getLogger("contrastseg_jax")
 def dataset_names() -> tuple[str, ...]:
     """What `DatasetSpec.name` may be."""
     return tuple(BUILDERS)
+
+
+def split_names(name: str) -> tuple[str, ...]:
+    """The splits that a data set may have."""
+    return BUILDERS[name].SPLITS
 
 
 def label_map(spec: DatasetSpec) -> LabelMap:
@@ -175,6 +188,8 @@ def _builder(spec: DatasetSpec, config: SplitConfig) -> RecordBuilder:
 
 def _open(spec: DatasetSpec, config: SplitConfig) -> Records:
     records = open_records(_builder(spec, config), config.split)
+    if config.raw.drawn:
+        log.info(f"{config.split}: {config.raw.drawn}; {list_file(records.folder, config.split)}")
     published = SPLIT_SIZES.get(spec.name, {}).get(config.split, len(records))
     if len(records) != published:
         log.warning(
@@ -200,10 +215,13 @@ def _prepare(spec: DatasetSpec, configs: Sequence[SplitConfig]) -> None:
             for stale in home.glob("*/incomplete.*"):  # of a process that was killed
                 shutil.rmtree(stale)
             splits = {config.split: config.raw for config in configs}
-            check_splits(str(first.description), splits, first.label_map)
+            needed = spec.splits_of_training
+            check_splits(str(first.description), splits, first.label_map, needed)
             for config in (config for config, fault in faults.items() if fault):
                 remove(folders[config])
                 _builder(spec, config).download_and_prepare(file_format="array_record")
+                if config.names:
+                    write_names(folders[config], config.split, config.names)
                 mark_prepared(folders[config])
     except (OSError, RuntimeError) as error:
         # ArrayRecord's writer reports a full disk as a RuntimeError.
@@ -241,6 +259,9 @@ def dataset_spec(config: Config) -> DatasetSpec:
         root=data.root,
         exif_orientation=data.exif_orientation,
         bit_depth=data.bit_depth,
+        train_splits=tuple(data.train_splits),
+        val_fraction=data.val_fraction,
+        val_unit=data.val_unit,
         class_names=data.class_names,
         ignore_values=data.ignore_values,
         **data.tfds,

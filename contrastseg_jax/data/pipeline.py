@@ -3,6 +3,8 @@
 A training batch is a pure function of (seed, step), so a run resumes anywhere at no cost. Row r of
 step s is row g = s * batch_size + r of an endless sequence of shuffled epochs; g also seeds the
 example's augmentation, so how rows are spread over processes, workers and threads changes nothing.
+A row that is mixed with another takes row g + 1 of that sequence, which whoever makes row g makes a
+second time: nobody waits for anybody, and a share `class_mix_rate` more examples are decoded.
 """
 
 import multiprocessing
@@ -23,7 +25,7 @@ from absl import flags
 from jaxtyping import UInt8
 
 from contrastseg_jax.config.tree import Config
-from contrastseg_jax.data.augment import Augmentation, augment
+from contrastseg_jax.data.augment import Augmentation, augment, mix_classes
 from contrastseg_jax.data.images import image_size
 from contrastseg_jax.data.preprocess import (
     Example,
@@ -126,6 +128,7 @@ def train_batches(
             short_side=preprocessing.short_side,
             pad_color=preprocessing.pad_color,
         ),
+        class_mix_rate=augmentation.class_mix_rate,
         batch_size=batch_size,
         seed=seed,
     )
@@ -268,13 +271,19 @@ def _load_view(
     order: grain.MapDataset[int],
     open_by_id: Callable[[int], Example],
     view: Callable[[Example, np.random.Generator], tuple[Image, Label]],
+    class_mix_rate: float,
     batch_size: int,
     seed: int,
 ) -> Row:
     """A row of a training batch. Pickled for the workers with all it calls, so no closures."""
     index = step * batch_size + row
-    example_id = cast(int, order[index])
-    image, label = view(open_by_id(example_id), np.random.default_rng((seed, index)))
+    example_id, rng = cast(int, order[index]), np.random.default_rng((seed, index))
+    image, label = view(open_by_id(example_id), rng)
+    (mix_rng,) = rng.spawn(1)
+    if mix_rng.random() < class_mix_rate:
+        next_rng = np.random.default_rng((seed, index + 1))
+        other = view(open_by_id(cast(int, order[index + 1])), next_rng)
+        image, label = mix_classes(image, label, *other, mix_rng)
     return image, label, example_id
 
 

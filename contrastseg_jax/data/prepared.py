@@ -83,6 +83,22 @@ def open_records(builder: tfds.core.DatasetBuilder, split: str) -> Records:
     return Records(Path(builder.data_dir), source.data_source, source.dataset_info.features)
 
 
+def list_file(folder: Path, split: str) -> Path:
+    """The list of the images of a prepared split that was drawn; other splits have none."""
+    return folder / f"{split}.txt"
+
+
+def write_names(folder: Path, split: str, names: Sequence[str]) -> None:
+    """Write the list, before the folder counts as prepared."""
+    write_atomically(list_file(folder, split), "".join(f"{name}\n" for name in names))
+
+
+def read_names(records: Records, split: str) -> list[str]:
+    """The names in the list; none: the split was not drawn."""
+    file = list_file(records.folder, split)
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
 def mark_prepared(folder: Path) -> None:
     """Write the manifest of a folder, which then counts as prepared."""
     stamps = {path.name: _stamp(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}

@@ -35,6 +35,9 @@ class DatasetSpec:
     root: str = ""  # where the raw data are
     exif_orientation: str = AS_STORED.exif_orientation
     bit_depth: int = AS_STORED.bit_depth
+    train_splits: tuple[str, ...] = ("train",)  # to train on
+    val_fraction: float = 0.0  # folder: share of the images to draw for val; 0: it has one
+    val_unit: str = "sequence"  # folder: what is drawn whole, or "image"
     class_names: tuple[str, ...] = ()  # folder, tfds
     ignore_values: tuple[int, ...] = (255,)  # folder, tfds: mask values without a class
     dataset: str = ""  # tfds: its name in TFDS
@@ -45,6 +48,11 @@ class DatasetSpec:
     image_size: tuple[int, int] = (96, 128)  # synthetic: height, width
     num_classes: int = 5  # synthetic
     num_examples: tuple[int, int] = (16, 8)  # synthetic: train, val
+
+    @property
+    def splits_of_training(self) -> tuple[str, ...]:
+        """All that training reads: the splits to train on, and val."""
+        return tuple(dict.fromkeys((*self.train_splits, "val")))
 
     @property
     def decoding(self) -> Decoding:

@@ -70,8 +70,11 @@ def _listed(records: Sequence[dict[str, bytes]], file: Path) -> tuple[int, ...]:
     wanted = [line.strip() for line in lines if line.strip()]
     if not wanted:
         raise InputError(f"{SETTING} = '{file}': lists no image")
-    index = {name: i for i, name in enumerate(image_names(records))}
+    names = image_names(records)
+    index = {name: i for i, name in enumerate(names)}
     problems = [f"{name}: no such image in the split" for name in wanted if name not in index]
+    several = [name for name, count in Counter(names).items() if count > 1 and name in wanted]
+    problems += [f"{name}: several of data.train_splits have such an image" for name in several]
     twice = [name for name, count in Counter(wanted).items() if count > 1]
     problems += [f"{name}: listed twice" for name in twice]
     if problems:

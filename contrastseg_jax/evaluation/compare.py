@@ -50,7 +50,7 @@ def compare_runs(given: Sequence[str], checkpoint: str, split: str, output: Path
     require_comparable(runs)
     members = group_runs(runs)
     arms = [arm_of(name, found, members) for name, found in arm_names(members).items()]
-    notes = require_pairs(arms)
+    notes = require_pairs(arms) + seen_notes(arms, members, split)
     for note in notes:
         log.warning(note)
     first = runs[0]  # the others have the same data, images and labels
@@ -232,6 +232,17 @@ def require_pairs(arms: Sequence[Arm]) -> list[str]:
                 " seeds."
             )
     return notes
+
+
+def seen_notes(arms: Sequence[Arm], members: Sequence[Sequence[Run]], split: str) -> list[str]:
+    """What to say of arms that were trained on the split; of train one expects it."""
+    if split == "train":
+        return []
+    return [
+        f"{arm.name} was trained on {split} as well: its scores tell how well it was learnt."
+        for arm, found in zip(arms, members, strict=True)
+        if split in found[0].settings["data.train_splits"]
+    ]
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

@@ -20,6 +20,7 @@ from contrastseg_jax.data.dataset import open_split
 from contrastseg_jax.data.images import decode_image
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
+from contrastseg_jax.data.prepared import read_names
 from contrastseg_jax.errors import InputError, best_effort
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.metrics import METRICS, image_counts
@@ -34,7 +35,7 @@ from contrastseg_jax.report.image_counts import ImageCounts, save_image_counts
 from contrastseg_jax.run.checkpoint_files import find_step
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.run.workdir import evaluation_folder
+from contrastseg_jax.run.workdir import evaluation_folder, recorded_images
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import Batch, SegmentationOutput
@@ -78,6 +79,8 @@ def make_evaluator(
         f" {count_of(len(groups), 'batch', 'batches')}; compiling the network for"
         f" {count_of(len(sizes), 'image size')}"
     )
+    if note := seen_note(setup, split):
+        log.warning(note)
     replicated, split_rows = sharding.replicated(setup.mesh), sharding.batch_sharding(setup.mesh)
     return Evaluator(
         setup=setup,
@@ -90,6 +93,14 @@ def make_evaluator(
             score, in_shardings=split_rows, out_shardings=(split_rows, replicated, split_rows)
         ),
     )
+
+
+def seen_note(setup: Setup, split: str) -> str:
+    """What the scores of a split that is trained on do not tell; empty: it is not."""
+    if split not in setup.config.data.train_splits:
+        return ""
+    note = f"{split} is one of data.train_splits: its scores tell how well it was learnt, not more"
+    return note + (", and the best checkpoint is chosen by them" if split == "val" else "")
 
 
 def compile_network(setup: Setup, protocol: Protocol = whole_image) -> Programs:
@@ -227,11 +238,12 @@ def evaluate(
         log.info(advice)
 
     of_images = join_image_counts(evaluator, counted)
+    remarks = [*filter(None, [seen_note(setup, evaluator.split), advice]), *notes]
 
     def write() -> None:
         save_image_counts(folder, of_images)
         # Last: they say that the evaluation is complete.
-        evaluation.save_evaluation(folder, results, panels, [*filter(None, [advice]), *notes])
+        evaluation.save_evaluation(folder, results, panels, remarks)
 
     processes.sync_errors(write if processes.is_first() else lambda: None)
     return results
@@ -353,6 +365,12 @@ def evaluate_run(
     if checkpoint != "init":  # before reading the data, which may take long
         processes.sync_errors(lambda: find_step(workdir, checkpoint))
     source = processes.first_then_others(lambda: open_split(setup.data, split))
+    recorded = recorded_images(workdir, f"split/{split}")
+    if recorded not in (None, read_names(source, split)):
+        log.warning(
+            f"{split}: images have come or gone since the run began with those that"
+            f" {workdir}/split/{split}.txt lists; it may have been trained on some of these"
+        )
     given = {"images": len(source), "--checkpoint": checkpoint, "--split": split}
     processes.require_same(dict(leaves(setup.config)) | given)
     log.info(f"{setup.data.name}: {count_of(len(source), 'image')} to evaluate, split {split}")

@@ -5,7 +5,7 @@ Does not import JAX.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from contrastseg_jax.config.load import from_json, override, to_json
@@ -13,6 +13,13 @@ from contrastseg_jax.config.rules import DURATION, LEFT_OPEN, OPERATIONAL
 from contrastseg_jax.config.tree import Config, leaves
 from contrastseg_jax.errors import InputError, listed, warn_once
 from contrastseg_jax.files import write_atomically
+
+# Lists of images in a workdir, files without suffix, and the setting that chose them.
+IMAGE_LISTS = {
+    "train_images": "data.train_subset",
+    "split/train": "data.val_fraction",
+    "split/val": "data.val_fraction",
+}
 
 
 def read_config(
@@ -47,24 +54,33 @@ def record_config(workdir: Path, config: Config, *, write: bool = True) -> None:
         write_atomically(workdir / "config.json", to_json(config))
 
 
-def record_train_images(workdir: Path, names: Sequence[str], *, resume: bool) -> None:
-    """Keep the names of the images of a run that trains on a part of them; none: on all.
+def record_images(workdir: Path, lists: Mapping[str, Sequence[str]], *, resume: bool) -> None:
+    """Keep the names of the images that IMAGE_LISTS have, each where its setting is used.
 
     `resume`: the run goes on, which it does with the images it has begun with.
 
     Raises:
         InputError: it has begun with others.
     """
-    file, text = workdir / "train_images.txt", "".join(f"{name}\n" for name in names)
-    if not resume:
-        file.unlink(missing_ok=True)
-        if names:
-            write_atomically(file, text)
-    elif file.exists() and file.read_text(encoding="utf-8") != text:
-        raise InputError(
-            f"{file}: the run has begun with other training images than data.train_subset now"
-            " names; use another workdir"
-        )
+    for name, setting in IMAGE_LISTS.items():
+        file, text = workdir / f"{name}.txt", "".join(f"{image}\n" for image in lists.get(name, ()))
+        if not resume:
+            file.unlink(missing_ok=True)
+            if text:
+                write_atomically(file, text)
+        elif file.exists() and file.read_text(encoding="utf-8") != text:
+            raise InputError(
+                f"{file}: the run has begun with other images than {setting} now gives; use another"
+                " workdir"
+            )
+
+
+def recorded_images(workdir: Path, name: str) -> list[str] | None:
+    """The images of a list that the run has begun with; None: it has no such list."""
+    try:
+        return (workdir / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
 
 
 def find_run(workdir: Path) -> Config | None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from contrastseg_jax.config.rules import broken_rules, uses_contrast, uses_memory
 from contrastseg_jax.config.tree import Config, replaced
 from contrastseg_jax.contrast.selection import POOLED, RANK_BITS
-from contrastseg_jax.data.dataset import dataset_names
+from contrastseg_jax.data.dataset import dataset_names, split_names
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import TFDS_MISREADS, require_literal
 from contrastseg_jax.models.zoo import model_names, stage_names
@@ -84,7 +84,7 @@ def check(
         problems += weights_problems(config) if reads_weights else []
         problems += stage_problems(config)
     if not any(problem.startswith("data.") for problem in problems):
-        problems += class_problems(config)
+        problems += class_problems(config) + split_problems(config)
         # Otherwise there is no valid network or batch to check further.
         shape_settings = ("model.", "augment.crop_size", "train.batch_size")
         if trains and not any(problem.startswith(shape_settings) for problem in problems):
@@ -118,6 +118,17 @@ def class_problems(config: Config) -> list[str]:
     return [
         f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
         f" {len(names)} classes {', '.join(names)}, or none"
+    ]
+
+
+def split_problems(config: Config) -> list[str]:
+    """Splits of data.train_splits that the data set never has."""
+    names = split_names(config.data.name)
+    return [
+        f"data.train_splits names {split!r}: must be splits of {config.data.name}: "
+        + ", ".join(names)
+        for split in config.data.train_splits
+        if split not in names
     ]
 
 

@@ -4,7 +4,6 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
@@ -12,8 +11,10 @@ from clu import parameter_overview
 
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data.dataset import open_splits
+from contrastseg_jax.data.joined import joined
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
+from contrastseg_jax.data.prepared import read_names
 from contrastseg_jax.data.subset import image_names, subset
 from contrastseg_jax.evaluation.evaluate import Evaluator, make_evaluator, require_memory
 from contrastseg_jax.models.segmenter import Variables
@@ -51,25 +52,42 @@ def is_due(step: int, period: int, num_steps: int) -> bool:
     return step % period == 0 or step == num_steps
 
 
-def open_data(setup: Setup) -> tuple[Source, Evaluator]:
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is scored on."""
+
+    source: Source
+    evaluator: Evaluator  # of val
+    lists: dict[str, list[str]]  # for `record_images`; none in a list whose setting is not used
+
+
+def open_data(setup: Setup) -> TrainingData:
     """The training records, and the evaluator of the validation split."""
-    source, val_source = processes.first_then_others(
-        lambda: open_splits(setup.data, ("train", "val"))
-    )
-    which = setup.config.data.train_subset
-    part = processes.sync_errors(lambda: subset(source, which))
-    sizes: dict[str, Any] = {"images": (len(part), len(val_source))}
-    if which:  # a list may differ from machine to machine
-        names = "\n".join(image_names(part)).encode()
-        sizes["training images, SHA-256"] = hashlib.sha256(names).hexdigest()
-    processes.require_same(dict(leaves(setup.config)) | sizes)
-    of_all = f" of {len(source)}, by data.train_subset = '{which}'" if which else ""
+    spec, which = setup.data, setup.config.data.train_subset
+    names = spec.splits_of_training
+    opened = processes.first_then_others(lambda: open_splits(spec, names))
+    splits = dict(zip(names, opened, strict=True))
+    whole = joined([splits[name] for name in spec.train_splits])
+    part = processes.sync_errors(lambda: subset(whole, which))
+    lists = {f"split/{name}": read_names(records, name) for name, records in splits.items()}
+    lists["train_images"] = image_names(part) if which else []
+    # A list may differ from machine to machine.
+    digests = {
+        f"{name}.txt, SHA-256": hashlib.sha256("\n".join(images).encode()).hexdigest()
+        for name, images in lists.items()
+        if images
+    }
+    sizes = {"images": (len(part), len(splits["val"]))}
+    processes.require_same(dict(leaves(setup.config)) | sizes | digests)
+    of_all = f" of {len(whole)}, by data.train_subset = '{which}'" if which else ""
+    if len(spec.train_splits) > 1:
+        of_all += f", of {', '.join(f'{name} ({len(splits[name])})' for name in spec.train_splits)}"
     log.info(
-        f"{setup.data.name}: {count_of(len(part), 'training image')}{of_all};"
-        f" {count_of(len(val_source), 'validation image')}"
+        f"{spec.name}: {count_of(len(part), 'training image')}{of_all};"
+        f" {count_of(len(splits['val']), 'validation image')}"
     )
     log.info(label_table(setup.classes))
-    return part, make_evaluator(setup, val_source, "val")
+    return TrainingData(part, make_evaluator(setup, splits["val"], "val"), lists)
 
 
 def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:

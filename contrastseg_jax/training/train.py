@@ -12,15 +12,12 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from contrastseg_jax.data.pipeline import Source
-from contrastseg_jax.data.subset import image_names
-from contrastseg_jax.evaluation.evaluate import Evaluator
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint_writer
 from contrastseg_jax.run.board import open_metrics_log
 from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.run.workdir import evaluation_folder, record_train_images, saved_steps
+from contrastseg_jax.run.workdir import evaluation_folder, record_images, saved_steps
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.training.feed import make_batches, step_images, take_steps
 from contrastseg_jax.training.progress import (
@@ -33,6 +30,7 @@ from contrastseg_jax.training.progress import (
 from contrastseg_jax.training.score import is_early_end, score
 from contrastseg_jax.training.start import (
     Start,
+    TrainingData,
     fresh_variables,
     is_due,
     log_new_duration,
@@ -47,19 +45,18 @@ def train(setup: Setup, workdir: Path) -> None:
     SIGTERM and SIGINT save a checkpoint and exit with status 143; running again resumes.
     """
     # Errors in data or weights are raised before anything is compiled or written.
-    source, evaluator = open_data(setup)
+    data = open_data(setup)
     variables = fresh_variables(setup, workdir)
     if variables is None:
         log_new_duration(setup, workdir)
     with claimed(workdir, setup.config, resume=variables is None):
-        names = image_names(source) if setup.config.data.train_subset else []
-        record = functools.partial(record_train_images, workdir, names, resume=variables is None)
+        record = functools.partial(record_images, workdir, data.lists, resume=variables is None)
         processes.sync_errors(record if processes.is_first() else lambda: None)
-        begin = start(setup, workdir, variables, evaluator)
+        begin = start(setup, workdir, variables, data.evaluator)
         if begin is None:
             log.info(f"{workdir}: training already finished, at step {saved_steps(workdir)[-1]}")
             return
-        stopped_after = _train(setup, workdir, begin, source, evaluator)
+        stopped_after = _train(setup, workdir, begin, data)
     if stopped_after is not None:
         log.warning(f"stopped and saved after step {stopped_after}; run again to resume")
         sys.exit(processes.TERMINATED)
@@ -81,9 +78,7 @@ class Run:
     stop_requests: Callable[..., Any]
 
 
-def _train(
-    setup: Setup, workdir: Path, begin: Start, source: Source, evaluator: Evaluator
-) -> int | None:
+def _train(setup: Setup, workdir: Path, begin: Start, data: TrainingData) -> int | None:
     """Take the remaining steps; returns the step after which the run was stopped, if it was."""
     config, is_first = setup.config, processes.is_first()
     with contextlib.ExitStack() as stack:
@@ -93,7 +88,9 @@ def _train(
         writer = checkpoint_writer.open_writer(workdir, keep_checkpoints=keep_checkpoints)
         writer = stack.enter_context(writer)
         board = stack.enter_context(open_metrics_log(workdir, begin.step)) if is_first else None
-        batches = stack.enter_context(contextlib.closing(make_batches(setup, source, begin.step)))
+        batches = stack.enter_context(
+            contextlib.closing(make_batches(setup, data.source, begin.step))
+        )
         steps = take_steps(begin.step_fn, begin.state, batches, setup.mesh)
         bar = tqdm(
             total=config.train.num_steps,
@@ -105,9 +102,9 @@ def _train(
         stack.enter_context(bar)
         stack.enter_context(logging_redirect_tqdm([log]))
         score_state = functools.partial(
-            score, evaluator, workdir=workdir, board=board, requests=requests
+            score, data.evaluator, workdir=workdir, board=board, requests=requests
         )
-        images_of = functools.partial(step_images, setup, source)
+        images_of = functools.partial(step_images, setup, data.source)
         schedule, now = begin.schedule, time.monotonic()
         progress = Progress(config, schedule, workdir, board, images_of, now)
         return _loop(Run(setup, steps, bar, progress, writer, score_state, requests), begin)

@@ -3,8 +3,16 @@
 import cv2
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
-from contrastseg_jax.data.augment import Augmentation, augment, distort_colors
+from contrastseg_jax.data.augment import (
+    Augmentation,
+    augment,
+    blur,
+    distort_colors,
+    erase,
+    mix_classes,
+)
 from contrastseg_jax.data.preprocess import Example
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -17,6 +25,9 @@ SETTINGS = dict(
     brightness=10,
     color_distortion=0.0,
     class_uniform_rate=0.0,
+    blur_rate=0.0,
+    erase_rate=0.0,
+    class_mix_rate=0.0,
 )
 STILL = SETTINGS | dict(
     scale_range=(1.0, 1.0),
@@ -263,6 +274,11 @@ def test_options_leave_the_other_draws_as_they_are(scene):
         balanced = view(seed, class_uniform_rate=0.5)
         both = view(seed, class_uniform_rate=0.5, color_distortion=1.0)
         np.testing.assert_array_equal(balanced[1], both[1])
+        blurred, erased = view(seed, blur_rate=1.0), view(seed, erase_rate=1.0)
+        np.testing.assert_array_equal(plain[1], blurred[1])
+        kept = np.any(erased[0] != PAD_COLOR, axis=-1)
+        for of_plain, of_erased in zip(plain, erased, strict=True):
+            np.testing.assert_array_equal(of_plain[kept], of_erased[kept])
         same.append(np.array_equal(plain[0], balanced[0]))
     assert 15 < sum(same) < 45  # the other half are other crops
 
@@ -365,3 +381,127 @@ def test_one_pixel_images_survive():
     image, label = np.full((1, 1, 3), 9, np.uint8), np.zeros((1, 1), np.uint8)
     _, view = view_of(image, label, np.random.default_rng(0), crop_size=(4, 4), **SETTINGS)
     assert np.sum(view == 0) >= 1
+
+
+def test_blur_is_a_gaussian_of_every_sigma(scene):
+    sigmas = []
+    for seed in range(30):
+        sigma = np.random.default_rng(seed).uniform(0.1, 2.0)
+        expected = [
+            gaussian_filter(scene[0][..., c].astype(float), sigma, mode="mirror") for c in range(3)
+        ]
+        blurred = blur(scene[0], np.random.default_rng(seed))
+        np.testing.assert_allclose(blurred, np.stack(expected, -1), atol=2)
+        sigmas.append(sigma)
+    assert min(sigmas) < 0.3 and max(sigmas) > 1.8
+
+
+@pytest.mark.parametrize("setting", ["blur_rate", "erase_rate"])
+def test_padding_is_neither_blurred_nor_erased(scene, setting):
+    def view(seed, **options):
+        rng = np.random.default_rng(seed)
+        return view_of(*scene, rng, crop_size=(99, 150), **(STILL | options))
+
+    changed = 0
+    for seed in range(9):
+        (image, label), (plain, plain_label) = view(seed, **{setting: 1.0}), view(seed)
+        padding = plain_label == IGNORE_LABEL
+        assert np.all(image[padding] == PAD_COLOR)
+        changed += np.any(image[~padding] != plain[~padding])
+        assert np.any(label[~padding] == IGNORE_LABEL) == (setting == "erase_rate")
+    assert changed > 0
+
+
+@pytest.mark.parametrize("setting", ["blur_rate", "erase_rate"])
+def test_rates_are_shares_of_the_views(scene, setting):
+    changed = {}
+    for rate in (0.0, 0.3, 1.0):
+        views = [
+            view_of(
+                *scene,
+                np.random.default_rng(seed),
+                crop_size=(90, 130),
+                **(STILL | {setting: rate}),
+            )
+            for seed in range(300)
+        ]
+        changed[rate] = sum(np.any(image != scene[0]) for image, _ in views)
+    assert changed[0.0] == 0 and changed[1.0] >= 300 * 0.85  # a sigma of 0.2 changes nothing
+    assert abs(changed[0.3] / changed[1.0] - 0.3) <= 4 * np.sqrt(0.3 * 0.7 / 300)
+
+
+@pytest.mark.parametrize("size", [(90, 130), (20, 200)])
+def test_erased_are_rectangles_of_the_papers_areas_and_aspects(size):
+    """Against a literal draw of algorithm 1, whose sides are cut to those of the image."""
+    image, label = np.full((*size, 3), 7, np.uint8), np.full(size, 3, np.uint8)
+    shares, aspects, touched = [], [], set()
+    for seed in range(400):
+        erased, erased_label = erase(image, label, np.random.default_rng(seed), color=PAD_COLOR)
+        hidden = erased_label == IGNORE_LABEL
+        rows, columns = np.flatnonzero(hidden.any(1)), np.flatnonzero(hidden.any(0))
+        assert (
+            hidden.sum()
+            == len(rows) * len(columns)
+            == np.ptp(rows) * np.ptp(columns) + (np.ptp(rows) + np.ptp(columns) + 1)
+        )
+        assert np.all(erased[hidden] == PAD_COLOR) and np.all(erased[~hidden] == 7)
+        assert np.all(erased_label[~hidden] == 3)
+        shares.append(hidden.mean())
+        aspects.append(len(rows) / len(columns))
+        edges = (rows[0], columns[0], size[0] - 1 - rows[-1], size[1] - 1 - columns[-1])
+        touched |= {side for side, distance in enumerate(edges) if distance <= 1}
+    assert np.all(image == 7) and np.all(label == 3)  # what was given is not written to
+    assert touched == {0, 1, 2, 3}
+    rng = np.random.default_rng(1)
+    area = rng.uniform(0.02, 0.4, 20_000) * np.prod(size)
+    aspect = rng.uniform(0.3, 1 / 0.3, 20_000)
+    height = np.minimum(np.sqrt(area * aspect), size[0])
+    width = np.minimum(np.sqrt(area / aspect), size[1])
+    for found, expected in ((shares, height * width / np.prod(size)), (aspects, height / width)):
+        assert (
+            abs(np.mean(found) - expected.mean()) < 4 * np.std(found) / 20 + 0.01 * expected.mean()
+        )
+        assert expected.min() * 0.8 < min(found) and max(found) < expected.max() * 1.2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (300, 2)])
+def test_the_smallest_images_can_be_blurred_and_erased(size):
+    image, label = np.full((*size, 3), 9, np.uint8), np.zeros(size, np.uint8)
+    for seed in range(30):
+        assert blur(image, np.random.default_rng(seed)).shape == image.shape
+        _, erased = erase(image, label, np.random.default_rng(seed), color=PAD_COLOR)
+        assert 1 <= np.sum(erased == IGNORE_LABEL)
+
+
+def test_mixing_pastes_half_of_the_classes_whole(scene):
+    """Every pixel is that of the one view or of the other, with its label."""
+    image, label = scene
+    other, other_label = 255 - image, np.roll(label, 31, axis=1)
+    other_label[:9] = IGNORE_LABEL
+    drawn = set()
+    for seed in range(60):
+        mixed, mixed_label = mix_classes(
+            image, label, other, other_label, np.random.default_rng(seed)
+        )
+        assert mixed.dtype == mixed_label.dtype == np.uint8
+        classes = {
+            c for c in range(5) if np.all(mixed[other_label == c] == other[other_label == c])
+        }
+        assert len(classes) == 2  # of five
+        pasted = np.zeros(label.shape, bool)
+        for c in classes:
+            pasted |= other_label == c
+        np.testing.assert_array_equal(mixed_label[pasted], other_label[pasted])
+        np.testing.assert_array_equal(mixed_label[~pasted], label[~pasted])
+        np.testing.assert_array_equal(mixed[~pasted], image[~pasted])
+        drawn |= classes
+    assert drawn == set(range(5))
+
+
+@pytest.mark.parametrize("values", [[IGNORE_LABEL], [2], [2, IGNORE_LABEL]])
+def test_a_view_of_less_than_two_classes_pastes_nothing(scene, values):
+    image, label = scene
+    other_label = np.resize(np.array(values, np.uint8), label.shape)
+    mixed = mix_classes(image, label, 255 - image, other_label, np.random.default_rng(0))
+    for given, result in zip(scene, mixed, strict=True):
+        np.testing.assert_array_equal(given, result)

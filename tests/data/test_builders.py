@@ -194,8 +194,9 @@ def test_the_masks_of_cityscapes_test_have_no_classes_which_is_no_error(spec_of,
         for split, checks in raw_splits(spec_of("cityscapes")).items()
     }
     assert [audit.num_examples for audit in audits.values()] == [1, 1, 1]
-    found = [f for f in dataset_findings(audits, classes) if f.kind == "unlabelled"]
-    assert [(finding.file, finding.is_error) for finding in found] == [("test", False)]
+    for needed, is_error in ((("train", "val"), False), (("train", "val", "test"), True)):
+        (found,) = (f for f in dataset_findings(audits, classes, needed) if f.kind == "unlabelled")
+        assert (found.file, found.is_error) == ("test", is_error)
 
 
 def test_cityscapes_without_its_masks_names_their_folder(spec_of, raw):

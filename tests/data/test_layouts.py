@@ -1,7 +1,6 @@
 """Splits that nobody asked for, and files that lie elsewhere than a layout has them."""
 
 import re
-import subprocess
 
 import numpy as np
 import pytest
@@ -34,6 +33,19 @@ def test_a_test_split_without_masks_stops_no_training(root, masks, caplog, capsy
     with pytest.raises(InputError) as error:
         open_split(folder_spec(root), "test")
     assert found["message"] in str(error.value)
+
+
+def test_a_test_split_that_is_trained_on_needs_masks(root):
+    write_image(root / "images" / "test" / "x.jpg")
+    splits = "data.train_splits=('train', 'test')"
+    (found,) = run(root, splits)["findings"]
+    assert (found["kind"], found["is_error"]) == ("no_masks", True)
+    write_example(root, "test", "x", 7)
+    assert run(root, splits)["num_errors"] == 0
+    (root / "images" / "test" / "x.jpg").unlink()
+    (root / "labels" / "test" / "x.png").unlink()
+    (found,) = run(root, splits)["findings"]
+    assert found["message"] == "split 'test': has no examples, training needs some"
 
 
 def test_faults_of_a_split_count_when_it_is_asked_for_alone(root):
@@ -145,7 +157,7 @@ def no_data(root):
     return found["message"], str(error.value)
 
 
-def test_images_beside_the_folders_of_splits_are_counted_and_how_to_split_them_works(raw):
+def test_images_beside_the_folders_of_splits_are_counted_and_what_is_advised_works(raw):
     for i in range(12):
         name = f"it's {i:02d}"
         write_pair(raw / "images" / f"{name}.jpg", raw / "labels" / f"{name}.png", seed=i)
@@ -155,12 +167,15 @@ def test_images_beside_the_folders_of_splits_are_counted_and_how_to_split_them_w
                 f"{number} lie in {raw}/{side} itself; they must lie in {side}/train and {side}/val"
             )
             assert hint in message
-        first, second = re.findall(r"^ *(cd .*|for .*)$", message, re.MULTILINE)
+        advice = message.split("Give the folder")[0]
+        (drawing,) = re.findall(r"--config\.(data\.val_fraction=\S+)$", advice, re.MULTILINE)
         assert "--config.data.root=FOLDER" in message
-    subprocess.run(["sh", "-ec", f"{first}\n{second}"], check=True)
-    assert run(raw)["num_errors"] == 0
-    train, val = open_splits(folder_spec(raw), ("train", "val"))
-    assert names(val) == ["it's 00", "it's 10"] and len(train) == 10
+    with pytest.raises(InputError, match="taken for one sequence") as error:
+        prepare(raw, drawing)
+    (single,) = re.findall(r"--config\.(data\.val_unit=\S+)$", str(error.value), re.MULTILINE)
+    assert run(raw, drawing, single)["num_errors"] == 0
+    train, val = open_splits(folder_spec(raw, drawing, single), ("train", "val"))
+    assert (len(train), len(val)) == (11, 1)
 
 
 @pytest.mark.parametrize(

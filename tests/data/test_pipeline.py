@@ -46,6 +46,7 @@ SIZES = [(20, 30), (31, 24), (32, 32), (8, 64), (20, 32), (17, 30), (40, 40)]
 # runs that are resumed rely on them.
 DIGESTS = {
     "train": "3c30fdc3d23bd076347d696a5c4f303e0500f75d1f0cbde75e8ea1e12f0b3d98",
+    "train, every augmentation": "4eed90c0db3f24a75be0bd6803f7f02351babfd476815a08dec4757a0a5df84a",
     "evaluation": "a76e88683e86679db7047c8ac25b8869daec2404827a31cc1e905d24f8713d73",
     "evaluation, short side": "658a2dc5dbad93de9b1ecb84be02beb43fa370468a2f253a1d8858f806380dfe",
 }
@@ -68,6 +69,16 @@ AUGMENTATION = Augmentation(
     brightness=10,
     color_distortion=0.0,
     class_uniform_rate=0.0,
+    blur_rate=0.0,
+    erase_rate=0.0,
+    class_mix_rate=0.0,
+)
+EVERY_AUGMENTATION = dict(
+    color_distortion=1.0,
+    class_uniform_rate=0.5,
+    blur_rate=0.5,
+    erase_rate=0.5,
+    class_mix_rate=0.5,
 )
 LOADING = Loading(num_threads=2, num_workers=0, prefetch=2, cache_size=0)
 STILL = dict(scale_range=(1.0, 1.0), aspect_range=(1.0, 1.0), flip_rate=0.0, brightness=0)
@@ -155,9 +166,10 @@ def mixed_source():
 
 
 def test_batches_are_bit_for_bit_those_of_earlier_versions(mixed_source):
-    every_augmentation = dict(short_side=18, color_distortion=1.0, class_uniform_rate=0.5)
+    settings = dict(short_side=18, color_distortion=1.0, class_uniform_rate=0.5)
     digests = {
-        "train": digest_of(train(mixed_source, **every_augmentation)),
+        "train": digest_of(train(mixed_source, **settings)),
+        "train, every augmentation": digest_of(train(mixed_source, **EVERY_AUGMENTATION)),
         "evaluation": digest_of(evaluate(mixed_source)),
         "evaluation, short side": digest_of(evaluate(mixed_source, short_side=12)),
     }
@@ -193,7 +205,9 @@ def test_rows_come_from_the_example_they_name(source):
 
 @pytest.mark.parametrize("start_step", [1, 2, 5])
 def test_resuming_anywhere_gives_the_same_batches(source, start_step):
-    assert_equal(train(source, start_step=start_step), islice(train(source), start_step, None))
+    for settings in ({}, EVERY_AUGMENTATION):
+        resumed = train(source, start_step=start_step, **settings)
+        assert_equal(resumed, islice(train(source, **settings), start_step, None))
 
 
 def test_resuming_far_away_reads_no_earlier_record(source):
@@ -212,8 +226,54 @@ def test_resuming_far_away_reads_no_earlier_record(source):
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_the_rows_of_one_batch(source, process_count):
-    parts = [train(source, shard=(index, process_count)) for index in range(process_count)]
-    assert_equal(joined(parts), train(source))
+    for settings in ({}, EVERY_AUGMENTATION):
+        parts = [
+            train(source, shard=(index, process_count), **settings)
+            for index in range(process_count)
+        ]
+        assert_equal(joined(parts), train(source, **settings))
+
+
+def test_a_row_is_mixed_with_the_next_of_the_sequence(source):
+    """Whatever batches the sequence is cut into; the next row is taken as it is without mixing."""
+    plain = list(train(source, batch_size=1, num_steps=9))
+    alone = list(train(source, batch_size=1, num_steps=8, class_mix_rate=1.0))
+    mixed_rows = 0
+    for index, batch in enumerate(alone):
+        this, following = plain[index], plain[index + 1]
+        (rng,) = np.random.default_rng((0, index)).spawn(5)[4:]
+        assert rng.random() < 1
+        classes = sorted({0, 1} & {*following.label.ravel().tolist()})
+        drawn = rng.choice(classes, len(classes) // 2, replace=False)
+        pasted = np.isin(following.label, drawn)
+        np.testing.assert_array_equal(batch.label, np.where(pasted, following.label, this.label))
+        expected = np.where(pasted[..., None], following.image, this.image)
+        np.testing.assert_array_equal(batch.image, expected)
+        assert batch.example_id == this.example_id
+        mixed_rows += bool(pasted.any())
+    assert mixed_rows == 8
+    ofs = [np.concatenate([getattr(b, field) for b in alone]) for field in ("image", "label")]
+    for step, batch in enumerate(train(source, num_steps=2, class_mix_rate=1.0)):
+        np.testing.assert_array_equal(batch.image, ofs[0][4 * step : 4 * step + 4])
+        np.testing.assert_array_equal(batch.label, ofs[1][4 * step : 4 * step + 4])
+
+
+def test_the_rate_of_mixing_is_that_of_examples_read_twice(source):
+    class Counting(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    reads = {}
+    for rate in (0.0, 0.4, 1.0):
+        counting = Counting(source)
+        settings = dict(num_steps=50, num_threads=0, prefetch=1, class_mix_rate=rate)
+        assert len(list(train(counting, **settings))) == 50
+        reads[rate] = counting.reads
+    assert reads[1.0] - reads[0.0] == 200
+    assert abs((reads[0.4] - reads[0.0]) / 200 - 0.4) <= 4 * np.sqrt(0.4 * 0.6 / 200)
 
 
 @pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 0), (1, 1), (5, 1), (3, 4)])
@@ -230,7 +290,7 @@ def test_threads_change_nothing(source, num_threads, prefetch):
 )
 def test_workers_change_nothing(source, num_workers, start_step, shard):
     settings = dict(start_step=start_step, shard=shard, cache_size=3)
-    settings |= dict(color_distortion=1.0, class_uniform_rate=0.5)
+    settings |= EVERY_AUGMENTATION
     with contextlib.closing(train(source, num_workers=num_workers, **settings)) as batches:
         assert_equal(batches, train(source, **settings))
     assert not multiprocessing.active_children()
@@ -245,7 +305,7 @@ def test_workers_read_a_prepared_data_set(tmp_path):
         num_classes=3,
         num_examples=(5, 1),
     )
-    settings = dict(label_map=label_map(spec), num_steps=4)
+    settings = dict(label_map=label_map(spec), num_steps=4) | EVERY_AUGMENTATION
     source = open_split(spec, "train")
     with contextlib.closing(train(source, num_workers=2, **settings)) as batches:
         assert_equal(batches, train(source, **settings))

@@ -1,7 +1,10 @@
 """Parts of a split: by share, by number, by a list."""
 
+import pickle
+
 import pytest
 
+from contrastseg_jax.data.joined import joined
 from contrastseg_jax.data.subset import image_names, subset
 from contrastseg_jax.errors import InputError
 
@@ -54,3 +57,29 @@ def test_bad_lists_are_refused(tmp_path, text, message):
 def test_a_part_larger_than_the_split_is_refused():
     with pytest.raises(InputError, match="train_subset = '41': must be at most 40"):
         subset(RECORDS, "41")
+
+
+@pytest.mark.parametrize("lengths", [(40,), (3, 37), (1, 1, 38), (39, 0, 1)])
+def test_joined_splits_are_the_splits_one_after_the_other(lengths):
+    rest, splits = list(RECORDS), []
+    for length in lengths:
+        splits.append(rest[:length])
+        rest = rest[length:]
+    whole = pickle.loads(pickle.dumps(joined(splits)))
+    assert [*whole] == RECORDS == [whole[i] for i in range(40)] and len(whole) == 40
+    assert whole[-1] == RECORDS[-1]
+    for index in (40, -41):
+        with pytest.raises(IndexError):
+            whole[index]
+    assert image_names(subset(whole, "7")) == image_names(subset(RECORDS, "7"))
+
+
+def test_a_list_cannot_name_images_of_which_two_splits_have_one_each(tmp_path):
+    file = tmp_path / "list.txt"
+    file.write_text("scene_7\n")
+    with pytest.raises(
+        InputError, match="scene_7: several of data.train_splits have such an image"
+    ):
+        subset(joined([RECORDS, RECORDS[:9]]), str(file))
+    file.write_text("scene_30\n")
+    assert image_names(subset(joined([RECORDS, RECORDS[:9]]), str(file))) == ["scene_30"]

@@ -100,6 +100,16 @@ def test_training_data_may_differ(tmp_path):
     assert names == ["num_examples=(6, 3)", "num_examples=(60, 3)"]
 
 
+def test_who_was_trained_on_the_split_is_noted(runs, tmp_path):
+    for seed in (0, 1):
+        splits = "data.train_splits=('train', 'val')"
+        write_run(tmp_path / "both" / f"seed_{seed}", splits, seed=seed)
+    assert compare(tmp_path)["notes"] == []
+    name = "train_splits=('train', 'val')"
+    (note,) = compare(tmp_path, "ce", "both")["notes"]
+    assert note == f"{name} was trained on val as well: its scores tell how well it was learnt."
+
+
 @pytest.mark.parametrize(("checkpoint", "step"), [("latest", 6), ("best", 4), ("4", 4), ("6", 6)])
 def test_a_checkpoint_is_chosen_as_elsewhere(runs, tmp_path, checkpoint, step):
     for arm, seed in runs:

@@ -216,6 +216,19 @@ def test_an_image_for_which_memory_is_missing_is_named_before_all_work(trained, 
     )
 
 
+@pytest.mark.parametrize(("split", "choice"), [("val", ", and the best checkpoint"), ("train", "")])
+def test_scores_of_a_split_that_is_trained_on_say_so(trained, tmp_path, caplog, split, choice):
+    config, workdir = trained
+    setup = setup_of(override(config, ["data.train_splits=('train', 'val')"]))
+    evaluate_run(setup, workdir, "latest", split, tmp_path / "scores")
+    note = f"{split} is one of data.train_splits: its scores tell how well it was learnt, not more"
+    assert note + choice in caplog.text
+    assert note + choice in (tmp_path / "scores" / "index.html").read_text()
+    caplog.clear()
+    evaluate_run(setup_of(config), workdir, "latest", "val", tmp_path / "plain")
+    assert "data.train_splits" not in caplog.text + (tmp_path / "plain" / "index.html").read_text()
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_a_network_is_loaded_on_any_devices(trained, num_devices):
     config, workdir = trained

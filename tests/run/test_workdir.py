@@ -11,7 +11,8 @@ from contrastseg_jax.run.workdir import (
     has_stalled,
     read_config,
     record_config,
-    record_train_images,
+    record_images,
+    recorded_images,
 )
 
 
@@ -58,16 +59,26 @@ def test_foreign_and_damaged_workdirs(tmp_path):
         record_config(tmp_path / "config.json", schema())
 
 
-def test_a_run_goes_on_with_the_images_it_has_begun_with(tmp_path):
-    file = tmp_path / "train_images.txt"
-    record_train_images(tmp_path, ["a", "b"], resume=False)
-    assert file.read_text() == "a\nb\n"
-    record_train_images(tmp_path, ["a", "b"], resume=True)
-    with pytest.raises(InputError, match="train_images.txt: the run has begun with other training"):
-        record_train_images(tmp_path, ["a", "c"], resume=True)
-    record_train_images(tmp_path, ["a", "c", "d"], resume=False)  # nothing was trained yet
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("train_images", "data.train_subset"),
+        ("split/train", "data.val_fraction"),
+        ("split/val", "data.val_fraction"),
+    ],
+)
+def test_a_run_goes_on_with_the_images_it_has_begun_with(tmp_path, name, setting):
+    file = tmp_path / f"{name}.txt"
+    assert recorded_images(tmp_path, name) is None
+    record_images(tmp_path, {name: ["a", "b"]}, resume=False)
+    assert file.read_text() == "a\nb\n" and recorded_images(tmp_path, name) == ["a", "b"]
+    record_images(tmp_path, {name: ["a", "b"]}, resume=True)
+    message = f"{name}.txt: the run has begun with other images than {setting} now gives"
+    with pytest.raises(InputError, match=message):
+        record_images(tmp_path, {name: ["a", "c"]}, resume=True)
+    record_images(tmp_path, {name: ["a", "c", "d"]}, resume=False)  # nothing was trained yet
     assert file.read_text() == "a\nc\nd\n"
-    record_train_images(tmp_path, [], resume=False)
+    record_images(tmp_path, {name: []}, resume=False)
     assert not file.exists()
 
 

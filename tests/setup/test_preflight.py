@@ -37,6 +37,18 @@ def test_stages_that_the_network_does_not_have_are_listed():
     assert "model.dtype = 'float16': must be one of float32, bfloat16" in text
 
 
+def test_splits_that_the_data_set_never_has_are_listed():
+    check(make_config("data.train_splits=('val', 'train')"), mode="train")
+    config = make_config("data.train_splits=('train', 'train_extra', 'test')")
+    with pytest.raises(InputError, match="2 problems") as error:
+        check(config, mode="audit")
+    for split in ("train_extra", "test"):
+        line = f"data.train_splits names '{split}': must be splits of synthetic: train, val"
+        assert line in str(error.value)
+    cityscapes = ["data.name=cityscapes", "data.root=/data"]
+    check(make_config(*cityscapes, "data.train_splits=('train', 'train_extra')"), mode="audit")
+
+
 def test_the_batch_size_is_checked_where_it_is_used():
     config = make_config("train.batch_size=3")
     check(config, mode="eval")

@@ -86,6 +86,7 @@ class RawSplit:
     checks: Sequence[Callable[[], CheckedExample]]  # one per example, which is read when called
     findings: Sequence[Finding] = ()  # files that make no example
     hints: Sequence[str] = ()  # of an absent split: files elsewhere that may be meant for it
+    drawn: str = ""  # of how many it was drawn, and by which setting; empty: its files are given
 
 
 Splits = Mapping[str, RawSplit]  # by name

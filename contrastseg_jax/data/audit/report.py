@@ -13,7 +13,6 @@ from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data import pictures
 from contrastseg_jax.data.audit.examples import Finding, Splits
 from contrastseg_jax.data.audit.statistics import (
-    TRAINING_SPLITS,
     SplitAudit,
     allow_missing_masks,
     audit_split,
@@ -83,25 +82,28 @@ def audit_run(config: Config, workdir: Path, split: str | None) -> None:
     classes = label_map(spec)
     splits, findings = _find_splits(spec, split)
     audits = _audit_splits(config, splits, classes)
+    needed = spec.splits_of_training
+    audits |= {name: allow_missing_masks(audits[name]) for name in audits if name not in needed}
     if split is None and not findings:
-        findings += missing_split_findings(audits, misplaced_hints(spec, TRAINING_SPLITS))
+        findings += missing_split_findings(audits, needed, misplaced_hints(spec, needed))
     findings += [finding for audit in audits.values() for finding in audit.findings]
     audits = {name: audit for name, audit in audits.items() if audit.num_examples}
-    findings += dataset_findings(audits, classes)
+    findings += dataset_findings(audits, classes, needed)
     findings = list(dict.fromkeys(findings))  # splits may share a folder that cannot be read
 
     results = audit_results(spec, classes, audits, findings)
     write_atomically(folder / "audit.json", to_json(results) + "\n")
     sheet = folder / "overlays.png"
     sheet.unlink(missing_ok=True)  # of an earlier audit
-    print("\n".join(summary(results)))
+    drawn = [f"{name}: {raw.drawn}" for name, raw in splits.items() if raw.drawn]
+    print("\n".join([*drawn, *summary(results)]))
     examples = sheet_examples(splits, audits, classes, SHEET_SIZE)
     if examples:
         with best_effort(str(sheet)):
             pictures.save_sheet(sheet, examples, classes, f"{spec.name} {spec.root}")
     print(f"written: {folder / 'audit.json'}" + (f", {sheet}" if sheet.exists() else ""))
     if number := results["num_errors"]:
-        outcome = _outcome(findings, audits)
+        outcome = _outcome(findings, {name: audits[name] for name in audits if name not in needed})
         raise InputError(f"{number} error{'s' if number > 1 else ''} in the data; {outcome}")
 
 
@@ -122,14 +124,12 @@ def _audit_splits(config: Config, splits: Splits, classes: LabelMap) -> dict[str
     limit = partial(
         too_large, short_side=config.data.short_side, pad_multiple=config.eval.pad_multiple
     )
-    audits = {name: audit_split(raw, classes, name, limit) for name, raw in splits.items()}
-    return {name: allow_missing_masks(audit, name) for name, audit in audits.items()}
+    return {name: audit_split(raw, classes, name, limit) for name, raw in splits.items()}
 
 
-def _outcome(findings: Sequence[Finding], audits: Mapping[str, SplitAudit]) -> str:
-    """What the errors among the findings would stop."""
-    optional = [split for split in audits if split not in TRAINING_SPLITS]
-    harmless = {found for split in optional for found in audits[split].findings}
+def _outcome(findings: Sequence[Finding], optional: Mapping[str, SplitAudit]) -> str:
+    """What the errors among the findings would stop; `optional`: splits training does not read."""
+    harmless = {found for audit in optional.values() for found in audit.findings}
     if any(found.is_error and found not in harmless for found in findings):
         return "training would go wrong"
     return f"evaluating {', '.join(optional)} would fail, which training does not read"

@@ -23,7 +23,6 @@ from contrastseg_jax.data.labels import train_id_table, unknown_values, value_co
 from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
 
-TRAINING_SPLITS = ("train", "val")  # that training reads
 MAX_LISTED_CLASSES = 10  # in a message
 MAX_COLORS = 256  # counted in the masks of a split; masks with more show no classes
 MAX_LISTED_COLORS = 30
@@ -94,7 +93,7 @@ def audit_split(
     """Reads every example of a split once, in threads. Memory does not grow with the images.
 
     `too_large`: why an image of (height, width) cannot be evaluated; empty: it can. In the split to
-    train on, which is cut into crops, that is a warning.
+    train on, train and the like, which is cut into crops, that is a warning.
     """
     audit, table = SplitAudit(findings=[*raw.findings]), train_id_table(label_map)
     for index, example in enumerate(in_parallel(_summarize, raw.checks, f"Reading {split}")):
@@ -105,8 +104,8 @@ def audit_split(
         if example.size:
             audit.sizes[example.size] += 1
             if problem := too_large(example.size):
-                message, is_error = f"{example.image_file}: {problem}", split != "train"
-                found = Finding("too_large", example.image_file, message, is_error=is_error)
+                file, is_error = example.image_file, not split.startswith("train")
+                found = Finding("too_large", file, f"{file}: {problem}", is_error=is_error)
                 audit.findings.append(found)
         if example.mask_colors is not None:
             _add_colors(audit, example.mask_file, *example.mask_colors)
@@ -120,29 +119,33 @@ def audit_split(
     return audit
 
 
-def dataset_findings(audits: Mapping[str, SplitAudit], label_map: LabelMap) -> list[Finding]:
-    """What no single file shows: splits and classes without a pixel, images in two splits."""
+def dataset_findings(
+    audits: Mapping[str, SplitAudit], label_map: LabelMap, splits_of_training: Sequence[str]
+) -> list[Finding]:
+    """What no single file shows: splits and classes without a pixel, images in two splits.
+
+    That a split has no labelled pixel at all is an error only in those that training reads: the
+    labels of a test split may be secret.
+    """
     class_findings = [
         finding
         for split, audit in audits.items()
-        for finding in _absent_classes(split, audit, label_map)
+        for finding in _absent_classes(split, audit, label_map, split in splits_of_training)
     ]
     return [*class_findings, *_duplicates(audits)]
 
 
-def _absent_classes(split: str, audit: SplitAudit, label_map: LabelMap) -> list[Finding]:
-    """Classes that never occur in a split.
-
-    That none occurs at all is an error only in splits that training reads: the labels of a test
-    split may be secret.
-    """
+def _absent_classes(
+    split: str, audit: SplitAudit, label_map: LabelMap, is_needed: bool
+) -> list[Finding]:
+    """Classes that never occur in a split; `is_needed`: that none does is an error."""
     if not audit.value_pixels.any():  # no mask could be decoded, which has findings of its own
         return []
     num_classes = len(label_map.names)
     absent = np.flatnonzero(audit.class_pixels[:num_classes] == 0)
     if len(absent) == num_classes:
         message = f"split '{split}': no pixel has a class"
-        return [Finding("unlabelled", split, message, is_error=split in TRAINING_SPLITS)]
+        return [Finding("unlabelled", split, message, is_error=is_needed)]
     if not len(absent):
         return []
     names = [label_map.names[class_id] for class_id in absent]
@@ -173,22 +176,22 @@ def _duplicates(audits: Mapping[str, SplitAudit]) -> list[Finding]:
     return findings
 
 
-def missing_split_findings(audits: Mapping[str, SplitAudit], hints: Sequence[str]) -> list[Finding]:
+def missing_split_findings(
+    audits: Mapping[str, SplitAudit], splits_of_training: Sequence[str], hints: Sequence[str]
+) -> list[Finding]:
     """A finding for each split that training needs and that is missing.
 
     `hints`: files elsewhere that may be meant for them; the first finding lists them.
     """
-    missing = [split for split in TRAINING_SPLITS if split not in audits]
+    missing = [split for split in splits_of_training if split not in audits]
     messages = [f"split '{split}': has no examples, training needs some" for split in missing]
     if hints and messages:
         messages[0] = "\n".join([messages[0], *hints])
     return [Finding("no_split", *found) for found in zip(missing, messages, strict=True)]
 
 
-def allow_missing_masks(audit: SplitAudit, split: str) -> SplitAudit:
-    """The audit, in which a split without any mask is a warning if training does not read it."""
-    if split in TRAINING_SPLITS:
-        return audit
+def allow_missing_masks(audit: SplitAudit) -> SplitAudit:
+    """The audit of a split that training does not read: that it has no mask at all is a warning."""
     findings = [
         replace(finding, is_error=finding.is_error and finding.kind != "no_masks")
         for finding in audit.findings

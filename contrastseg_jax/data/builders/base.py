@@ -46,6 +46,7 @@ class SplitConfig(tfds.core.BuilderConfig):
     raw: RawSplit
     records: Callable[[], Iterable[dict]]  # to be written
     label_map: LabelMap
+    names: Sequence[str] = ()  # of its images, where it was drawn: a list of them is kept
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -110,9 +111,10 @@ def pairs_config(
         name=name_by_hash(split, label_map, spec.decoding, table, stamps, files.findings),
         description=f"the data of {spec.root or spec.name}",
         split=split,
-        raw=RawSplit(checks, files.findings, files.hints),
+        raw=RawSplit(checks, files.findings, files.hints, files.drawn),
         records=partial(_read_pairs, files.pairs, read_mask),
         label_map=label_map,
+        names=[pair.name for pair in files.pairs] if files.drawn else (),
     )
 
 
@@ -122,7 +124,9 @@ def name_by_hash(split: str, label_map: LabelMap, *inputs: Any) -> str:
     return f"{split}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def check_splits(title: str, splits: Splits, label_map: LabelMap) -> None:
+def check_splits(
+    title: str, splits: Splits, label_map: LabelMap, splits_of_training: Sequence[str]
+) -> None:
     """Decodes every example of some splits, and logs warnings.
 
     Raises:
@@ -132,7 +136,7 @@ def check_splits(title: str, splits: Splits, label_map: LabelMap) -> None:
     findings = [
         finding for name, audit in audits.items() for finding in merge_color_findings(audit, name)
     ]
-    findings += dataset_findings(audits, label_map)
+    findings += dataset_findings(audits, label_map, splits_of_training)
     problems = dict.fromkeys(finding.message for finding in findings if finding.is_error)
     if problems:
         text = listed(title, list(problems))

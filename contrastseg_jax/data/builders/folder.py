@@ -1,7 +1,20 @@
-"""Anyone's own images: two folders per split, classes named in the config."""
+"""Anyone's own images: two folders per split or two alone, classes named in the config."""
 
-from contrastseg_jax.data.builders.base import SPLITS, RecordBuilder, SplitConfig, pairs_config
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from contrastseg_jax.data.builders.base import (
+    SPLITS,
+    RecordBuilder,
+    SplitConfig,
+    data_root,
+    pairs_config,
+)
 from contrastseg_jax.data.builders.folders import match_folders
+from contrastseg_jax.data.builders.pairs import SplitFiles, match_files
+from contrastseg_jax.data.builders.val_split import draw_val
 from contrastseg_jax.data.labels import default_palette
 from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError
@@ -9,8 +22,13 @@ from contrastseg_jax.structs import IGNORE_LABEL
 
 LAYOUT = """images/train/ images/val/ with images, labels/train/ labels/val/ with an index mask of
 the same name for each (PNG, one channel, pixel value = class id); sub-folders and images/test/
-labels/test/ are optional"""
+labels/test/ are optional. With --config.data.val_fraction=0.1 images/ labels/ without train/ and
+val/, or images/train/ labels/train/ alone, of which a tenth is drawn for val"""
+SIDES = ("images", "labels")
 FOLDERS = {split: (f"images/{split}", f"labels/{split}") for split in SPLITS}
+DRAWN = ("train", "val")  # the splits that `data.val_fraction` makes
+# Folders that look like a split, so that images of one must not be drawn for another.
+SPLIT_NAME = re.compile(r"(train|training|trn|val|valid|validation|dev|eval|test|testing|tst)\d*")
 
 
 class Folder(RecordBuilder):
@@ -39,5 +57,62 @@ def label_map(spec: DatasetSpec) -> LabelMap:
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
-    """The files of a split below `spec.root`."""
-    return pairs_config(Folder, spec, split, match_folders(spec, FOLDERS, split), label_map(spec))
+    """The files of a split below `spec.root`; with `spec.val_fraction` train and val are drawn.
+
+    Raises:
+        InputError: they cannot be drawn, as there is a val, or a single sequence.
+    """
+    if spec.val_fraction and split in DRAWN:
+        found = _draw(spec, split)
+    else:
+        found = match_folders(spec, FOLDERS, split)
+        if split == "val" and not found.pairs and not found.findings:
+            found = replace(found, hints=[*found.hints, *_drawing_hint(data_root(spec))])
+    return pairs_config(Folder, spec, split, found, label_map(spec))
+
+
+def _draw(spec: DatasetSpec, split: str) -> SplitFiles:
+    """The part of the undivided files that a split has."""
+    root = data_root(spec)
+    if own := _own_splits(root):
+        raise InputError(
+            f"data.val_fraction = {spec.val_fraction}: {spec.root} has {', '.join(own)}, a split of"
+            " its own; leave the setting at 0, or have images/ without splits, or images/train/"
+        )
+    found = _undivided(root)
+    if not found.pairs:
+        return replace(found, hints=match_folders(spec, FOLDERS, split).hints)
+    draw = draw_val([pair.name for pair in found.pairs], spec.val_fraction, spec.val_unit)
+    pairs = [pair for pair in found.pairs if (pair.name in draw.val) == (split == "val")]
+    return replace(found, pairs=pairs, drawn=draw.description[split])
+
+
+def _undivided(root: Path) -> SplitFiles:
+    """Images and masks without a val: those of train if it exists, or all but those of test."""
+    images, masks = (root / side for side in FOLDERS["train"])
+    if images.is_dir():
+        return match_files(images, masks)
+    found = match_files(*(root / side for side in SIDES))
+    tests = [str(root / side) + os.sep for side in FOLDERS["test"]]
+    return replace(
+        found,
+        pairs=[pair for pair in found.pairs if not pair.name.startswith("test/")],
+        findings=[f for f in found.findings if not f.file.startswith(tuple(tests))],
+    )
+
+
+def _own_splits(root: Path) -> list[str]:
+    """Folders below the root that are a split already, whatever its name, beside train and test."""
+    return [
+        f"{side}/{path.name}"
+        for side in SIDES
+        for path in sorted((root / side).glob("*/"))
+        if SPLIT_NAME.fullmatch(path.name.lower()) and path.name not in ("train", "test")
+    ]
+
+
+def _drawing_hint(root: Path) -> list[str]:
+    """How to have a val without making one, where there are images that one can be drawn from."""
+    if _own_splits(root) or not _undivided(root).pairs:
+        return []
+    return ["Or have a tenth of the images drawn for val: --config.data.val_fraction=0.1"]

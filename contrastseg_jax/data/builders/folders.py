@@ -1,7 +1,6 @@
 """Data sets of two folders per split: their pairs, and hints on files in the wrong folder."""
 
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ def match_folders(spec: DatasetSpec, folders: Folders, split: str) -> SplitFiles
 
 def _misplaced_hints(root: Path, folders: Folders, split: str, sides: tuple[int, ...]) -> list[str]:
     """A line for each folder whose files may be meant for the split."""
-    lines, unsplit_sides = [], set()
+    lines = []
     for path, number in _image_folders(root):
         below = path.relative_to(root).parts
         names = [part.lower() for part in below]
@@ -54,18 +53,12 @@ def _misplaced_hints(root: Path, folders: Folders, split: str, sides: tuple[int,
         text = os.fsencode(path).decode(errors="backslashreplace")
         files = f"{number} {'masks' if side == MASKS else 'images'} lie in {text}"
         if named_split is None and (side in sides or side is None and sides == BOTH):
-            unsplit_sides.add(side)
             expected = " and ".join(folders[s][side or IMAGES] for s in folders if s != "test")
             lines.append(f"{files} itself; they must lie in {expected}")
         elif named_split == split and side in sides and below != Path(folders[split][side]).parts:
             lines.append(f"{files}; did you mean {folders[split][side]}?")
         elif named_split == split and side is None and IMAGES in sides:
             lines.append(f"{files}; images must lie in {folders[split][IMAGES]}")
-    if unsplit_sides == {*BOTH}:
-        lines += [
-            "To take every tenth for val and the others for train:",
-            *_split_commands(root, folders),
-        ]
     return lines
 
 
@@ -83,15 +76,3 @@ def _image_folders(root: Path) -> Iterator[tuple[Path, int]]:
             yield folder, number
         if depth < MAX_DEPTH:
             waiting += [(folder / n, depth + 1) for n in names if os.path.isdir(folder / n)]
-
-
-def _split_commands(root: Path, folders: Folders) -> list[str]:
-    """Shell commands that split the pairs of one folder of images and one of masks."""
-    (images, train), (masks, _) = (Path(path).parts for path in folders["train"])
-    val = Path(folders["val"][0]).name
-    new_folders = " ".join(f"{side}/{split}" for side in (images, masks) for split in (train, val))
-    return [
-        f"  cd {shlex.quote(str(root))} && mkdir -p {new_folders} && i=0",
-        f"  for m in {masks}/*.png; do s={train}; [ $((i % 10)) -eq 0 ] && s={val}; i=$((i + 1));"
-        f' mv {images}/"$(basename "$m" .png)".* {images}/$s/; mv "$m" {masks}/$s/; done',
-    ]

@@ -32,6 +32,7 @@ class SplitFiles:
     hints: list[str] = field(
         default_factory=list
     )  # if there are no files: others that may be meant
+    drawn: str = ""  # of how many it was drawn, and by which setting; empty: its files are given
 
 
 def match_files(
