@@ -83,6 +83,18 @@ def open_records(builder: tfds.core.DatasetBuilder, split: str) -> Records:
     return Records(Path(builder.data_dir), source.data_source, source.dataset_info.features)
 
 
+def fingerprint(records: Sequence[dict[str, bytes]]) -> str:
+    """A digest of a split: the same for the same prepared records, wherever they lie.
+
+    Empty for records that were not prepared.
+    """
+    if not isinstance(records, Records):
+        return ""
+    stamps = _read_manifest(records.folder)
+    text = "".join(f"{name} {stamps[name].sha256}\n" for name in sorted(stamps))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def list_file(folder: Path, split: str) -> Path:
     """The list of the images of a prepared split that was drawn; other splits have none."""
     return folder / f"{split}.txt"

@@ -20,7 +20,7 @@ from contrastseg_jax.data.dataset import open_split
 from contrastseg_jax.data.images import decode_image
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
-from contrastseg_jax.data.prepared import read_names
+from contrastseg_jax.data.prepared import fingerprint, read_names
 from contrastseg_jax.errors import InputError, best_effort
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.metrics import METRICS, image_counts
@@ -35,6 +35,7 @@ from contrastseg_jax.report.image_counts import ImageCounts, save_image_counts
 from contrastseg_jax.run.checkpoint_files import find_step
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
+from contrastseg_jax.run.record import environment, save_evaluation_record
 from contrastseg_jax.run.workdir import evaluation_folder, recorded_images
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
@@ -242,11 +243,28 @@ def evaluate(
 
     def write() -> None:
         save_image_counts(folder, of_images)
+        save_evaluation_record(folder, describe(evaluator, step), workdir)
         # Last: they say that the evaluation is complete.
         evaluation.save_evaluation(folder, results, panels, remarks)
 
     processes.sync_errors(write if processes.is_first() else lambda: None)
     return results
+
+
+def describe(evaluator: Evaluator, step: int) -> dict[str, Any]:
+    """What an evaluation is of, for its record."""
+    setup = evaluator.setup
+    return environment(setup.mesh) | {
+        "config": setup.config.to_dict(),
+        "step": step,
+        "split": evaluator.split,
+        "protocol": evaluator.protocol,
+        "data": {
+            "name": setup.data.name,
+            "fingerprint": fingerprint(evaluator.source),
+            "images": len(evaluator.source),
+        },
+    }
 
 
 def join_image_counts(

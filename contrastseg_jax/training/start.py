@@ -4,6 +4,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -14,7 +15,7 @@ from contrastseg_jax.data.dataset import open_splits
 from contrastseg_jax.data.joined import joined
 from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import Source
-from contrastseg_jax.data.prepared import read_names
+from contrastseg_jax.data.prepared import fingerprint, read_names
 from contrastseg_jax.data.subset import image_names, subset
 from contrastseg_jax.evaluation.evaluate import Evaluator, make_evaluator, require_memory
 from contrastseg_jax.models.segmenter import Variables
@@ -23,6 +24,7 @@ from contrastseg_jax.run import checkpoint_reader, checkpoint_writer
 from contrastseg_jax.run.claim import resumes
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
+from contrastseg_jax.run.record import environment
 from contrastseg_jax.run.workdir import find_run, saved_steps
 from contrastseg_jax.setup.resolve import initial_variables, num_anchors, num_cells
 from contrastseg_jax.setup.setup import Setup
@@ -33,6 +35,7 @@ from contrastseg_jax.training.optim import Schedule, build_optimizer
 from contrastseg_jax.training.score import has_scores, is_early_end
 from contrastseg_jax.training.state import abstract_state, init_state, state_sharding
 from contrastseg_jax.training.train_step import batch_shape, compile_step
+from contrastseg_jax.weights import pretrained
 from contrastseg_jax.weights.load import inference_variables
 
 
@@ -59,6 +62,7 @@ class TrainingData:
     source: Source
     evaluator: Evaluator  # of val
     lists: dict[str, list[str]]  # for `record_images`; none in a list whose setting is not used
+    facts: dict[str, Any]  # for the record of the run
 
 
 def open_data(setup: Setup) -> TrainingData:
@@ -87,7 +91,13 @@ def open_data(setup: Setup) -> TrainingData:
         f" {count_of(len(splits['val']), 'validation image')}"
     )
     log.info(label_table(setup.classes))
-    return TrainingData(part, make_evaluator(setup, splits["val"], "val"), lists)
+    facts = {
+        "name": spec.name,
+        "fingerprints": {name: fingerprint(records) for name, records in splits.items()},
+        "images": {"train": len(part), "val": len(splits["val"])},
+        "train_subset": which,
+    }
+    return TrainingData(part, make_evaluator(setup, splits["val"], "val"), lists, facts)
 
 
 def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:
@@ -107,6 +117,19 @@ def log_new_duration(setup: Setup, workdir: Path) -> None:
         f"train.num_steps: {config.train.num_steps} instead of {run.train.num_steps}; the learning"
         f" rate goes on at {new:.2e}, where the new schedule is at step {step}, not at {old:.2e}"
     )
+
+
+def describe_start(setup: Setup, data: TrainingData, step: int) -> dict[str, Any]:
+    """The entry of a start from `step` in the record of the run."""
+    config = setup.config
+    entry = environment(setup.mesh) | {"step": step, "seed": config.seed, "data": data.facts}
+    if step:
+        return entry
+    weights: dict[str, Any] = {"source": "random"}
+    if folder := config.model.init_from:
+        found = pretrained.read(Path(folder), config.model.name)
+        weights = {"folder": folder, "source": found.source, "sha256": found.sha256}
+    return entry | {"start_weights": weights}
 
 
 def start(

@@ -17,6 +17,7 @@ from contrastseg_jax.run import checkpoint_writer
 from contrastseg_jax.run.board import open_metrics_log
 from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
+from contrastseg_jax.run.record import add_start
 from contrastseg_jax.run.workdir import evaluation_folder, record_images, saved_steps
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.training.feed import make_batches, step_images, take_steps
@@ -31,6 +32,7 @@ from contrastseg_jax.training.score import is_early_end, score
 from contrastseg_jax.training.start import (
     Start,
     TrainingData,
+    describe_start,
     fresh_variables,
     is_due,
     log_new_duration,
@@ -56,6 +58,9 @@ def train(setup: Setup, workdir: Path) -> None:
         if begin is None:
             log.info(f"{workdir}: training already finished, at step {saved_steps(workdir)[-1]}")
             return
+        if processes.is_first():
+            entry = describe_start(setup, data, begin.step)
+            add_start(workdir, entry, resume=variables is None)
         stopped_after = _train(setup, workdir, begin, data)
     if stopped_after is not None:
         log.warning(f"stopped and saved after step {stopped_after}; run again to resume")
