@@ -15,13 +15,8 @@ from contrastseg_jax.data.pictures import shortened
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation.runs import Run, find_workdirs, read_runs, require_comparable
 from contrastseg_jax.report.comparison import Arm, ArmCounts, compare, paired_seeds
-from contrastseg_jax.report.comparison_page import (
-    NAMES,
-    Evaluated,
-    markdown_table,
-    overall_tables,
-    save_comparison,
-)
+from contrastseg_jax.report.comparison_page import NAMES, markdown_table, save_comparison
+from contrastseg_jax.report.comparison_tables import Evaluated, overall_tables
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import read_config
 from contrastseg_jax.text import count_of
