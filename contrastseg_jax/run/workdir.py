@@ -3,16 +3,24 @@
 Does not import JAX.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from contrastseg_jax.config.load import from_json, override, to_json
 from contrastseg_jax.config.rules import LEFT_OPEN, OPERATIONAL
 from contrastseg_jax.config.tree import Config, leaves
 from contrastseg_jax.errors import InputError, listed, warn_once
 from contrastseg_jax.files import write_atomically
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a workdir: it has a config, and checkpoints or evaluations."""
+    has_results = any((folder / name).is_dir() for name in ("checkpoints", "eval"))
+    return has_results and (folder / "config.json").is_file()
 
 
 def read_config(
@@ -106,6 +114,15 @@ def read_score(workdir: Path, step: int) -> float:
     except (OSError, ValueError, LookupError, TypeError) as error:
         warn_once(str(path), f"{path}: is damaged ({error!r}); step {step} counts as not evaluated")
         return -math.inf
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` as far as they were logged; a kill may have truncated one."""
+    path, lines = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def require_same_config(
