@@ -67,7 +67,7 @@ class Run:
     bar: tqdm
     progress: Progress
     writer: checkpoint_writer.Writer
-    score: Callable[..., None]  # state, step, notes
+    score: Callable[..., None]  # state, step
     stop_requests: Callable[..., Any]
 
 
@@ -130,7 +130,7 @@ def _loop(run: Run, begin: Start) -> int | None:
             if is_stopping:
                 raise processes.Stopped
             if is_scoring:
-                run.score(state, step, notes=tuple(progress.symptoms.values()))
+                run.score(state, step)
             progress.start_time += time.monotonic() - paused
     except processes.Stopped:
         return step

@@ -3,9 +3,8 @@
 import math
 
 import pytest
-from small import make_config
-
 from contrastseg_jax.training.diagnosis import symptoms
+from small import make_config
 
 HEALTHY = {
     "contrast": 2.0,
