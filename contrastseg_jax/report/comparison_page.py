@@ -14,7 +14,7 @@ from contrastseg_jax.files import to_json, write_atomically
 from contrastseg_jax.report.comparison import NUM_OVERALL, ArmScores, Comparison, Difference
 from contrastseg_jax.report.comparison_figures import pictures
 from contrastseg_jax.report.comparison_tables import Evaluated, Table, remarks, tables, title_of
-from contrastseg_jax.report.page import html_page, html_picture, html_table, html_text
+from contrastseg_jax.report.page import html_page, html_picture, html_table, html_text, inline
 
 NAMES = ("comparison.md", "comparison.json", "comparison.html")
 OVERALL_KEYS = ("mean_iou", "pixel_accuracy", "rarest_mean_iou")
@@ -46,7 +46,7 @@ def markdown(comparison: Comparison, evaluated: Evaluated) -> str:
 
 def markdown_table(table: Table) -> list[str]:
     """The lines of a table in Markdown."""
-    marks = [" --- ", *[" ---: "] * (len(table.header) - 1)]
+    marks = [" --- " if i < table.num_names else " ---: " for i in range(len(table.header))]
     rows = [f"| {' | '.join(map(markdown_text, row))} |" for row in (table.header, *table.rows)]
     return [rows[0], f"|{'|'.join(marks)}|", *rows[1:]]
 
@@ -126,7 +126,7 @@ def page(comparison: Comparison, evaluated: Evaluated) -> str:
         *(f"<p>{html_text(text)}</p>" for text in remarks(comparison, evaluated)),
         *map(titled, overall),
         *(
-            f"<h2>{html_text(title)}</h2>{html_picture(png, title)}"
+            f"<h2>{html_text(title)}</h2>{html_picture(inline(png), title)}"
             for title, png in pictures(comparison).items()
         ),
         *map(titled, rest),
@@ -136,4 +136,5 @@ def page(comparison: Comparison, evaluated: Evaluated) -> str:
 
 def titled(table: Table) -> str:
     """A table with its title."""
-    return f"<h2>{html_text(table.title)}</h2>{html_table(table.header, table.rows)}"
+    body = html_table(table.header, table.rows, num_names=table.num_names)
+    return f"<h2>{html_text(table.title)}</h2>{body}"

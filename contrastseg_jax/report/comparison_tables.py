@@ -20,6 +20,7 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    num_names: int = 1  # columns that name a row, before those of its figures
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def overall_tables(comparison: Comparison) -> list[Table]:
             f"Differences from {baseline}, paired by seed",
             ("arm", "score", "pairs", "difference", *INTERVALS),
             differences,
+            num_names=2,
         ),
     ]
 
@@ -87,6 +89,7 @@ def class_tables(comparison: Comparison, classes: Sequence[int], title: str) -> 
             f"{title}: differences from {arms[0].arm.name}, paired by seed",
             ("class", "arm", "difference", *INTERVALS),
             differences,
+            num_names=2,
         ),
     ]
 
@@ -107,7 +110,7 @@ def runs_table(comparison: Comparison) -> Table:
             *(scored.arm.workdirs, scored.arm.seeds, scored.arm.steps, scored.scores), strict=True
         )
     ]
-    return Table("Runs", ("run", "arm", "seed", "step", *OVERALL[:2]), rows)
+    return Table("Runs", ("run", "arm", "seed", "step", *OVERALL[:2]), rows, num_names=2)
 
 
 def mean_text(arm: ArmScores, score: int) -> str:

@@ -18,7 +18,7 @@ from contrastseg_jax.data.pictures import (
 )
 from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.files import to_json, write_atomically
-from contrastseg_jax.report.page import html_page, html_picture, html_table, html_text
+from contrastseg_jax.report.page import html_page, html_picture, html_table, html_text, inline
 
 Results = Mapping[str, Any]
 
@@ -98,7 +98,7 @@ def page(results: Results, picture: bytes, classes: LabelMap) -> str:
         " panel, drawn at random, balanced over the classes as far as rare ones allow. Each map is"
         f" by t-SNE (perplexity {results['perplexity']:.3g}, cosine): which pixels lie together is"
         " meaningful; distances between groups and their sizes are not.</p>",
-        html_picture(picture, "t-SNE maps"),
+        html_picture(inline(picture), "t-SNE maps"),
         "<h2>All pixels</h2>",
         html_table(header, rows),
         "<p>Silhouette: how much nearer a pixel is to its own class than to the nearest other, from"

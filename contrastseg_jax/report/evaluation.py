@@ -9,7 +9,7 @@ import matplotlib
 
 from contrastseg_jax.errors import best_effort
 from contrastseg_jax.files import to_json, write_atomically
-from contrastseg_jax.report.page import html_page, html_table, html_text
+from contrastseg_jax.report.page import html_page, html_picture, html_table, html_text
 
 matplotlib.use("Agg")
 
@@ -31,7 +31,7 @@ def save_evaluation(
         [
             html_table(("score", "value"), scores),
             *(f"<p>{html_text(note)}</p>" for note in notes),
-            *(f'<p><img src="{quote(name)}" width="100%"></p>' for name in pictures),
+            *(html_picture(quote(name), "image, label and prediction") for name in pictures),
         ],
     )
     with best_effort(str(folder / "index.html")):

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from contrastseg_jax.data.pictures import printable
 
-# Tables scroll by themselves where a screen is narrow, so that the text need not.
+# Tables and pictures scroll by themselves where a screen is narrow, so that the text need not.
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2em auto;"
     "padding:0 1em;overflow-wrap:anywhere}"
     "h1{font-size:1.6em}h2{font-size:1.15em;margin:2em 0 .5em}h1,h2{line-height:1.25}"
     "div{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
     "th,td{padding:3px 1.2em 3px 0;text-align:right;white-space:nowrap}"
-    "th:first-child,td:first-child{text-align:left}"
-    "th{border-bottom:1px solid #999}tr:nth-child(even) td{background:#f4f4f4}"
-    "img{max-width:100%;height:auto}"
+    ".name{text-align:left;white-space:normal;overflow-wrap:normal}"
+    "th{border-bottom:1px solid #999;white-space:normal;overflow-wrap:normal;vertical-align:bottom}"
+    "tr:nth-child(even) td{background:#f4f4f4}"
+    "img{max-width:100%;min-width:600px;height:auto}"
 )
 
 
@@ -35,17 +36,23 @@ def html_text(text: str) -> str:
     return html.escape(printable(text))
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text under a header; the first column names them."""
-    lines = [_row(header, "th"), *(_row(row, "td") for row in rows)]
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_names: int = 1) -> str:
+    """Rows under a header; names in the first columns, `num_names`, and numbers in the others."""
+    lines = [_row(header, "th", num_names), *(_row(row, "td", num_names) for row in rows)]
     return f"<div><table>{''.join(lines)}</table></div>"
 
 
-def html_picture(png: bytes, alt: str) -> str:
-    """A picture in the page itself. `alt`: what it shows."""
-    data = base64.b64encode(png).decode()
-    return f'<p><img src="data:image/png;base64,{data}" alt="{html_text(alt)}"></p>'
+def html_picture(source: str, alt: str) -> str:
+    """A picture. `source`: its address, or `inline` of it; `alt`: what it shows."""
+    return f'<div><img src="{source}" alt="{html_text(alt)}"></div>'
 
 
-def _row(cells: Sequence[str], tag: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html_text(cell)}</{tag}>' for cell in cells)}</tr>"
+def inline(png: bytes) -> str:
+    """The source of a picture that lies in the page itself."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _row(cells: Sequence[str], tag: str, num_names: int) -> str:
+    starts = (f"<{tag} class=name>" if i < num_names else f"<{tag}>" for i in range(len(cells)))
+    texts = map(html_text, cells)
+    return f"<tr>{''.join(f'{a}{b}</{tag}>' for a, b in zip(starts, texts, strict=True))}</tr>"
