@@ -170,12 +170,7 @@ def first_run(prepared_dir, tmp_path_factory):
 
 def test_a_run_of_two_processes_starts_from_a_run(prepared_dir, tmp_path, start, first_run):
     """A step that is next to none leaves the weights as they came."""
-    settings = (
-        *SETTINGS,
-        "train.num_steps=2",
-        "optim.learning_rate=1e-7",
-        "optim.weight_decay=0.0",
-    )
+    tiny = ("train.num_steps=2", "optim.learning_rate=1e-7", "optim.weight_decay=0.0")
     arguments = command(prepared_dir, tmp_path / "run", *TOY, settings=(*SETTINGS, *tiny))
     group = start([*arguments, f"--config.model.init_from={first_run}"], num_processes=2)
     statuses, messages = ended(group)
