@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 from paths import ROOT
 from small import SETTINGS, make_config
 
-from contrastseg_jax import cli
+from contrastseg_jax import cli, commands
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation import compare
 from contrastseg_jax.run.workdir import record_config
@@ -72,8 +72,8 @@ def test_runs_are_compared_in_the_order_given(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(compare, "compare_runs", lambda *given: called.append(given))
     texts = ("--mode=compare", "--runs=b", "--runs=a", f"--output={tmp_path}")
-    cli.run_compare(arguments_of(*texts))
-    cli.run_compare(arguments_of(*texts, "--checkpoint=best", "--split=test"))
+    commands.run_compare(arguments_of(*texts))
+    commands.run_compare(arguments_of(*texts, "--checkpoint=best", "--split=test"))
     assert called == [
         (("b", "a"), "latest", "val", tmp_path),
         (("b", "a"), "best", "test", tmp_path),
@@ -120,7 +120,7 @@ def test_too_little_memory_is_no_traceback(monkeypatch, text):
     def fail(_):
         raise MemoryError(text)
 
-    monkeypatch.setattr(cli, "load_config", fail)
+    monkeypatch.setattr(commands, "load_config", fail)
     with flagsaver.flagsaver():
         cli.FLAGS(["main.py", CONFIG, "--workdir=w"])
         with pytest.raises(SystemExit, match=f"error: out of memory: {text or 'an alloc'}"):
@@ -172,7 +172,7 @@ def test_a_checkpoint_is_converted_of_a_run_alone(tmp_path):
         texts = ("--mode=convert", f"--output={tmp_path / 'w'}", f"--input={source}")
         arguments = arguments_of(*texts, "--checkpoint=best")
         with pytest.raises(InputError, match=f"best: --input={source} is not a run folder"):
-            cli.run_convert(arguments)
+            commands.run_convert(arguments)
 
 
 def test_init_is_refused_in_the_folder_of_another_run(tmp_path):
@@ -181,7 +181,7 @@ def test_init_is_refused_in_the_folder_of_another_run(tmp_path):
 
     def config_from(folder):
         settings = [*SETTINGS, f"model.init_from={folder}"]
-        return cli.load_config(arguments_of(*texts, settings=settings))
+        return commands.load_config(arguments_of(*texts, settings=settings))
 
     config = config_from("/other")  # before there is a run
     assert config.model.init_from == "/other"
@@ -200,7 +200,7 @@ def test_photographs_to_predict_may_come_from_another_camera(tmp_path):
     predict = ("--mode=predict", f"--workdir={tmp_path}", "--input=x", f"--output={tmp_path}")
 
     def config_of(*texts, settings=()):
-        return cli.load_config(arguments_of(*texts, settings=settings))
+        return commands.load_config(arguments_of(*texts, settings=settings))
 
     assert config_of(*predict).data.exif_orientation == "applied"
     wishes = ["data.exif_orientation=stored", "data.bit_depth=12"]

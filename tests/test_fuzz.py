@@ -17,7 +17,7 @@ from picture_files import exif, png, saved, tiff
 from PIL import Image
 from raw_data import noise
 
-from contrastseg_jax import cli
+from contrastseg_jax import cli, commands
 from contrastseg_jax.config.load import from_json, override, schema, to_json
 from contrastseg_jax.config.rules import broken_rules
 from contrastseg_jax.config.tree import leaves
@@ -265,6 +265,6 @@ def test_whatever_a_path_on_the_command_line_holds_its_fault_is_an_error(mode, p
             cli.FLAGS(["main.py", f"--mode={mode}", *arguments])
             understood = cli.read_arguments([])
             if mode != "convert":
-                cli.load_config(understood)
+                commands.load_config(understood)
         except (InputError, OSError) as error:
             assert f"{error}"

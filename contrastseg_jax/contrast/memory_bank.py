@@ -64,7 +64,20 @@ def pixel_keys(
     pixels_per_class: int,
 ) -> tuple[Float[Array, "b k v d"], Bool[Array, "b k v"]]:
     """Up to `pixels_per_class` random pixels of each class of each image (V in the paper)."""
-    b, _, _, d = embedding.shape
+    index, valid = draw_pixels(
+        label, rng, num_classes=num_classes, pixels_per_class=pixels_per_class
+    )
+    return values_at(embedding, index), valid
+
+
+def draw_pixels(
+    label: Int[Array, "b hs ws"],
+    rng: Key[Array, " b"],
+    *,
+    num_classes: int,
+    pixels_per_class: int,
+) -> tuple[Int[Array, "b k v"], Bool[Array, "b k v"]]:
+    """The flat indices of the pixels that `pixel_keys` takes, and which of them are any."""
 
     def draw(label: Int[Array, " n"], rng: Key[Array, ""]) -> tuple[Array, Array]:
         order, start, size = sort_by_group(label, rng, num_groups=num_classes)
@@ -72,11 +85,18 @@ def pixel_keys(
         valid = view < size[:, None]
         return order[jnp.where(valid, start[:, None] + view, 0)], valid
 
-    index, valid = jax.vmap(draw)(label.reshape(b, -1), rng)
+    return jax.vmap(draw)(label.reshape(len(label), -1), rng)
+
+
+def values_at(
+    values: Shaped[Array, "b hs ws d"], index: Int[Array, "b k v"]
+) -> Shaped[Array, "b k v d"]:
+    """What a map has at the flat indices of some pixels."""
+    b, _, _, d = values.shape
     rows = jnp.take_along_axis(
-        embedding.reshape(b, -1, d), index.reshape(b, -1, 1), axis=1, mode="clip"
+        values.reshape(b, -1, d), index.reshape(b, -1, 1), axis=1, mode="clip"
     )
-    return rows.reshape(b, num_classes, pixels_per_class, d), valid
+    return rows.reshape(*index.shape, d)
 
 
 def segment_keys(

@@ -13,17 +13,13 @@ from contrastseg_jax.config.rules import FOLDERS, OPERATIONAL
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data.pictures import shortened
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.evaluation.runs import Run, find_workdirs, read_runs, require_comparable
+from contrastseg_jax.evaluation.runs import Run, read_runs, require_comparable
 from contrastseg_jax.report.comparison import Arm, ArmCounts, compare, paired_seeds
-from contrastseg_jax.report.comparison_page import (
-    NAMES,
-    Evaluated,
-    markdown_table,
-    overall_tables,
-    save_comparison,
-)
+from contrastseg_jax.report.comparison_page import NAMES, markdown_table, save_comparison
+from contrastseg_jax.report.comparison_tables import Evaluated, overall_tables
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.run.workdir import read_config
+from contrastseg_jax.run.several import find_workdirs
+from contrastseg_jax.run.workdir import is_run, read_config
 from contrastseg_jax.text import count_of
 
 MAX_NAMED = 3  # settings in the name of an arm
@@ -118,7 +114,7 @@ def _arm_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     left_out = {"seed", *OPERATIONAL}
     kept = {path: value for path, value in settings.items() if path not in left_out}
     start = Path(settings["model.init_from"] or os.devnull)
-    if (start / "config.json").is_file():
+    if is_run(start):
         first = _arm_settings(dict(leaves(read_config(start))))
         digest = hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
         kept["model.init_from"] = f"run {digest[:6]}"

@@ -56,14 +56,13 @@ def embed_runs(
     """Compare what runs of the same data have learnt of the same pixels of `val`.
 
     Writes embedding.png, embedding.json and embedding.html to `output`, by default to the folder
-    `embedding` of the first run.
+    `embedding` of the first run, over those of an earlier call.
 
     Raises:
-        InputError: a run lacks the checkpoint, the output is not a new or empty folder, or too few
-            pixels or classes are labelled.
+        InputError: a run lacks the checkpoint, the output cannot be written, or too few pixels or
+            classes are labelled.
     """
     output = output or workdirs[0] / "embedding"
-    _require_usable(output)
     for workdir in workdirs:
         _require_step(workdir, checkpoint)
     source = drawn_images(open_split(setups[0].data, SPLIT))
@@ -292,12 +291,6 @@ def _results(
             "label": pixels.label.tolist(),
         },
     }
-
-
-def _require_usable(output: Path) -> None:
-    """Raise an InputError for a folder that has files, which might be overwritten."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output={output}: must be a new folder, or an empty one")
 
 
 def _make_folder(output: Path) -> None:

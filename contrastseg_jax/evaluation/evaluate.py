@@ -23,6 +23,7 @@ from contrastseg_jax.data.pipeline import EvalGroup, Source
 from contrastseg_jax.data.prepared import fingerprint, read_names
 from contrastseg_jax.errors import InputError, best_effort
 from contrastseg_jax.evaluation import programs
+from contrastseg_jax.evaluation.diagnosis import logged_symptoms
 from contrastseg_jax.evaluation.metrics import METRICS, image_counts
 from contrastseg_jax.evaluation.programs import Programs
 from contrastseg_jax.evaluation.protocols import Protocol, protocol_name, whole_image
@@ -202,15 +203,15 @@ def evaluate(
     folder: Path,
     workdir: Path,
     before_batch: Callable[[Exception | None], None] = _raise,
-    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores of a split, after `step` steps of training.
 
     They are written to `folder/metrics.json` and `folder/index.html`, which also shows the first
-    images of process 0 with labels and predictions; what was counted in each image, to
-    `folder/image_counts.npz`. Classes that are never predicted are logged, with the class weights
-    of an audit in the workdir. `before_batch` receives the error if a batch could not be made, and
-    may raise to end the evaluation. `notes`: what the page says of the run besides.
+    images of process 0 with labels and predictions, and says which failures of contrast the
+    workdir's metrics show; what was counted in each image, to `folder/image_counts.npz`. Classes
+    that are never predicted are logged, with the class weights of an audit in the workdir.
+    `before_batch` receives the error if a batch could not be made, and may raise to end the
+    evaluation.
     """
     require_finite(variables, step)
     setup, panels, counted = evaluator.setup, [], []
@@ -239,13 +240,14 @@ def evaluate(
         log.info(advice)
 
     of_images = join_image_counts(evaluator, counted)
-    remarks = [*filter(None, [seen_note(setup, evaluator.split), advice]), *notes]
 
     def write() -> None:
         save_image_counts(folder, of_images)
         save_evaluation_record(folder, describe(evaluator, step), workdir)
+        found = logged_symptoms(workdir, step, setup.config)
+        notes = filter(None, [seen_note(setup, evaluator.split), advice, *found])
         # Last: they say that the evaluation is complete.
-        evaluation.save_evaluation(folder, results, panels, remarks)
+        evaluation.save_evaluation(folder, results, panels, [*notes])
 
     processes.sync_errors(write if processes.is_first() else lambda: None)
     return results

@@ -1,8 +1,5 @@
-"""Runs to compare: found, read, and checked to have been evaluated alike."""
+"""Runs to compare: read, and checked to have been evaluated alike."""
 
-import contextlib
-import json
-import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from contrastseg_jax.run.workdir import (
     evaluated_steps,
     evaluation_folder,
     read_config,
+    read_metrics,
     read_score,
     saved_steps,
 )
@@ -37,55 +35,6 @@ class Run:
     step: int
     counts: ImageCounts
     curve: Curve
-
-
-# --- Finding --------------------------------------------------------------------------------------
-
-
-def find_workdirs(given: Sequence[str]) -> list[Path]:
-    """The workdirs that --runs names, and those in the folders that it names, in order.
-
-    Raises:
-        InputError: a folder does not exist or contains no run, or a run is given twice.
-    """
-    given_by: dict[str, str] = {}  # by real path
-    workdirs = []
-    for text in given:
-        folder = Path(os.path.expanduser(text))
-        if not folder.is_dir():
-            raise InputError(f"--runs={text}: no such folder")
-        found = list(workdirs_below(folder))
-        if not found:
-            raise InputError(f"--runs={text}: contains no run, a folder with config.json and eval")
-        for workdir in found:
-            real = os.path.realpath(workdir)
-            if real in given_by:
-                raise InputError(
-                    f"--runs={text}: the run {workdir} is given twice, by --runs={given_by[real]}"
-                    " as well"
-                )
-            given_by[real] = text
-        workdirs += found
-    return workdirs
-
-
-def workdirs_below(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The folder if it is a workdir, or else those below it, sorted.
-
-    Links are followed, except to a folder that contains them (`parents`: the real paths of the
-    folders above). Hidden folders are left out.
-    """
-    if (folder / "config.json").is_file() and (
-        (folder / "eval").is_dir() or (folder / "checkpoints").is_dir()
-    ):
-        yield folder
-        return
-    real = os.path.realpath(folder)
-    if real in parents:
-        return
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            yield from workdirs_below(path, (*parents, real))
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -120,7 +69,8 @@ def read_run(workdir: Path, checkpoint: str, split: str) -> Run:
     except FileNotFoundError as error:
         advice = eval_command(workdir, str(step), split)
         raise InputError(f"{folder}: has no {FILE_NAME}; evaluate it again: {advice}") from error
-    return Run(workdir, dict(leaves(config)), step, counts, read_curve(workdir))
+    of_val = curve(read_metrics(workdir), "val/mean_iou")
+    return Run(workdir, dict(leaves(config)), step, counts, of_val)
 
 
 def choose_step(workdir: Path, checkpoint: str, split: str, num_steps: int) -> int:
@@ -158,16 +108,6 @@ def eval_command(workdir: Path, checkpoint: str, split: str) -> str:
     """The flags that make an evaluation."""
     of_split = "" if split == "val" else f" --split={split}"
     return f"--mode=eval --workdir={workdir} --checkpoint={checkpoint}{of_split}"
-
-
-def read_curve(workdir: Path) -> Curve:
-    """The val mIoU by step, as far as it was logged; a kill may have truncated a line."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (workdir / "metrics.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return curve(lines, "val/mean_iou")
 
 
 # --- Checking -------------------------------------------------------------------------------------

@@ -123,22 +123,22 @@ def update_bank(
     correct = lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32) == label
     if only_correct:
         label = jnp.where(correct, label, IGNORE_LABEL)
-    keys_of = partial(
-        memory_bank.pixel_keys, num_classes=num_classes, pixels_per_class=pixels_per_class
+    index, valid = memory_bank.draw_pixels(
+        label, image_rng, num_classes=num_classes, pixels_per_class=pixels_per_class
     )
-    pixel = keys_of(embedding, label, image_rng)
-    right, valid = keys_of(correct[..., None].astype(jnp.float32), label, image_rng)
+    pixel = memory_bank.values_at(embedding, index), valid
     segment = memory_bank.segment_keys(embedding, label, num_classes=num_classes)
     rows = sharding.replicate((pixel, segment), mesh)
     bank = memory_bank.enqueue(bank, *rows, mesh=mesh if split else None)
-    fill, num_keys = memory_bank.fill_ratio(bank), jnp.sum(valid, dtype=jnp.float32)
+    fill = memory_bank.fill_ratio(bank)
     metrics = {
         "memory_fill": fill.mean(),
         "memory_fill_min": fill.min(),
         "memory_age": memory_bank.mean_age(bank),
     }
     if bank.pixel.size:
-        num_right = jnp.sum(jnp.where(valid, right[..., 0], 0.0))
+        right = valid & memory_bank.values_at(correct[..., None], index)[..., 0]
+        num_right, num_keys = (jnp.sum(x, dtype=jnp.float32) for x in (right, valid))
         metrics["correct_keys"] = num_right / jnp.maximum(num_keys, 1.0)
     return bank, metrics
 

@@ -249,6 +249,8 @@ def _client() -> Any:
 def sync_errors(work: Callable[[], Result]) -> Result:
     """Run `work` in each process, and raise its errors in all of them.
 
+    `work` must not wait for other processes: one that fails there would leave them waiting.
+
     Raises:
         SharedError: in all processes, if `work` raised an InputError or OSError in any; it names
             them.

@@ -1,7 +1,5 @@
 """The picture, the JSON and the HTML page of what runs have learnt of the same pixels."""
 
-import base64
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +13,12 @@ from contrastseg_jax.data.pictures import (
     add_legend,
     class_entries,
     plain_style,
-    printable,
     save_figure,
     shortened,
 )
 from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.files import to_json, write_atomically
+from contrastseg_jax.report.page import html_page, html_picture, html_table, html_text, inline
 
 Results = Mapping[str, Any]
 
@@ -94,34 +92,26 @@ def score_table(results: Results) -> list[list[str]]:
 
 def page(results: Results, picture: bytes, classes: LabelMap) -> str:
     """The HTML page, which holds the picture itself."""
-    title = _text(f"{results['data']} {results['split']}: pixel embeddings")
-    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    body = [
-        f"<h1>{title}</h1>",
+    header, *rows = score_table(results)
+    parts = [
         f"<p>The same {results['num_pixels']} pixels of {results['num_images']} images in every"
         " panel, drawn at random, balanced over the classes as far as rare ones allow. Each map is"
         f" by t-SNE (perplexity {results['perplexity']:.3g}, cosine): which pixels lie together is"
         " meaningful; distances between groups and their sizes are not.</p>",
-        f'<p><img src="{source}" width="100%" alt="t-SNE maps"></p>',
+        html_picture(inline(picture), "t-SNE maps"),
         "<h2>All pixels</h2>",
-        _html_table(score_table(results)),
+        html_table(header, rows),
         "<p>Silhouette: how much nearer a pixel is to its own class than to the nearest other, from"
         " -1 to 1. Cosines: means over pairs of pixels, of one class and of two. Compare runs by"
         " the same kind of vector: embeddings are what the contrast loss trains, features before"
         " the logits are what every network has.</p>",
-        *(
-            f"<h2>{_text(run['name'])}: {KINDS[kind]} ({run['sizes'][kind]} values)</h2>"
-            + _html_table(_class_table(results, scores, classes.names))
-            for run in results["runs"]
-            for kind, scores in run["scores"].items()
-        ),
     ]
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{title}</title>"
-        "<style>body{font:15px sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
-        "th,td{padding:2px 1em;text-align:right}th:first-child,td:first-child{text-align:left}"
-        "</style>" + "\n".join(body) + "\n"
-    )
+    for run in results["runs"]:
+        for kind, scores in run["scores"].items():
+            title = f"{run['name']}: {KINDS[kind]} ({run['sizes'][kind]} values)"
+            header, *rows = _class_table(results, scores, classes.names)
+            parts += [f"<h2>{html_text(title)}</h2>", html_table(header, rows)]
+    return html_page(f"{results['data']} {results['split']}: pixel embeddings", parts)
 
 
 def _class_table(results: Results, scores: Results, class_names: Sequence[str]) -> list[list[str]]:
@@ -137,16 +127,3 @@ def _class_table(results: Results, scores: Results, class_names: Sequence[str]) 
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its header."""
-    lines = [
-        "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in row)
-        for row, tag in zip(rows, ("th", *("td",) * len(rows)), strict=False)
-    ]
-    return f"<table><tr>{'<tr>'.join(lines)}</table>"
-
-
-def _text(text: str) -> str:
-    return html.escape(printable(text))

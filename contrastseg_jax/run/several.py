@@ -1,31 +1,71 @@
-"""Several runs side by side: that each is one, and that all are of the same data.
+"""Several runs side by side: finding them, and that all are of the same data.
 
 Does not import JAX.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from contrastseg_jax.config.rules import decides_evaluation
 from contrastseg_jax.config.tree import Config, leaves
 from contrastseg_jax.errors import InputError, listed
-from contrastseg_jax.run.workdir import read_config, saved_steps
+from contrastseg_jax.run.workdir import is_run, read_config, saved_steps
 
 
-def read_runs(workdirs: Sequence[Path]) -> list[Config]:
+def find_workdirs(given: Sequence[str]) -> list[Path]:
+    """The workdirs that --runs names, and those in the folders that it names, in order.
+
+    Raises:
+        InputError: a folder does not exist or contains no run, or a run is given twice.
+    """
+    given_by: dict[str, str] = {}  # by real path
+    workdirs = []
+    for text in given:
+        folder = Path(os.path.expanduser(text))
+        if not folder.is_dir():
+            raise InputError(f"--runs={text}: no such folder")
+        found = list(workdirs_below(folder))
+        if not found:
+            raise InputError(
+                f"--runs={text}: contains no run, a folder with config.json and checkpoints or eval"
+            )
+        for workdir in found:
+            real = os.path.realpath(workdir)
+            if real in given_by:
+                raise InputError(
+                    f"--runs={text}: the run {workdir} is given twice, by --runs={given_by[real]}"
+                    " as well"
+                )
+            given_by[real] = text
+        workdirs += found
+    return workdirs
+
+
+def workdirs_below(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The folder if it is a workdir, or else those below it, sorted.
+
+    Links are followed, except to a folder that contains them (`parents`: the real paths of the
+    folders above). Hidden folders are left out.
+    """
+    if is_run(folder):
+        yield folder
+        return
+    real = os.path.realpath(folder)
+    if real in parents:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            yield from workdirs_below(path, (*parents, real))
+
+
+def read_configs(workdirs: Sequence[Path]) -> list[Config]:
     """The configs of runs that have a checkpoint, finished or not.
 
     Raises:
-        InputError: a folder holds no run or no checkpoint, is named twice, or the runs are of
-            different data.
+        InputError: a run has no checkpoint, or they are of different data.
     """
-    places = [os.path.realpath(workdir) for workdir in workdirs]
-    for number, workdir in enumerate(workdirs):
-        if places[number] in places[:number]:
-            raise InputError(f"--runs={workdir}: is named twice")
-        if not (workdir / "config.json").is_file():
-            raise InputError(f"--runs={workdir}: is not the folder of a run (no config.json)")
+    for workdir in workdirs:
         if not saved_steps(workdir):
             raise InputError(f"--runs={workdir}: contains no finished checkpoint; train it first")
     configs = [read_config(workdir) for workdir in workdirs]

@@ -3,10 +3,12 @@
 Does not import JAX.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from contrastseg_jax.config.load import from_json, override, to_json
 from contrastseg_jax.config.rules import DURATION, LEFT_OPEN, OPERATIONAL
@@ -20,6 +22,12 @@ IMAGE_LISTS = {
     "split/train": "data.val_fraction",
     "split/val": "data.val_fraction",
 }
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a workdir: it has a config, and checkpoints or evaluations."""
+    has_results = any((folder / name).is_dir() for name in ("checkpoints", "eval"))
+    return has_results and (folder / "config.json").is_file()
 
 
 def read_config(
@@ -137,6 +145,15 @@ def has_stalled(workdir: Path, patience: int, step: int) -> bool:
     steps = [other for other in evaluated_steps(workdir) if other <= step]
     scores = [read_score(workdir, other) for other in steps]
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` as far as they were logged; a kill may have truncated one."""
+    path, lines = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def require_same_config(

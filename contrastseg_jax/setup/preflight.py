@@ -17,13 +17,13 @@ from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import (
     adopt_image_format,
     build_model,
-    class_names,
     num_anchors,
     resolve,
     training_shapes,
 )
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.weights import pretrained
+from contrastseg_jax.weights.spec import class_names
 
 BANK_SHARE = 0.5  # largest share of a device's memory; the network needs the rest
 # Values per channel for BatchNorm. The variance of n values is (n - 1) / n of the true one on

@@ -26,11 +26,6 @@ from contrastseg_jax.weights import load, pretrained
 from contrastseg_jax.weights.spec import image_format
 
 
-def class_names(config: Config) -> tuple[str, ...]:
-    """The classes of the data set, in the order of their ids."""
-    return label_map(dataset_spec(config)).names
-
-
 def resolve(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     """The Setup of a checked config on `devices`, by default all devices of all processes."""
     data, mesh = dataset_spec(config), sharding.make_mesh(devices)

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from contrastseg_jax.config.tree import Config
+from contrastseg_jax.evaluation.diagnosis import symptoms
 from contrastseg_jax.objectives.objective import Metrics
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run.board import Board, write_metrics
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.text import count_of
-from contrastseg_jax.training.diagnosis import symptoms
 from contrastseg_jax.training.optim import Schedule
 
 MOST_REPORTED = 3  # skipped steps of an interval that are named
@@ -43,8 +43,7 @@ class Progress:
     waited: float = 0.0  # seconds in which the devices were idle
     is_start: bool = True  # first interval, which includes making the first batches
     is_warned: bool = False  # about waiting for data, once
-    symptoms: dict[str, str] = field(default_factory=dict)  # of the last interval
-    reported: set[str] = field(default_factory=set)  # names of those that were logged, once each
+    reported: set[str] = field(default_factory=set)  # names of symptoms that were logged
     skipped_in_a_row: int = 0  # steps, up to the last one logged
 
 
@@ -66,11 +65,11 @@ def log_progress(progress: Progress, step: int) -> None:
         numbers = {f"train/{key}": value for key, value in values.items()}
         write_metrics(progress.workdir, progress.board, step, numbers)
     log.info(_line(step, config.train.num_steps, values, size / seconds))
-    progress.symptoms = symptoms(values, step, config)
-    for name in progress.symptoms.keys() - progress.reported:
+    found = symptoms(values, step, config)
+    for name in found.keys() - progress.reported:
         if progress.board:  # one process says it
-            log.warning(progress.symptoms[name])
-    progress.reported |= progress.symptoms.keys()
+            log.warning(found[name])
+    progress.reported |= found.keys()
     advice = "" if progress.is_start else data_advice(values["data_wait"], config)
     if advice and not progress.is_warned:
         log.warning(advice)

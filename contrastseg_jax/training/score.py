@@ -1,6 +1,5 @@
 """Evaluation during training; a failure does not stop the run."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,11 +25,10 @@ def score(
     workdir: Path,
     board: Board | None,
     requests: StopRequests,
-    notes: Sequence[str] = (),
 ) -> None:
     """Evaluate the state after `step` steps, and log the scores with the run's metrics.
 
-    A failed evaluation is a warning. `notes`: what the page of the scores says besides.
+    A failed evaluation is a warning.
 
     Raises:
         Stopped: in all processes, if one was asked to stop.
@@ -45,7 +43,6 @@ def score(
             folder=evaluation_folder(workdir, step),
             workdir=workdir,
             before_batch=lambda error: processes.stop_together(requests, error),
-            notes=notes,
         )
     except processes.Stopped:
         raise

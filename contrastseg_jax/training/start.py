@@ -104,7 +104,7 @@ def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:
     """Initial variables of a new run; None if the workdir contains a run to resume."""
     is_fresh = not resumes(workdir)
     processes.require_same({"resumes": not is_fresh})
-    return processes.sync_errors(lambda: initial_variables(setup)) if is_fresh else None
+    return initial_variables(setup) if is_fresh else None
 
 
 def log_new_duration(setup: Setup, workdir: Path) -> None:

@@ -79,7 +79,7 @@ class Run:
     bar: tqdm
     progress: Progress
     writer: checkpoint_writer.Writer
-    score: Callable[..., None]  # state, step, notes
+    score: Callable[..., None]  # state, step
     stop_requests: Callable[..., Any]
 
 
@@ -146,7 +146,7 @@ def _loop(run: Run, begin: Start) -> int | None:
             if is_stopping:
                 raise processes.Stopped
             if is_scoring:
-                run.score(state, step, notes=tuple(progress.symptoms.values()))
+                run.score(state, step)
                 if step < train.num_steps and is_early_end(progress.workdir, train.patience, step):
                     log.info(
                         f"ending at step {step} of {train.num_steps}: train.patience ="

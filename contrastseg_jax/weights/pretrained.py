@@ -24,10 +24,11 @@ from contrastseg_jax.errors import InputError, reason
 from contrastseg_jax.files import ORBAX_MISREADS, require_disk_space, require_literal
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.models.zoo import NETWORKS, sharing_backbone
+from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import digests
 from contrastseg_jax.run.checkpoint_files import LiteralPath
-from contrastseg_jax.run.checkpoint_reader import find_intact
 from contrastseg_jax.run.logging import log
+from contrastseg_jax.run.workdir import is_run
 from contrastseg_jax.structs import CHANNEL_ORDERS, ImageFormat
 from contrastseg_jax.weights import run_weights, torch_names
 from contrastseg_jax.weights.spec import Weights
@@ -70,7 +71,7 @@ def save(folder: Path, weights: Weights, variables: Variables, report: str) -> N
 
 def is_there(folder: Path) -> bool:
     """Whether a folder holds weights: converted ones, or a run's."""
-    return (folder / "weights.json").exists() or run_weights.is_run(folder)
+    return (folder / "weights.json").exists() or is_run(folder)
 
 
 def read(folder: Path, network: str) -> Weights:
@@ -80,8 +81,7 @@ def read(folder: Path, network: str) -> Weights:
         InputError: it is missing or damaged, or the weights are for another backbone.
     """
     with _named(folder):
-        is_run = run_weights.is_run(folder)
-        weights = run_weights.describe(folder) if is_run else _read_record(folder)
+        weights = run_weights.describe(folder) if is_run(folder) else _read_record(folder)
     fitting = sharing_backbone(weights.networks[0])
     if network not in fitting:
         raise InputError(
@@ -134,12 +134,10 @@ def describe_image_format(image_format: ImageFormat) -> str:
 def require_intact(folder: Path) -> None:
     """Raise an InputError unless the arrays are byte for byte what the conversion wrote.
 
-    Orbax detects only some damage, only while reading, and keeps logging it afterwards. Of a run,
-    the newest checkpoint that is intact is read, as when it resumes.
+    Orbax detects only some damage, only while reading, and keeps logging it afterwards. Of a run
+    nothing is said: all processes choose its newest intact checkpoint together, as they read it.
     """
-    if run_weights.is_run(folder):
-        with _named(folder):
-            find_intact(folder, "latest")
+    if is_run(folder):
         return
     written = json.loads((folder / "weights.json").read_text())["files"]
     found = _digests(folder / "variables")
@@ -157,17 +155,19 @@ def start_from(
 ) -> Variables:
     """`fresh` with the weights of a folder loaded into it; logs what stays randomly initialised.
 
-    Of another network with the same backbone, only the backbone is loaded.
+    Of another network with the same backbone, only the backbone is loaded. All processes must call
+    it: what one cannot read, all of them report.
 
     Raises:
         InputError: the folder cannot be read, or its weights are of another backbone; if `strict`,
             something that the logits depend on is missing, or the classes have other names.
     """
-    weights = read(folder, network)
-    if run_weights.is_run(folder):
+    weights = processes.sync_errors(lambda: read(folder, network))
+    if is_run(folder):
         with _named(folder):
             given, weights = run_weights.restore(folder, "latest")
     else:
+        processes.sync_errors(lambda: require_intact(folder))
         given = _restore(folder)
     parts = None if network in weights.networks else ("backbone",)
     variables, kept = torch_names.merge(given, fresh, parts=parts, source=str(folder))
@@ -209,7 +209,6 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 def _restore(folder: Path) -> Any:
-    require_intact(folder)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(LiteralPath(folder.absolute() / "variables"))
 

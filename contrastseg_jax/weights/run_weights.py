@@ -6,28 +6,24 @@ from pathlib import Path
 import jax
 
 from contrastseg_jax.config.rules import uses_contrast
-from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.run.workdir import find_run, read_config
+from contrastseg_jax.run.checkpoint_files import find_step
+from contrastseg_jax.run.workdir import read_config
 from contrastseg_jax.weights.load import load
-from contrastseg_jax.weights.spec import Weights, image_format
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is the workdir of a run that has saved a checkpoint."""
-    return (folder / "checkpoints").is_dir() and find_run(folder) is not None
+from contrastseg_jax.weights.spec import Weights, class_names, image_format
 
 
 def describe(workdir: Path) -> Weights:
     """What its config says of a run's weights.
 
     Raises:
-        InputError: the config is damaged.
+        InputError: the config is damaged, or there is no checkpoint.
     """
+    find_step(workdir, "latest")
     run = read_config(workdir)
-    names = label_map(dataset_spec(run)).names
+    names = class_names(run)
     net = run.model
     return Weights(
         networks=(net.name,),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from contrastseg_jax.config.tree import Config
+from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.structs import IMAGENET, ImageFormat
 
 
@@ -17,6 +18,11 @@ class Weights:
     image_format: ImageFormat
     source: str  # name of the file or run that they come from
     sha256: str  # of that file; empty: from a run
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """The classes of a config's data set, in the order of their ids."""
+    return label_map(dataset_spec(config)).names
 
 
 def image_format(config: Config) -> ImageFormat:

@@ -12,8 +12,9 @@ from small import setup_of
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation.compare import arm_names, compare_runs, group_runs
 from contrastseg_jax.evaluation.evaluate import evaluate_run
-from contrastseg_jax.evaluation.runs import find_workdirs, read_runs
+from contrastseg_jax.evaluation.runs import read_runs
 from contrastseg_jax.report.image_counts import read_image_counts
+from contrastseg_jax.run.several import find_workdirs
 
 
 @pytest.fixture
@@ -162,17 +163,6 @@ def test_curves_are_optional(runs, tmp_path):
     assert curves == [[0.5], []]
 
 
-def test_runs_are_found_below_folders_and_through_links(runs, tmp_path):
-    found = [path.relative_to(tmp_path).as_posix() for path in find_workdirs([str(tmp_path)])]
-    assert found == [f"{arm}/seed_{seed}" for arm in ("ce", "memory") for seed in (0, 1)]
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "b").symlink_to(tmp_path / "ce" / "seed_0")
-    (tmp_path / "linked" / "loop").symlink_to(tmp_path / "linked")
-    (tmp_path / "linked" / ".hidden").symlink_to(tmp_path / "memory")
-    (tmp_path / "linked" / "config.json").write_text("{}")  # no run
-    assert find_workdirs([str(tmp_path / "linked")]) == [tmp_path / "linked" / "b"]
-
-
 # --- Names of arms --------------------------------------------------------------------------------
 
 
@@ -233,15 +223,6 @@ def test_arms_are_named_by_what_differs(tmp_path, settings, names):
 
 
 # --- What is refused ------------------------------------------------------------------------------
-
-
-def test_runs_that_are_not_there(runs, tmp_path):
-    assert refused(tmp_path, "ce", "mine") == "--runs=mine: no such folder"
-    (tmp_path / "empty").mkdir()
-    expected = "--runs=empty: contains no run, a folder with config.json and eval"
-    assert refused(tmp_path, "ce", "empty") == expected
-    (tmp_path / "file").write_text("x")
-    assert refused(tmp_path, "file") == "--runs=file: no such folder"
 
 
 def test_a_comparison_takes_two_arms(runs, tmp_path):

@@ -1,7 +1,6 @@
 """Which pixels are drawn, what a network says of them, and the page of whole runs."""
 
 import json
-import re
 import sys
 
 import jax.numpy as jnp
@@ -171,9 +170,6 @@ def test_the_page_of_two_runs(two_runs, tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
     assert "data:image/png;base64," in (tmp_path / "out" / "embedding.html").read_text()
 
-    again = run([*main, *runs, f"--output={tmp_path / 'out'}"])
-    assert again.returncode == 1
-    assert re.search("error: --output=.*out: must be a new folder, or an empty one", again.stderr)
     absent = run([*main, *runs, "--checkpoint=77", f"--output={tmp_path / 'other'}"])
     assert absent.returncode == 1
     assert f"--runs={two_runs[0]}: --checkpoint=77: must be latest, best or one of" in absent.stderr
@@ -181,12 +177,20 @@ def test_the_page_of_two_runs(two_runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_results_lie_in_the_first_run_by_default(two_runs):
-    embed_runs(setups_of(two_runs)[:1], two_runs[:1], "latest")
-    written = sorted(path.name for path in (two_runs[0] / "embedding").iterdir())
-    assert written == ["embedding.html", "embedding.json", "embedding.png"]
-    with pytest.raises(InputError, match=r"^--output=.*plain/embedding: must be a new folder"):
-        embed_runs(setups_of(two_runs)[:1], two_runs[:1], "latest")
+def test_results_lie_in_the_first_run_by_default_and_are_replaced(two_runs):
+    folder = two_runs[0] / "embedding"
+    for number in (2, 1):
+        embed_runs(setups_of(two_runs)[:number], two_runs[:number], "latest")
+        written = sorted(path.name for path in folder.iterdir())
+        assert written == ["embedding.html", "embedding.json", "embedding.png"]
+        assert len(json.loads((folder / "embedding.json").read_text())["runs"]) == number
+
+
+@pytest.mark.slow
+def test_an_output_that_cannot_be_a_folder(two_runs, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"^--output=\S+file: cannot be written \(.*File exists"):
+        embed_runs(setups_of(two_runs), two_runs, "latest", tmp_path / "file")
 
 
 @pytest.mark.slow

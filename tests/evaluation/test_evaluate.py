@@ -143,6 +143,19 @@ def test_evaluate_run_writes_scores_and_pictures(trained, caplog):
     assert (folder / "000000.png").stat().st_size > 5000
 
 
+def test_an_evaluation_says_what_ails_contrast_as_training_did(trained, tmp_path):
+    config, run = trained
+    workdir = shutil.copytree(run, tmp_path / "run")
+    path = workdir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    aged = [x | ({"train/memory_age": 2e3} if "train/loss" in x else {}) for x in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in aged))
+    for split, folder in (("val", "6"), ("train", "6_train")):
+        evaluate_run(setup_of(config), workdir, "latest", split)
+        page = (workdir / "eval" / folder / "index.html").read_text()
+        assert "the rows of the memory bank are 2000 steps old on average" in page
+
+
 def contents(folder):
     """Every file and folder below, with the time of its last change."""
     return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}

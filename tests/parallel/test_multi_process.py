@@ -1,15 +1,19 @@
 """Several processes, through `main.py`: how they meet, and what must be the same in all."""
 
+import functools
 import json
 import shutil
 import textwrap
 
+import jax
 import numpy as np
 import pytest
 from paths import ROOT
 from program import TOY, TRAIN, command, ended, run
+from small import SETTINGS
 
 from contrastseg_jax.report.image_counts import read_image_counts
+from contrastseg_jax.weights import run_weights
 
 pytestmark = pytest.mark.multiprocess
 
@@ -153,3 +157,51 @@ def test_images_of_all_processes_are_counted(prepared_dir, tmp_path, start):
     expected = read_image_counts(tmp_path / "alone")
     for name in ("labelled", "intersection", "predicted"):
         np.testing.assert_array_equal(getattr(counts, name), getattr(expected, name))
+
+
+@pytest.fixture(scope="module")
+def first_run(prepared_dir, tmp_path_factory):
+    """The workdir of a finished run of one process."""
+    workdir = tmp_path_factory.mktemp("first") / "first"
+    result = run(command(prepared_dir, workdir, *TOY))
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_a_run_of_two_processes_starts_from_a_run(prepared_dir, tmp_path, start, first_run):
+    """A step that is next to none leaves the weights as they came."""
+    tiny = ("train.num_steps=2", "optim.learning_rate=1e-7", "optim.weight_decay=0.0")
+    arguments = command(prepared_dir, tmp_path / "run", *TOY, settings=(*SETTINGS, *tiny))
+    group = start([*arguments, f"--config.model.init_from={first_run}"], num_processes=2)
+    statuses, messages = ended(group)
+    assert statuses == [0, 0], messages
+    assert f"initialised from first, step 6 ({first_run})" in messages[0]
+    (given, _), (found, _) = (
+        run_weights.restore(workdir, "latest") for workdir in (first_run, tmp_path / "run")
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5), found["params"], given["params"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        (
+            "/nowhere",
+            "in process 1: 1 problem in the config:\n  model.init_from = '/nowhere': must",
+        ),
+        ("", "model.init_from: process 0 has "),
+    ],
+)
+def test_a_run_to_start_from_that_one_process_lacks(
+    prepared_dir, tmp_path, start, first_run, folder, message
+):
+    arguments = command(prepared_dir, tmp_path / "run", *TOY)
+    arguments.append(f"--config.model.init_from={first_run}")
+    of_process = {1: [f"--config.model.init_from={folder}"]}
+    statuses, messages = ended(start(arguments, num_processes=2, of_process=of_process))
+    assert statuses == [1, 1]
+    for text in messages:
+        assert message in text and "Traceback" not in text
+    assert not (tmp_path / "run").exists()

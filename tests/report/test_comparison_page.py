@@ -15,13 +15,12 @@ from PIL import Image
 from contrastseg_jax.report.comparison import Arm, ArmCounts, compare
 from contrastseg_jax.report.comparison_page import (
     NAMES,
-    Evaluated,
-    Table,
     markdown,
     markdown_table,
     page,
     save_comparison,
 )
+from contrastseg_jax.report.comparison_tables import Evaluated, Table
 
 NAMES_OF_CLASSES = ("road", "_tree_", "a|b <script>", "nowhere")
 EVALUATED = Evaluated("my|data", "val", "best", ("A note on <seeds>.",))

@@ -1,10 +1,10 @@
-"""Folders that are compared: each a run, all of the same data."""
+"""Several runs: how they are found, and that all are of the same data."""
 
 import pytest
 from small import make_config
 
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.run.several import read_runs, run_names
+from contrastseg_jax.run.several import find_workdirs, read_configs, run_names
 from contrastseg_jax.run.workdir import record_config
 
 
@@ -24,21 +24,49 @@ def run_of(tmp_path):
 def test_runs_of_the_same_data_may_differ_in_all_else(run_of):
     settings = ("train.num_steps=7", "data.num_threads=1", "data.prepared_dir=elsewhere")
     first, second = run_of("a"), run_of("b", *settings, variant="memory")
-    configs = read_runs([first, second])
+    configs = read_configs([first, second])
     assert [config.train.num_steps for config in configs] == [6, 7]
 
 
-def test_each_folder_must_be_a_run_with_a_checkpoint(run_of, tmp_path):
+def test_each_run_must_have_a_checkpoint(run_of):
     good, bare = run_of("good"), run_of("bare")
     (bare / "checkpoints" / "6").rmdir()
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(InputError, match=f"^--runs={folder}: is not the folder of a run"):
-            read_runs([good, folder])
     with pytest.raises(InputError, match=f"^--runs={bare}: contains no finished checkpoint"):
-        read_runs([good, bare])
-    again = good / ".." / "good"
-    with pytest.raises(InputError, match=f"^--runs={again}: is named twice"):
-        read_runs([good, again])
+        read_configs([good, bare])
+
+
+def test_runs_are_found_below_folders_and_through_links(run_of, tmp_path):
+    runs = [run_of(f"{arm}/seed_{seed}") for arm in ("ce", "memory") for seed in (0, 1)]
+    assert find_workdirs([str(tmp_path)]) == runs
+    assert find_workdirs([str(tmp_path / "memory"), str(runs[1])]) == [*runs[2:], runs[1]]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "b").symlink_to(runs[0])
+    (tmp_path / "linked" / "loop").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked" / ".hidden").symlink_to(tmp_path / "memory")
+    (tmp_path / "linked" / "config.json").write_text("{}")  # no run
+    assert find_workdirs([str(tmp_path / "linked")]) == [tmp_path / "linked" / "b"]
+
+
+def test_a_run_with_evaluations_alone_is_one(run_of, tmp_path):
+    run = run_of("copied")
+    (run / "checkpoints" / "6").rmdir()
+    (run / "checkpoints").rename(run / "eval")
+    assert find_workdirs([str(tmp_path)]) == [run]
+
+
+def test_folders_without_runs_and_runs_given_twice(run_of, tmp_path):
+    run = run_of("run")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(run)
+    for name, message in (
+        ("mine", "no such folder"),
+        ("run/config.json", "no such folder"),
+        ("empty", "contains no run, a folder with config.json and checkpoints or eval"),
+        ("link", f"the run {tmp_path / 'link'} is given twice, by --runs={run} as well"),
+    ):
+        with pytest.raises(InputError) as error:
+            find_workdirs([str(run), str(tmp_path / name)])
+        assert str(error.value) == f"--runs={tmp_path / name}: {message}"
 
 
 def test_every_setting_in_which_the_data_differ_is_named(run_of, tmp_path):
@@ -47,7 +75,7 @@ def test_every_setting_in_which_the_data_differ_is_named(run_of, tmp_path):
     second = run_of("b", *folder, "data.short_side=32", "eval.pad_multiple=8")
     third = run_of("c", "data.synthetic.num_classes=4")
     with pytest.raises(InputError) as error:
-        read_runs([first, second, third])
+        read_configs([first, second, third])
     title, *problems = str(error.value).splitlines()
     given = f"--runs={first} --runs={second} --runs={third}"
     assert title == f"6 problems in {given}, whose data differ:"

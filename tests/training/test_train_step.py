@@ -154,10 +154,15 @@ def test_keys_come_from_the_network_or_from_its_average():
     assert np.abs(banks["online"] - banks["ema"]).max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["toy", "toy_ocr"])
 @pytest.mark.parametrize("proj_input", ["features", "last"])
-def test_the_gradient_ratio_is_that_of_the_losses_where_the_heads_part(proj_input):
-    """Differentiated for each loss alone, with what the heads read given from outside."""
-    config = make_config(*PLAIN, f"model.proj_input={proj_input}", "contrast.loss_weight=0.3")
+def test_the_gradient_ratio_is_that_of_the_losses_where_the_heads_part(name, proj_input):
+    """Differentiated for each loss alone, with what the heads read given from outside.
+
+    The auxiliary head of `toy_ocr` reads the features too, and its logits guide those of the other.
+    """
+    settings = (f"model.name={name}", f"model.proj_input={proj_input}", "contrast.loss_weight=0.3")
+    config = make_config(*PLAIN, *settings)
     setup = setup_of(config)
     step_fn, state, mesh = start(config)
     batch = sharding.to_devices(make_batch(), mesh)
@@ -170,12 +175,14 @@ def test_the_gradient_ratio_is_that_of_the_losses_where_the_heads_part(proj_inpu
         """The two losses, of features that are shifted on their way to either head."""
 
         def shifted(call, args, kwargs, context):
-            name = context.module.name
-            if context.method_name != "__call__" or name not in ("cls_head", "proj_head"):
+            head = context.module.name
+            shift = shifts.get("cls_head" if head == "aux_head" else head)
+            if context.method_name != "__call__" or shift is None:
                 return call(*args, **kwargs)
-            shift = shifts[name]
-            if name == "cls_head" and proj_input == "last":
+            if head == "cls_head" and proj_input == "last":
                 return call(*args, **kwargs | {"watch": lambda x: x + shift})
+            if head == "aux_head" and proj_input == "last":
+                return call(*args, **kwargs)
             return call(args[0] + shift, *args[1:], **kwargs)
 
         with nn.intercept_methods(shifted):

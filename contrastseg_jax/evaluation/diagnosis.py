@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.objectives.pixel_contrast import contrast_start
+from contrastseg_jax.run.workdir import read_metrics
 
 NEEDED = {"contrast", "negatives_per_anchor", "positive_similarity", "negative_similarity"}
 PATIENCE = 0.1  # share of the steps that the contrast loss is given before it is judged
@@ -12,6 +14,16 @@ FLOOR_MARGIN = 0.02  # share by which the loss of useless embeddings may lie bel
 COLLAPSE = 0.05  # difference of the mean similarities of positives and negatives
 STALE = 1000  # steps, mean age of the rows of the bank
 SMALLEST_RATIO = 0.01  # of the gradients of contrast and segmentation loss
+
+
+def logged_symptoms(workdir: Path, step: int, config: Config) -> list[str]:
+    """The symptoms after `step` steps, by what training had logged last; none where it had not."""
+    lines = [x for x in read_metrics(workdir) if "train/loss" in x and x["step"] <= step]
+    if not lines:
+        return []
+    of_training = (x for x in lines[-1].items() if x[0].startswith("train/") and x[1] is not None)
+    values = {key.removeprefix("train/"): value for key, value in of_training}
+    return [*symptoms(values, step, config).values()]
 
 
 def symptoms(values: Mapping[str, float], step: int, config: Config) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """Known failures of contrast are said, and a healthy run is left alone."""
 
+import json
 import math
 
 import pytest
 from small import make_config
 
-from contrastseg_jax.training.diagnosis import symptoms
+from contrastseg_jax.evaluation.diagnosis import logged_symptoms, symptoms
 
 HEALTHY = {
     "contrast": 2.0,
@@ -72,3 +73,24 @@ def test_pairs_chosen_for_being_hard_are_no_symptom(selection):
 
 def test_another_objective_has_metrics_of_its_own():
     assert symptoms({"contrast": 1.0, "loss": 2.0}, 900, make_config(*SETTINGS)) == {}
+
+
+def test_what_a_run_had_logged_last_until_a_step_counts(tmp_path):
+    config = make_config(*SETTINGS)
+    assert logged_symptoms(tmp_path, 900, config) == []  # has logged nothing
+
+    def line(step, changed):
+        values = {f"train/{key}": value for key, value in (HEALTHY | changed).items()}
+        return json.dumps({"step": step, "train/loss": 1.0, **values}) + "\n"
+
+    (tmp_path / "metrics.jsonl").write_text(
+        line(800, {"memory_age": 2000.0})
+        + json.dumps({"step": 900, "val/mean_iou": 0.5})
+        + "\n"
+        + line(950, {"gradient_ratio": None})  # not finite
+        + line(1000, {"negative_similarity": 0.8})[:-5]  # by a kill
+    )
+    (stale,) = logged_symptoms(tmp_path, 900, config)
+    assert "are 2000 steps old on average" in stale
+    assert logged_symptoms(tmp_path, 700, config) == []
+    assert logged_symptoms(tmp_path, 1000, config) == []
