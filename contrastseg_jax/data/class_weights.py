@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int64, Integer
 
 from contrastseg_jax.data.audit.examples import in_parallel
 from contrastseg_jax.data.images import decode_mask
+from contrastseg_jax.data.joined import Joined
 from contrastseg_jax.data.labels import train_id_table, value_counts
 from contrastseg_jax.data.prepared import Records
 from contrastseg_jax.data.spec import LabelMap
@@ -67,15 +68,12 @@ def computed_weights(counts: ClassCounts, formula: str) -> tuple[float, ...]:
 
 
 def count_classes(source: Sequence[dict[str, bytes]], label_map: LabelMap) -> ClassCounts:
-    """The pixels of each class in prepared records, or in a part of them.
+    """The pixels of each class in prepared records, of several splits or of a part of them.
 
     The masks of a split are read once: pixels of each mask value are kept beside the records, image
     by image, so that they serve every part and every label map.
     """
-    if isinstance(source, Subset):
-        values = _mask_values(source.records)[list(source.indices)]
-    else:
-        values = _mask_values(source)
+    values = _mask_values(source)
     num_classes = len(label_map.names)
     classes = np.zeros((len(values), 256), np.int64)
     for value, class_id in enumerate(train_id_table(label_map)):
@@ -86,6 +84,10 @@ def count_classes(source: Sequence[dict[str, bytes]], label_map: LabelMap) -> Cl
 
 def _mask_values(records: Sequence[dict[str, bytes]]) -> Int64[np.ndarray, "n 256"]:
     """The pixels of each mask value in each record."""
+    if isinstance(records, Subset):
+        return _mask_values(records.records)[list(records.indices)]
+    if isinstance(records, Joined):
+        return np.concatenate([_mask_values(split) for split in records.splits])
     cache = records.folder / CACHE if isinstance(records, Records) else None
     stored = _stored(cache) if cache else None
     if stored is not None and len(stored) == len(records):

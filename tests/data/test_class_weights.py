@@ -10,6 +10,7 @@ from contrastseg_jax.data import class_weights
 from contrastseg_jax.data.class_weights import CACHE, count_classes
 from contrastseg_jax.data.dataset import label_map, open_split
 from contrastseg_jax.data.images import decode_mask
+from contrastseg_jax.data.joined import joined
 from contrastseg_jax.data.subset import Subset
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -26,7 +27,8 @@ def test_counts_are_those_of_the_masks_and_kept(root, caplog, monkeypatch):
     spec = folder_spec(root)
     records, classes = open_split(spec, "train"), label_map(spec)
     with caplog.at_level(logging.INFO, logger="contrastseg_jax"):
-        for source in (records, Subset(records, (2,)), records):
+        twice = joined([records, records])
+        for source in (records, Subset(records, (2,)), twice, Subset(twice, (1, 3))):
             found = count_classes(source, classes)
             pixels, held = literal(source, classes)
             np.testing.assert_array_equal(found.pixels, pixels)
