@@ -110,12 +110,44 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     net.channel_order = ""  # RGB or BGR
 
     config.loss = loss = ConfigDict()
-    # Of cross entropy, the auxiliary head's included; 0: contrast alone, as pre-training
+    # Of the sum of loss.terms, the auxiliary head's included; 0: contrast alone, as pre-training
     # (Zhao et al., ICCV 2021).
     loss.segmentation_weight = 1.0
     loss.ramp_steps = 0  # in which that weight rises from 0, linearly
-    loss.class_weights = ()  # of cross entropy, one per class; empty: all 1
-    loss.aux_weight = 0.4  # of an auxiliary head's cross entropy, where a network has one
+    # Of cross entropy, OHEM and focal loss: one per class; empty: all 1. (The other terms count
+    # every class alike.)
+    loss.class_weights = ()
+    # Where class weights come from: given, as loss.class_weights, or the pixels of the training
+    # images, by median_frequency (Eigen & Fergus, ICCV 2015) or enet (Paszke et al., 2016).
+    loss.class_weighting = "given"
+    loss.aux_weight = 0.4  # of an auxiliary head's loss, where a network has one
+
+    loss.terms = ConfigDict()  # the weight of each loss in their sum; 0: not computed
+    loss.terms.cross_entropy = 1.0
+    loss.terms.ohem = 0.0  # cross entropy of the hardest pixels, in place of that of all
+    loss.terms.focal = 0.0  # cross entropy that weighs certain pixels less
+    loss.terms.lovasz = 0.0  # the IoU of each class (original: 1 beside cross entropy)
+    loss.terms.rmi = 0.0  # region mutual information (original: 1 alone)
+    loss.terms.dice = 0.0  # the overlap of each class
+
+    loss.cross_entropy = ConfigDict()
+    loss.cross_entropy.label_smoothing = 0.0  # share of the target that all classes have alike
+
+    loss.ohem = ConfigDict()
+    # Probability of the true class below which a pixel counts (original: 0.7, with HRNet 0.9).
+    loss.ohem.threshold = 0.7
+    loss.ohem.min_kept = 100_000  # pixels of a batch that count at least (original: of a GPU's)
+
+    loss.focal = ConfigDict()
+    loss.focal.gamma = 2.0  # power of 1 - p (paper: 2)
+
+    loss.rmi = ConfigDict()
+    loss.rmi.radius = 3  # side of a region, in pooled pixels (original: 3)
+    loss.rmi.pool_size = 3  # and stride of the max-pooling before it (original: 3)
+    loss.rmi.bce_share = 0.5  # of binary cross entropy; RMI has the rest (original: 0.5)
+
+    loss.dice = ConfigDict()
+    loss.dice.smooth = 0.0  # pixels added to numerator and denominator
 
     config.contrast = contrast = ConfigDict()
     contrast.candidates = "none"  # none, batch (the global one), memory or both

@@ -154,9 +154,19 @@ SOMETHING_TRAINS = Rule(
     lambda value, config: value > 0 or uses_contrast(config),
     "must be > 0 without pixel contrast, or nothing is trained",
 )
+SOME_TERM = Rule(
+    lambda value, config: (
+        value > 0 or any(config.loss.terms.values()) or config.loss.segmentation_weight == 0
+    ),
+    "must be > 0 where all other weights in loss.terms are 0",
+)
 CLASS_WEIGHTS = Rule(
     lambda value, _: are_numbers(value, 0) and (not value or any(value)),
     "must be numbers, none negative and not all 0",
+)
+GIVEN_OR_COMPUTED = Rule(
+    lambda value, config: not value or config.loss.class_weighting == "given",
+    "must be () where loss.class_weighting computes them",
 )
 CONTRAST_COUNTS = Rule(
     lambda value, config: (
@@ -229,8 +239,23 @@ RULES: dict[str, list[Rule]] = {
     "model.channel_order": [CHANNEL_ORDER],
     "loss.segmentation_weight": [not_negative(), SOMETHING_TRAINS],
     "loss.ramp_steps": [not_negative()],
-    "loss.class_weights": [CLASS_WEIGHTS],
+    "loss.class_weights": [CLASS_WEIGHTS, GIVEN_OR_COMPUTED],
+    "loss.class_weighting": [one_of("given", "median_frequency", "enet")],
     "loss.aux_weight": [not_negative()],
+    "loss.terms.cross_entropy": [not_negative(), SOME_TERM],
+    "loss.terms.ohem": [not_negative()],
+    "loss.terms.focal": [not_negative()],
+    "loss.terms.lovasz": [not_negative()],
+    "loss.terms.rmi": [not_negative()],
+    "loss.terms.dice": [not_negative()],
+    "loss.cross_entropy.label_smoothing": [from_below(0, 1)],
+    "loss.ohem.threshold": [between(0, 1)],
+    "loss.ohem.min_kept": [not_negative()],
+    "loss.focal.gamma": [not_negative()],
+    "loss.rmi.radius": [between(1, 5)],
+    "loss.rmi.pool_size": [between(1, 8)],
+    "loss.rmi.bce_share": [between(0, 1)],
+    "loss.dice.smooth": [not_negative()],
     "contrast.candidates": [one_of("none", "batch", "memory", "both")],
     "contrast.loss_weight": [above(0)],
     "contrast.anchors": [one_of("hard", "random")],

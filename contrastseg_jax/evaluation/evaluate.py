@@ -360,7 +360,7 @@ def unpredicted_advice(setup: Setup, names: Sequence[str], workdir: Path) -> str
     if not names:
         return ""
     advice = f"labelled but never predicted: {', '.join(names)}; "
-    if setup.config.loss.class_weights:
+    if setup.config.loss.class_weights or setup.config.loss.class_weighting != "given":
         return f"{advice}raise their loss.class_weights in a new run"
     advice += "class weights may help, in a new run"
     weights = audited_class_weights(workdir, setup.classes.names)

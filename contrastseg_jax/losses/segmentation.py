@@ -1,39 +1,65 @@
-"""From a loss on logits of label size to that of a network's output."""
+"""From losses on logits, by name, to the loss of a network's output."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from contrastseg_jax.losses.cross_entropy import cross_entropy
-from contrastseg_jax.ops.resize import resize_bilinear
+from contrastseg_jax.losses.dice import dice
+from contrastseg_jax.losses.focal import focal
+from contrastseg_jax.losses.lovasz import lovasz
+from contrastseg_jax.losses.ohem import ohem
+from contrastseg_jax.losses.rmi import rmi
 from contrastseg_jax.structs import SegmentationOutput
 
-# (logits f[b h w k], label u8[b h w], *, class_weights) -> scalar. Pure, in float32 throughout, and
-# 0 (never NaN) where every pixel is ignored.
+# (logits f[b hs ws k], label u8[b h w], *, settings) -> scalar, of logits brought to the size of
+# the label. Pure, in float32 throughout, and 0 (never NaN) where every pixel is ignored.
 PixelLoss = Callable[..., Float[Array, ""]]
 
-PIXEL_LOSSES: dict[str, PixelLoss] = {"cross_entropy": cross_entropy}
+# The settings of each are those of its name in the config, `loss.NAME`, if it has any.
+PIXEL_LOSSES: dict[str, PixelLoss] = {
+    "cross_entropy": cross_entropy,
+    "ohem": ohem,
+    "focal": focal,
+    "lovasz": lovasz,
+    "rmi": rmi,
+    "dice": dice,
+}
+# Those that sum over pixels, so that `loss.class_weights` matter. In the others every class counts
+# alike, however few its pixels.
+CLASS_WEIGHTED = ("cross_entropy", "ohem", "focal")
+
+
+class Term(NamedTuple):
+    """A loss, with its settings, and its weight in the sum of all."""
+
+    name: str
+    weight: float
+    loss: PixelLoss
 
 
 def segmentation_loss(
-    pixel_loss: PixelLoss,
+    terms: Sequence[Term],
     output: SegmentationOutput,
     label: UInt8[Array, "b h w"],
     *,
-    class_weights: Any,
     aux_weight: float,
-) -> Float[Array, ""]:
-    """The loss of the logits brought to the label's size, plus the auxiliary head's if any.
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The weighted sum of all terms, and each by its name, unweighted.
 
-    Logits of another size are interpolated, which spreads NaN at one place over its whole image.
-    With an `aux_weight` of 0 the auxiliary logits never matter.
+    Each term is that of the logits plus `aux_weight` times that of the auxiliary logits, if there
+    are any. Logits of another size than the label's are interpolated, which spreads NaN at one
+    place over its whole image. With an `aux_weight` of 0 the auxiliary logits never matter.
 
-    Original: `FSCELoss`, `FSAuxCELoss` (weight 0.4 on the auxiliary logits).
+    Original: `FSCELoss`, `FSAuxCELoss` (weight 0.4 on the auxiliary logits), and those of its other
+    losses, whose auxiliary logits have cross entropy.
     """
-    size = label.shape[1], label.shape[2]
-    loss = pixel_loss(resize_bilinear(output.logits, size), label, class_weights=class_weights)
-    if output.aux_logits is None or aux_weight == 0:
-        return loss
-    aux_logits = resize_bilinear(output.aux_logits, size)
-    return loss + aux_weight * pixel_loss(aux_logits, label, class_weights=class_weights)
+    found = {}
+    for term in terms:
+        found[term.name] = term.loss(output.logits, label)
+        if output.aux_logits is not None and aux_weight != 0:
+            found[term.name] += aux_weight * term.loss(output.aux_logits, label)
+    total = sum((term.weight * found[term.name] for term in terms), jnp.zeros(()))
+    return total, found

@@ -32,24 +32,40 @@ def resize_bilinear(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[
     Each axis is a small matrix product, as the gradient of a gather is a scatter. Only where the
     matrix would exceed `MATRIX_SIZE` a gather is used.
     """
-    b, h, w, c = x.shape
+    b, h, _, c = x.shape
     h2, w2 = size
-    if w2 != w:
-        taps = _taps(w, w2)
-        if w * w2 <= MATRIX_SIZE:
-            columns = jnp.asarray(_matrix(taps, w), x.dtype)
-            x = jnp.einsum("vw,bhwc->bhvc", columns, x, precision=Precision.HIGHEST)
-        else:
-            x = _gather(x, taps, axis=2)
-    if h2 != h:
-        taps = _taps(h, h2)
-        if h * h2 <= MATRIX_SIZE:
-            # One product per image over flattened rows needs no transposition: twice as fast on CPU
-            rows = jnp.broadcast_to(jnp.asarray(_matrix(taps, h), x.dtype), (b, h2, h))
-            x = jnp.matmul(rows, x.reshape(b, h, w2 * c), precision=Precision.HIGHEST)
-        else:
-            x = _gather(x, taps, axis=1)
-    return x.reshape(b, h2, w2, c)
+    x = resize_columns(x, w2)
+    if h2 == h:
+        return x
+    if h * h2 <= MATRIX_SIZE:
+        return interpolate_rows(x, row_matrix(h, h2))
+    return _gather(x, _taps(h, h2), axis=1).reshape(b, h2, w2, c)
+
+
+def resize_columns(x: Float[Array, "b h w c"], w2: int) -> Float[Array, "b h w2 c"]:
+    """`resize_bilinear` of the width alone."""
+    w = x.shape[2]
+    if w2 == w:
+        return x
+    taps = _taps(w, w2)
+    if w * w2 > MATRIX_SIZE:
+        return _gather(x, taps, axis=2)
+    columns = jnp.asarray(_matrix(taps, w), x.dtype)
+    return jnp.einsum("vw,bhwc->bhvc", columns, x, precision=Precision.HIGHEST)
+
+
+def interpolate_rows(x: Float[Array, "b h w c"], matrix: Any) -> Float[Array, "b h2 w c"]:
+    """Rows that are sums of the rows of `x`, by a matrix `f[h2 h]`."""
+    b, h, w, c = x.shape
+    # One product per image over flattened rows needs no transposition: twice as fast on CPU
+    rows = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (b, *matrix.shape))
+    x = jnp.matmul(rows, x.reshape(b, h, w * c), precision=Precision.HIGHEST)
+    return x.reshape(b, matrix.shape[0], w, c)
+
+
+def row_matrix(h: int, h2: int) -> Any:
+    """The NumPy matrix `f[h2 h]` by which `resize_bilinear` interpolates rows."""
+    return _matrix(_taps(h, h2), h)
 
 
 def resized_argmax(

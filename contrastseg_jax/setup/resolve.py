@@ -1,5 +1,6 @@
 """Resolve a config to a Setup: the only place where what it names is built."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.data.spec import Preprocessing
-from contrastseg_jax.losses.segmentation import PIXEL_LOSSES
+from contrastseg_jax.losses.segmentation import CLASS_WEIGHTED, PIXEL_LOSSES, Term
 from contrastseg_jax.models import segmenter, zoo
 from contrastseg_jax.models.segmenter import Segmenter, Variables
 from contrastseg_jax.objectives import pixel_contrast
@@ -40,10 +41,22 @@ def resolve(config: Config, devices: Sequence[Any] | None = None) -> Setup:
             classes, pad_color(images), config.data.short_side, data.decoding
         ),
         model=model,
-        pixel_loss=PIXEL_LOSSES["cross_entropy"],
+        terms=build_terms(config, config.loss.class_weights),
         objective=build_objective(config, model, mesh),
         mesh=mesh,
     )
+
+
+def build_terms(config: Config, class_weights: Sequence[float]) -> tuple[Term, ...]:
+    """The losses that the segmentation loss is the sum of, with their settings."""
+    terms = []
+    for name, loss in PIXEL_LOSSES.items():
+        weight, settings = config.loss.terms[name], dict(config.loss.get(name, {}))
+        if name in CLASS_WEIGHTED:
+            settings["class_weights"] = tuple(class_weights)
+        if weight:
+            terms.append(Term(name, weight, functools.partial(loss, **settings)))
+    return tuple(terms)
 
 
 def build_objective(config: Config, model: Segmenter, mesh: Mesh) -> Objective | None:

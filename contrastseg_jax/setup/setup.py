@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data.spec import DatasetSpec, LabelMap, Preprocessing
-from contrastseg_jax.losses.segmentation import PixelLoss
+from contrastseg_jax.losses.segmentation import Term
 from contrastseg_jax.models.segmenter import Segmenter
 from contrastseg_jax.objectives.objective import Objective
 from contrastseg_jax.structs import ImageFormat
@@ -22,6 +22,6 @@ class Setup:
     image_format: ImageFormat
     preprocessing: Preprocessing
     model: Segmenter
-    pixel_loss: PixelLoss
+    terms: tuple[Term, ...]  # of the segmentation loss
     objective: Objective | None  # beside it; None: nothing
     mesh: Mesh

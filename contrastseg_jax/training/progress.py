@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.evaluation.diagnosis import symptoms
+from contrastseg_jax.losses.segmentation import PIXEL_LOSSES
 from contrastseg_jax.objectives.objective import Metrics
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.run.board import Board, write_metrics
@@ -152,7 +153,8 @@ def data_advice(data_wait: float, config: Config) -> str:
 def _line(step: int, num_steps: int, values: dict[str, float], steps_per_second: float) -> str:
     """One line of the log."""
     left = int((num_steps - step) / steps_per_second)
-    losses = [f"{k} {values[k]:.4f}" for k in ("loss", "cross_entropy", "contrast") if k in values]
+    names = "loss", *PIXEL_LOSSES, "contrast"
+    losses = [f"{name} {values[name]:.4f}" for name in names if name in values]
     skipped = [f"skipped {values['skipped']}"] if values["skipped"] else []
     shown = "  ".join([*losses, *_contrast_words(values), *skipped])
     return (

@@ -1,5 +1,6 @@
 """Starting or resuming a run: its data, the initial state and the compiled train step."""
 
+import dataclasses
 import hashlib
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import optax
 from clu import parameter_overview
 
 from contrastseg_jax.config.tree import leaves
+from contrastseg_jax.data.class_weights import computed_weights, count_classes
 from contrastseg_jax.data.dataset import open_splits
 from contrastseg_jax.data.joined import joined
 from contrastseg_jax.data.labels import label_table
@@ -26,7 +28,7 @@ from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.record import environment
 from contrastseg_jax.run.workdir import find_run, saved_steps
-from contrastseg_jax.setup.resolve import initial_variables, num_anchors, num_cells
+from contrastseg_jax.setup.resolve import build_terms, initial_variables, num_anchors, num_cells
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import TrainState
 from contrastseg_jax.text import count_of
@@ -98,6 +100,19 @@ def open_data(setup: Setup) -> TrainingData:
         "train_subset": which,
     }
     return TrainingData(part, make_evaluator(setup, splits["val"], "val"), lists, facts)
+
+
+def weigh_classes(setup: Setup, source: Source) -> Setup:
+    """The setup with class weights of the training images, where `loss.class_weighting` asks."""
+    formula, names = setup.config.loss.class_weighting, setup.classes.names
+    if formula == "given":
+        return setup
+    counts = processes.first_then_others(lambda: count_classes(source, setup.classes))
+    weights = computed_weights(counts, formula)
+    processes.require_same({"class weights": weights})
+    text = ", ".join(f"{name} {weight:g}" for name, weight in zip(names, weights, strict=True))
+    log.info(f"class weights by {formula} of {count_of(len(source), 'training image')}: {text}")
+    return dataclasses.replace(setup, terms=build_terms(setup.config, weights))
 
 
 def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:

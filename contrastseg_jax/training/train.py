@@ -38,6 +38,7 @@ from contrastseg_jax.training.start import (
     log_new_duration,
     open_data,
     start,
+    weigh_classes,
 )
 
 
@@ -48,6 +49,7 @@ def train(setup: Setup, workdir: Path) -> None:
     """
     # Errors in data or weights are raised before anything is compiled or written.
     data = open_data(setup)
+    setup = weigh_classes(setup, data.source)
     variables = fresh_variables(setup, workdir)
     if variables is None:
         log_new_duration(setup, workdir)

@@ -24,7 +24,7 @@ from contrastseg_jax.training.state import abstract_state, state_sharding
 def train_step(
     state: TrainState, batch: Batch, *, setup: Setup, tx: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One step of Eq. 4: cross entropy plus the weighted objective, then the update of its state.
+    """One step of Eq. 4: the losses of segmentation and objective, then the objective's update.
 
     A pure function of its arguments: all randomness comes from the seed, the step and, per image,
     the example's id, so it does not depend on how images are distributed over devices.
@@ -136,17 +136,13 @@ def total_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Eq. 4 for what the network makes of a batch, and its parts."""
     config, objective = setup.config, setup.objective
-    cross_entropy = segmentation_loss(
-        setup.pixel_loss,
-        output,
-        label,
-        class_weights=config.loss.class_weights,
-        aux_weight=config.loss.aux_weight,
+    segmentation, terms = segmentation_loss(
+        setup.terms, output, label, aux_weight=config.loss.aux_weight
     )
     weight = config.loss.segmentation_weight * ramp(state.step, config.loss.ramp_steps)
-    loss = weight * cross_entropy
+    loss = weight * segmentation
     ignored = jnp.mean((label == IGNORE_LABEL).astype(jnp.float32))
-    metrics = {"cross_entropy": cross_entropy, "ignored_pixels": ignored}
+    metrics = {**terms, "ignored_pixels": ignored}
     if objective is not None:
         contrast, diagnostics = objective_loss(objective, state, output, label, image_rng, rng)
         share = ramp(state.step - objective.warmup_steps, objective.ramp_steps)

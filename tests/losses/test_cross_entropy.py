@@ -1,6 +1,7 @@
 """Cross entropy against the original's figures."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from oracles import golden_cases
 
 from contrastseg_jax.losses.cross_entropy import cross_entropy
-from contrastseg_jax.losses.segmentation import segmentation_loss
+from contrastseg_jax.losses.segmentation import Term, segmentation_loss
 from contrastseg_jax.structs import IGNORE_LABEL, SegmentationOutput
 
 INPUTS = next(path for path in golden_cases("seg") if path.stem.startswith("inputs"))
@@ -18,6 +19,11 @@ CASES = [
     for path in golden_cases("seg")
     if path.stem.removesuffix("_s0") in ("ce", "ce_noweight", "ce_all_ignored", "auxce")
 ]
+
+
+def terms(class_weights):
+    """Cross entropy alone."""
+    return (Term("cross_entropy", 1.0, partial(cross_entropy, class_weights=class_weights)),)
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
@@ -35,9 +41,7 @@ def test_cross_entropy_matches_the_original(path):
 
     def loss_of(logits):
         output = SegmentationOutput(logits, None, aux)
-        return segmentation_loss(
-            cross_entropy, output, label, class_weights=weights, aux_weight=0.4
-        )
+        return segmentation_loss(terms(weights), output, label, aux_weight=0.4)[0]
 
     loss, grad = jax.value_and_grad(loss_of)(logits)
     if "all_ignored" in path.stem:
@@ -77,12 +81,11 @@ def test_only_pixels_that_count_can_spoil_the_loss(value):
     def loss_and_grad(logits, aux, aux_weight=0.4):
         def loss_of(logits):
             return segmentation_loss(
-                cross_entropy,
+                terms((1.0, 2.0, 0.0)),
                 SegmentationOutput(logits, None, jnp.asarray(aux)),
                 jnp.asarray(label),
-                class_weights=(1.0, 2.0, 0.0),
                 aux_weight=aux_weight,
-            )
+            )[0]
 
         with jax.debug_nans(False):
             return jax.value_and_grad(loss_of)(jnp.asarray(logits))
@@ -105,7 +108,7 @@ def test_logits_are_brought_to_the_size_of_the_label():
 
     def loss_of(logits):
         output = SegmentationOutput(logits)
-        return segmentation_loss(cross_entropy, output, label, class_weights=(), aux_weight=0.4)
+        return segmentation_loss(terms(()), output, label, aux_weight=0.4)[0]
 
     # The class-1 pixel is 1 of 64; on labels shrunk by 4 it would be 1 of 4.
     grad = jax.grad(loss_of)(jnp.zeros_like(output.logits))

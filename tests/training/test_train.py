@@ -209,8 +209,10 @@ SPOILT = 7  # no class: a label that makes the loss NaN
 def spoil(setup, monkeypatch, *steps):
     """The setup, with a loss that is NaN for the batches of some steps."""
 
-    def pixel_loss(logits, label, **settings):
-        loss = setup.pixel_loss(logits, label, **settings)
+    (term,) = setup.terms
+
+    def pixel_loss(logits, label):
+        loss = term.loss(logits, label)
         return jnp.where((label == SPOILT).any(), jnp.nan, loss)
 
     def spoilt_steps(step_fn, state, batches, mesh):
@@ -223,7 +225,7 @@ def spoil(setup, monkeypatch, *steps):
         yield from take_steps(step_fn, state, spoilt(), mesh)
 
     monkeypatch.setattr(train_module, "take_steps", spoilt_steps)
-    return dataclasses.replace(setup, pixel_loss=pixel_loss)
+    return dataclasses.replace(setup, terms=(term._replace(loss=pixel_loss),))
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, caplog):

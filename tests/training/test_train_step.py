@@ -74,8 +74,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count_of_steps(where)
     config = make_config("optim.ema_decay=0.9", "contrast.warmup_steps=0")
     setup = setup_of(config)
 
-    def pixel_loss(logits, label, **settings):
-        loss, is_bad = setup.pixel_loss(logits, label, **settings), (label == 7).any()
+    (term,) = setup.terms
+
+    def pixel_loss(logits, label):
+        loss, is_bad = term.loss(logits, label), (label == 7).any()
         if where == "loss":
             return jnp.where(is_bad, jnp.nan, loss)
         # The root of 0 is finite, its gradient infinite, times 0.
@@ -84,7 +86,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count_of_steps(where)
     tx, _ = build_optimizer(config)
     state = init_state(setup, tx, initial_variables(setup))
     state = jax.device_put(state, state_sharding(setup, state, setup.mesh))
-    step_fn = train_step.compile_step(dataclasses.replace(setup, pixel_loss=pixel_loss), tx)
+    step_fn = train_step.compile_step(
+        dataclasses.replace(setup, terms=(term._replace(loss=pixel_loss),)), tx
+    )
     with jax.debug_nans(False):
         state, metrics = step_fn(state, sharding.to_devices(make_batch(0), setup.mesh))
         assert metrics["skipped"] == 0

@@ -19,11 +19,10 @@ from contrastseg_jax.data.audit.statistics import (
     color_results,
     color_table,
     dataset_findings,
-    enet_weights,
-    median_frequency_weights,
     missing_split_findings,
     sheet_examples,
 )
+from contrastseg_jax.data.class_weights import CLASS_WEIGHTS, ClassCounts, computed_weights
 from contrastseg_jax.data.dataset import dataset_spec, label_map, misplaced_hints, raw_splits
 from contrastseg_jax.data.preprocess import too_large
 from contrastseg_jax.data.spec import DatasetSpec, LabelMap
@@ -169,11 +168,8 @@ def class_weights(audit: SplitAudit, split: str, num_classes: int) -> dict[str, 
     results = {"split": split, "masks_read": num_read, "masks": audit.num_examples}
     if 2 * num_read < max(audit.num_examples, 1):
         return results
-    weights = {
-        "median_frequency": median_frequency_weights(audit, num_classes),
-        "enet": enet_weights(audit, num_classes),
-    }
-    return results | {rule: [float(f"{x:.4g}") for x in w] for rule, w in weights.items()}
+    counts = ClassCounts(audit.class_pixels[:num_classes], audit.class_image_pixels[:num_classes])
+    return results | {formula: [*computed_weights(counts, formula)] for formula in CLASS_WEIGHTS}
 
 
 def audited_class_weights(workdir: Path, class_names: Sequence[str]) -> list[float] | None:

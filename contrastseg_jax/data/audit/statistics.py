@@ -9,7 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
 from contrastseg_jax.data.audit.examples import (
     CheckedExample,
@@ -250,30 +250,6 @@ def merge_color_findings(audit: SplitAudit, split: str) -> list[Finding]:
         return audit.findings
     rest = [found for found in audit.findings if found.file not in {*audit.color_mask_files}]
     return [*rest, Finding("mask_format", split, color_table(split, color_results(audit)))]
-
-
-def median_frequency_weights(audit: SplitAudit, num_classes: int) -> Float[np.ndarray, " k"]:
-    """Class weights median(f) / f_c (Eigen & Fergus, ICCV 2015, section 4.3.2).
-
-    f_c: pixels of class c over all pixels of the images in which c occurs. A class that never
-    occurs has the weight 1.
-    """
-    pixels = audit.class_pixels[:num_classes].astype(np.float64)
-    occurs: Bool[np.ndarray, " k"] = pixels > 0
-    weights = np.ones(num_classes)
-    if occurs.any():
-        frequency = pixels[occurs] / audit.class_image_pixels[:num_classes][occurs]
-        weights[occurs] = np.median(frequency) / frequency
-    return weights
-
-
-def enet_weights(audit: SplitAudit, num_classes: int) -> Float[np.ndarray, " k"]:
-    """Class weights 1 / ln(1.02 + p_c) (Paszke et al., ENet, 2016), p_c: share of labelled pixels.
-
-    They lie between 1.4 and 50.5.
-    """
-    pixels = audit.class_pixels[:num_classes]
-    return 1 / np.log(1.02 + pixels / max(pixels.sum(), 1))
 
 
 def sheet_examples(
