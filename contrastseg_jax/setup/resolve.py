@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from contrastseg_jax.config.load import inherit_image_format
-from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
+from contrastseg_jax.config.rules import LEFT_OPEN, micro_batch_size, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.data.spec import Preprocessing
@@ -79,12 +79,13 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
         dropout_rate=rate,
         dtype=config.model.dtype,
         remat=tuple(config.model.remat),
+        freeze=tuple(config.model.freeze),
     )
 
 
 def training_shapes(config: Config, model: Segmenter) -> segmenter.TrainingShapes:
-    """Shapes in the network for the config's training batch."""
-    images = config.train.batch_size, *config.augment.crop_size
+    """Shapes in the network for what is computed at once of the config's training batch."""
+    images = micro_batch_size(config), *config.augment.crop_size
     return segmenter.training_shapes(model, images)  # pyright: ignore[reportArgumentType]
 
 
