@@ -10,7 +10,7 @@ from contrastseg_jax.contrast.anchors import batch_candidates
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
 from contrastseg_jax.evaluation.evaluate import score
 from contrastseg_jax.structs import Anchors, Batch, Candidates
-from contrastseg_jax.training.optim import poly_schedule
+from contrastseg_jax.training.optim import learning_rates
 
 SELECTED = ("contrast.num_positives=2", "contrast.num_negatives=2")
 
@@ -21,6 +21,7 @@ SELECTED = ("contrast.num_positives=2", "contrast.num_negatives=2")
         ("contrast.positives=semi_hard", "memory.sharding=slots", "optim.ema_decay=0.9"),
         ("contrast.positives=random", "contrast.negatives=hardest", "model.dtype=bfloat16"),
         ("contrast.negatives=hardest", "contrast.approximate=True", "memory.dtype=bfloat16"),
+        ("optim.name=adamw", "optim.clip_norm=1.0", "train.accumulation_steps=2"),
     ],
 )
 def test_a_step_leaves_the_types_of_the_state_as_they_are(settings):
@@ -81,8 +82,10 @@ def test_the_loss_takes_wide_types_too(strategy):
     np.testing.assert_allclose(wide_grad, grad, atol=1e-6)
 
 
-def test_the_learning_rate_is_no_wider():
-    schedule = poly_schedule(learning_rate=0.1, num_steps=10, poly_power=0.9, warmup_steps=3)
+@pytest.mark.parametrize("name", ["poly", "cosine", "constant"])
+def test_the_learning_rate_is_no_wider(name):
+    settings = {"learning_rate": 0.1, "num_steps": 10, "poly_power": 0.9, "warmup_steps": 3}
+    schedule = learning_rates(name, **settings)
     with jax.enable_x64(True):
         rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
     assert rate.dtype == jnp.float32

@@ -104,6 +104,9 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     net.init_from = ""  # run, or folder of --mode=convert, to start from its weights; empty: none
     net.dtype = "float32"  # in which layers compute, or bfloat16; parameters stay float32
     net.remat = ()  # stages computed again for the gradient, to save memory, e.g. ("stage4",)
+    # Parts that are not trained, BatchNorm statistics included: backbone, all of it, or some of it,
+    # e.g. ("stem", "layer1").
+    net.freeze = ()
     # How the network takes images. Empty: as the weights of init_from do, or ImageNet's way.
     net.image_mean = ()  # red, green, blue, subtracted (ImageNet: 123.675, 116.28, 103.53)
     net.image_std = ()  # red, green, blue, divided by (ImageNet: 58.395, 57.12, 57.375)
@@ -180,16 +183,23 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     memory.sharding = "replicated"  # whole on every device, or slots: a part of them on each
 
     config.optim = optim = ConfigDict()
-    optim.learning_rate = 0.01  # at step 0 (original: 0.01)
+    optim.name = "sgd"  # sgd with momentum (original), or adamw
+    optim.learning_rate = 0.01  # at step 0 (original: 0.01); adamw wants a hundredth of it
     optim.head_lr_multiplier = 1.0  # of all but the backbone (original: 1, two data sets 10)
+    optim.schedule = "poly"  # of the learning rate: poly (original) or cosine, to 0, or constant
     optim.warmup_steps = 0  # in which the learning rate rises from 0 (original: 0)
     optim.poly_power = 0.9  # learning_rate * (1 - step / num_steps) ** poly_power (original: 0.9)
-    optim.momentum = 0.9  # (original: 0.9)
-    optim.weight_decay = 5e-4  # on every parameter (original: 5e-4)
+    optim.momentum = 0.9  # of sgd (original: 0.9)
+    optim.betas = (0.9, 0.999)  # of adamw: decay of its means of gradients and of their squares
+    optim.weight_decay = 5e-4  # (original: 5e-4); of adamw times the learning rate alone
+    optim.decayed = "all"  # what decays: all parameters (original), or kernels: no norm, no bias
+    optim.clip_norm = 0.0  # largest norm of a step's whole gradient; 0: any (original: any)
     optim.ema_decay = 0.0  # of running averages of the variables, to evaluate with; 0: none
 
     config.train = train = ConfigDict()
     train.batch_size = 8  # images per step over all devices (original: 8)
+    # Micro-batches that a step's images are computed in, one after the other, to save memory.
+    train.accumulation_steps = 1
     train.num_steps = 40_000  # (original: 40,000)
     train.log_steps = 50  # between two lines of the log
     train.eval_steps = 1000  # between two evaluations; the last step always evaluates

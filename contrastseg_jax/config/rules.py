@@ -77,6 +77,11 @@ def uses_memory(config: Config) -> bool:
     return config.contrast.candidates in ("memory", "both")
 
 
+def micro_batch_size(config: Config) -> int:
+    """Images of the global batch that are computed at once."""
+    return config.train.batch_size // config.train.accumulation_steps
+
+
 def splits_memory(config: Config) -> bool:
     """Whether each device holds a part of the bank's slots instead of the whole bank."""
     return uses_memory(config) and config.memory.sharding == "slots"
@@ -181,6 +186,10 @@ SOME_SLOTS = Rule(
     lambda value, config: value + config.memory.segment_size > 0 or not uses_memory(config),
     "must not be 0 together with memory.segment_size when the bank is used",
 )
+BETAS = Rule(
+    lambda value, _: len(value) == 2 and are_numbers(value, 0) and max(value) < 1,
+    "must be two numbers, at least 0 and below 1",
+)
 EMA_EXISTS = Rule(
     lambda value, config: value != "ema" or config.optim.ema_decay > 0,
     "needs a running average: set optim.ema_decay, e.g. 0.999",
@@ -234,6 +243,7 @@ RULES: dict[str, list[Rule]] = {
     "model.init_from": [text()],
     "model.dtype": [DTYPE],
     "model.remat": [],  # the networks know their stages
+    "model.freeze": [],  # likewise their parts
     "model.image_mean": [MEANS],
     "model.image_std": [DEVIATIONS],
     "model.channel_order": [CHANNEL_ORDER],
@@ -277,14 +287,20 @@ RULES: dict[str, list[Rule]] = {
     "memory.key_network": [one_of("online", "ema"), EMA_EXISTS],
     "memory.dtype": [DTYPE],
     "memory.sharding": [one_of("replicated", "slots")],
+    "optim.name": [one_of("sgd", "adamw")],
     "optim.learning_rate": [above(0)],
     "optim.head_lr_multiplier": [above(0)],
+    "optim.schedule": [one_of("poly", "cosine", "constant")],
     "optim.warmup_steps": [not_negative(), WARMUP_ENDS],
     "optim.poly_power": [not_negative()],
     "optim.momentum": [from_below(0, 1)],
+    "optim.betas": [BETAS],
     "optim.weight_decay": [not_negative()],
+    "optim.decayed": [one_of("all", "kernels")],
+    "optim.clip_norm": [not_negative()],
     "optim.ema_decay": [from_below(0, 1)],
     "train.batch_size": [at_least(1)],
+    "train.accumulation_steps": [at_least(1)],
     "train.num_steps": [at_least(1)],
     "train.log_steps": [at_least(1)],
     "train.eval_steps": [at_least(1)],
@@ -317,12 +333,12 @@ def broken_rules(
         if broken:
             hint = nearest(str(value), broken.names)
             problems.append(f"{path} = {value!r}: {broken.sentence}{hint}")
-    size = config.train.batch_size
-    if size > 0 and size % num_devices:
-        below = size - size % num_devices
-        multiples = " or ".join(str(n) for n in (below, below + num_devices) if n)
-        problems.append(
-            f"train.batch_size = {size}: must be a multiple of the {num_devices} devices,"
-            f" e.g. {multiples}"
-        )
+    size, number = config.train.batch_size, config.train.accumulation_steps
+    parts = num_devices * max(number, 1)  # less is a fault of its own
+    if size > 0 and size % parts:
+        below = size - size % parts
+        multiples = " or ".join(str(n) for n in (below, below + parts) if n)
+        of_devices = f"a multiple of the {num_devices} devices"
+        times = f" times train.accumulation_steps = {number}" if number > 1 else ""
+        problems.append(f"train.batch_size = {size}: must be {of_devices}{times}, e.g. {multiples}")
     return problems

@@ -27,6 +27,9 @@ PIXEL_LOSSES: dict[str, PixelLoss] = {
     "rmi": rmi,
     "dice": dice,
 }
+# Those that are means over labelled pixels, weighted by class: the mean of a batch is that of its
+# parts, each with its share of the weights.
+PIXEL_MEANS = ("cross_entropy", "focal")
 # Those that sum over pixels, so that `loss.class_weights` matter. In the others every class counts
 # alike, however few its pixels.
 CLASS_WEIGHTED = ("cross_entropy", "ohem", "focal")
@@ -46,12 +49,15 @@ def segmentation_loss(
     label: UInt8[Array, "b h w"],
     *,
     aux_weight: float,
+    share: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The weighted sum of all terms, and each by its name, unweighted.
 
     Each term is that of the logits plus `aux_weight` times that of the auxiliary logits, if there
     are any. Logits of another size than the label's are interpolated, which spreads NaN at one
     place over its whole image. With an `aux_weight` of 0 the auxiliary logits never matter.
+    `share`: that of a micro-batch in the PIXEL_MEANS of its batch, times their number; None: it is
+    the batch.
 
     Original: `FSCELoss`, `FSAuxCELoss` (weight 0.4 on the auxiliary logits), and those of its other
     losses, whose auxiliary logits have cross entropy.
@@ -61,5 +67,7 @@ def segmentation_loss(
         found[term.name] = term.loss(output.logits, label)
         if output.aux_logits is not None and aux_weight != 0:
             found[term.name] += aux_weight * term.loss(output.aux_logits, label)
+        if share is not None and term.name in PIXEL_MEANS:
+            found[term.name] *= share
     total = sum((term.weight * found[term.name] for term in terms), jnp.zeros(()))
     return total, found

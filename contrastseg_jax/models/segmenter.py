@@ -50,6 +50,7 @@ class Segmenter(nn.Module):
     proj_dim: int  # 0: no projection head
     proj_input: str  # what the projection head reads: features, as cls_head, or its last ones
     dtype: str  # in which it computes; results are float32
+    frozen: tuple[str, ...] = ()  # how the names of the backbone's modules begin that are constants
 
     @nn.compact
     def __call__(
@@ -129,7 +130,8 @@ class TrainingShapes(NamedTuple):
     """What the size of a training batch makes of a network."""
 
     output_size: tuple[int, int]  # rows and columns of the maps of logits and embeddings
-    num_values: dict[str, int]  # by BatchNorm: how many a channel's mean and variance are taken of
+    # By BatchNorm, unless it is frozen: how many a channel's mean and variance are taken of.
+    num_values: dict[str, int]
 
 
 @cache
@@ -141,8 +143,10 @@ def training_shapes(model: Segmenter, image_shape: tuple[int, int, int]) -> Trai
     num_values = {}
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            num_values["/".join(context.module.path)] = math.prod(args[0].shape[:-1])
+        module = context.module
+        is_call = isinstance(module, nn.BatchNorm) and context.method_name == "__call__"
+        if is_call and not module.use_running_average:
+            num_values["/".join(module.path)] = math.prod(args[0].shape[:-1])
         return call(*args, **kwargs)
 
     def outputs(rng: Array, image: Array) -> SegmentationOutput:

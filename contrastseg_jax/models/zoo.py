@@ -129,6 +129,11 @@ def stage_names(name: str) -> tuple[str, ...]:
     return NETWORKS[name].backbone.stages
 
 
+def part_names(name: str) -> tuple[str, ...]:
+    """What `freeze` may name: the whole backbone of a network, or its parts."""
+    return ("backbone", *NETWORKS[name].backbone.parts)
+
+
 def backbone_families() -> tuple[TorchNames, ...]:
     """Each family of backbones once."""
     return tuple({spec.backbone.torch_names: None for spec in NETWORKS.values()})
@@ -143,11 +148,12 @@ def build(
     proj_input: str = "features",
     dtype: str = "float32",
     remat: tuple[str, ...] = (),
+    freeze: tuple[str, ...] = (),
 ) -> Segmenter:
     """The network `name`; an InputError with the nearest names where there is none.
 
     `remat`: stages of the backbone (`stage_names`) whose insides are computed again for the
-    gradient instead of kept.
+    gradient instead of kept. `freeze`: parts of the backbone (`part_names`) that are not trained.
     """
     if name not in NETWORKS:
         near = difflib.get_close_matches(name, model_names()) or model_names()
@@ -159,8 +165,10 @@ def build(
     if spec.aux_head:
         aux_rate = spec.aux_dropout * dropout_rate
         aux_head = spec.aux_head(num_classes=num_classes, dropout_rate=aux_rate)
+    parts = spec.backbone.parts
+    freeze = tuple(parts) if "backbone" in freeze else freeze
     return Segmenter(
-        backbone=spec.backbone.build(remat),
+        backbone=spec.backbone.build(remat, freeze),
         neck=neck,
         cls_head=cls_head,
         aux_head=aux_head,
@@ -170,4 +178,5 @@ def build(
         proj_dim=proj_dim,
         proj_input=proj_input,
         dtype=dtype,
+        frozen=tuple(beginning for part in freeze for beginning in parts[part]),
     )

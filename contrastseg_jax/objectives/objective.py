@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from contrastseg_jax.structs import SegmentationOutput
 
@@ -12,6 +12,7 @@ Metrics = dict[str, Float[Array, ""]]
 State = Any  # a pytree of arrays, or None
 Label = Int[Array, "b hs ws"]  # at the network's output stride
 ImageKeys = Key[Array, " b"]  # one per image, independent of its device
+Extract = Any  # arrays [b ...], or None
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class Objective:
     """A loss on a network's output, with a state that is carried, sharded and checkpointed.
 
     All functions are pure. `loss` sees the state before the step, `update` returns the one after
-    it; if the loss is not finite, `update` is called with every label ignored.
+    it. A batch may come in micro-batches: `loss` and `extract` see one of them at a time, `update`
+    the whole batch, in order, and whether the step is taken: of one that is skipped, as something
+    in it is not finite, nothing may be kept.
     """
 
     loss_weight: float  # λ of the total loss
@@ -29,9 +32,11 @@ class Objective:
         [State, SegmentationOutput, Label, ImageKeys, Key[Array, ""]],
         tuple[Float[Array, ""], Metrics],
     ]
-    update: Callable[[State, SegmentationOutput, Label, ImageKeys], tuple[State, Metrics]]
+    # Of each image, what the state is updated from: few numbers, as a whole batch's are kept.
+    extract: Callable[[SegmentationOutput, Label, ImageKeys], Extract]
+    update: Callable[[State, Extract, Bool[Array, ""]], tuple[State, Metrics]]
     sharding: Callable[[Any, State], Any]  # mesh, state or its shapes -> shardings
     # For a head that changes inference: logits that replace the network's.
     logits: Callable[[State, SegmentationOutput], Float[Array, "b hs ws k"]] | None = None
     ramp_steps: int = 0  # after the warm-up, in which the weight rises linearly to `loss_weight`
-    update_from_ema: bool = False  # `update` sees the EMA's output, as in inference
+    update_from_ema: bool = False  # `extract` sees the EMA's output, as in inference

@@ -2,12 +2,12 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from contrastseg_jax.config.rules import splits_memory, uses_memory
 from contrastseg_jax.config.tree import Config
@@ -36,13 +36,15 @@ def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mes
         ramp_steps=contrast.ramp_steps,
         init=init if uses_memory(config) else lambda: None,
         loss=partial(contrast_loss, settings=contrast, mesh=mesh, split=split),
-        update=partial(
-            update_bank,
+        extract=partial(
+            bank_keys,
+            num_classes=num_classes,
             pixels_per_class=memory.pixels_per_class,
             only_correct=memory.key_pixels == "correct",
-            mesh=mesh,
-            split=split,
-        ),
+        )
+        if uses_memory(config)
+        else lambda *_: None,
+        update=partial(update_bank, mesh=mesh, split=split),
         update_from_ema=uses_memory(config) and memory.key_network == "ema",
         sharding=sharding.bank_sharding if split else sharding.replicated_tree,
     )
@@ -100,35 +102,60 @@ def contrast_loss(
     )
 
 
-def update_bank(
-    bank: MemoryBank | None,
+class BankKeys(NamedTuple):
+    """What each image of a batch gives to the bank: rows and their `valid` masks."""
+
+    pixel: tuple[Float[Array, "b k v d"], Bool[Array, "b k v"]]
+    segment: tuple[Float[Array, "b k 1 d"], Bool[Array, "b k 1"]]
+    right: Bool[Array, "b k v"]  # which of the pixels were predicted correctly
+
+
+def bank_keys(
     output: SegmentationOutput,
     label: Label,
     image_rng: ImageKeys,
     *,
+    num_classes: int,
     pixels_per_class: int,
     only_correct: bool,
-    mesh: Mesh,
-    split: bool,
-) -> tuple[MemoryBank | None, Metrics]:
-    """The bank, if there is one, after this step: pixels and class means of the global batch.
+) -> BankKeys:
+    """Pixels and class means of each image.
 
     `image_rng` draws the pixels. `only_correct`: keys are made of pixels that the network predicts
-    correctly alone (Alonso et al., ICCV 2021). `split`: each device of the mesh holds a part of
-    the slots.
+    correctly alone (Alonso et al., ICCV 2021).
     """
-    if bank is None:
-        return None, {}
-    embedding, num_classes = require_embedding(output), bank.pixel.shape[0]
+    embedding = require_embedding(output)
     correct = lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32) == label
     if only_correct:
         label = jnp.where(correct, label, IGNORE_LABEL)
     index, valid = memory_bank.draw_pixels(
         label, image_rng, num_classes=num_classes, pixels_per_class=pixels_per_class
     )
-    pixel = memory_bank.values_at(embedding, index), valid
-    segment = memory_bank.segment_keys(embedding, label, num_classes=num_classes)
-    rows = sharding.replicate((pixel, segment), mesh)
+    right = memory_bank.values_at(correct[..., None], index)[..., 0]
+    return BankKeys(
+        pixel=(memory_bank.values_at(embedding, index), valid),
+        segment=memory_bank.segment_keys(embedding, label, num_classes=num_classes),
+        right=valid & right,
+    )
+
+
+def update_bank(
+    bank: MemoryBank | None,
+    keys: BankKeys | None,
+    is_taken: Bool[Array, ""],
+    *,
+    mesh: Mesh,
+    split: bool,
+) -> tuple[MemoryBank | None, Metrics]:
+    """The bank, if there is one, after this step: with the keys of the global batch in it.
+
+    `is_taken`: False for a step that is skipped, which enqueues nothing. `split`: each device of
+    the mesh holds a part of the slots.
+    """
+    if bank is None or keys is None:
+        return None, {}
+    rows = sharding.replicate((keys.pixel, keys.segment), mesh)
+    rows = [(embedding, valid & is_taken) for embedding, valid in rows]
     bank = memory_bank.enqueue(bank, *rows, mesh=mesh if split else None)
     fill = memory_bank.fill_ratio(bank)
     metrics = {
@@ -137,8 +164,8 @@ def update_bank(
         "memory_age": memory_bank.mean_age(bank),
     }
     if bank.pixel.size:
-        right = valid & memory_bank.values_at(correct[..., None], index)[..., 0]
-        num_right, num_keys = (jnp.sum(x, dtype=jnp.float32) for x in (right, valid))
+        drawn = keys.right, keys.pixel[1]
+        num_right, num_keys = (jnp.sum(x, dtype=jnp.float32) for x in drawn)
         metrics["correct_keys"] = num_right / jnp.maximum(num_keys, 1.0)
     return bank, metrics
 

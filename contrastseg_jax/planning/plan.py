@@ -15,10 +15,11 @@ import jax
 from jax.sharding import AbstractMesh
 
 from contrastseg_jax.config.rules import splits_memory, uses_contrast, uses_memory
-from contrastseg_jax.config.tree import Config
+from contrastseg_jax.config.tree import Config, replaced
 from contrastseg_jax.contrast.devices import AXIS
 from contrastseg_jax.contrast.selection import POOL_FACTOR
 from contrastseg_jax.files import to_json, write_atomically
+from contrastseg_jax.models.freezing import trained
 from contrastseg_jax.parallel.sharding import AnyMesh
 from contrastseg_jax.planning import hlo
 from contrastseg_jax.planning.report import TOO_LARGE, Compiled, Plan, Traffic, report
@@ -72,11 +73,16 @@ def quick_plan(config: Config, target: Topology) -> Plan:
     """The figures available without compiling, within seconds."""
     setup = resolve(config, jax.devices()[:1])
     lowered, state, batch = _lower(setup)
+    # XLA counts a loop once, whatever is in it: that over micro-batches adds up to the batch.
+    at_once = replaced(config, {"train.accumulation_steps": 1})
+    if config.train.accumulation_steps > 1:
+        lowered, _, _ = _lower(resolve(at_once, jax.devices()[:1]))
     mesh = AbstractMesh((target.num_devices,), (AXIS,))
     of_contrast = contrast_flops(setup)
     return Plan(
         model=config.model.name,
         batch_size=config.train.batch_size,
+        accumulation_steps=config.train.accumulation_steps,
         topology=target.name,
         device=target.kind,
         num_devices=target.num_devices,
@@ -135,24 +141,27 @@ def contrast_flops(setup: Setup) -> float:
 def sent_bytes(setup: Setup, state: TrainState, mesh: AnyMesh) -> dict[str, int]:
     """Bytes that each device must communicate in a step, for any number of devices above one.
 
-    gradients: all-reduced, of all parameters. parameters: gathered, those that are sharded.
-    BatchNorm: sums over the batch per channel, two in the forward and two in the backward pass:
-    2 |statistics|. anchors, b images with s each of length d: b s (4 d + 5) for embedding, label
-    and mask, where other devices use them as candidates; 4 d more if the bank is sharded. anchors'
-    gradient: b s 4 d; five sums per anchor more if the bank is sharded. keys:
-    b k (v + 1) (4 d + 1), embeddings and masks of v pixels and one mean per class and image.
+    gradients: all-reduced, of all parameters that are trained, for each micro-batch. parameters:
+    gathered, those that are sharded. BatchNorm: sums over a micro-batch per channel, two in the
+    forward and two in the backward pass: 2 |statistics| for each, unless frozen. anchors, b images
+    with s each of length d: b s (4 d + 5) for embedding, label and mask, where other devices use
+    them as candidates; 4 d more if the bank is sharded. anchors' gradient: b s 4 d; five sums per
+    anchor more if the bank is sharded. keys: b k (v + 1) (4 d + 1), embeddings and masks of v
+    pixels and one mean per class and image.
     """
     config = setup.config
     if mesh.size == 1:
         return {}
-    sent = {"gradients": _bytes(state.params)}
+    moving = trained(setup.model, {"params": state.params, "batch_stats": state.batch_stats})
+    number = config.train.accumulation_steps
+    sent = {"gradients": number * _bytes(moving["params"])}
     if config.parallel.fsdp:
         places = jax.tree.leaves(state_sharding(setup, state, mesh).params)
         params = jax.tree.leaves(state.params)
         sent["parameters"] = _bytes(
             [x for x, place in zip(params, places, strict=True) if not place.is_fully_replicated]
         )
-    sent["BatchNorm"] = 2 * _bytes(state.batch_stats)
+    sent["BatchNorm"] = number * 2 * _bytes(moving["batch_stats"])
     settings, dim = config.contrast, config.model.proj_dim
     batch_size, split_bank = config.train.batch_size, splits_memory(config)
     in_batch = settings.candidates in ("batch", "both")
@@ -233,7 +242,8 @@ def figures(program: Any, plan: Plan, seconds: float) -> Compiled:
     memory, text = program.memory_analysis(), program.as_text()
     return Compiled(
         seconds=seconds,
-        flops=(program.cost_analysis() or {}).get("flops", 0.0)
+        # A loop counts once; of what is outside that over micro-batches there is little.
+        flops=(program.cost_analysis() or {}).get("flops", 0.0) * plan.accumulation_steps
         + plan.contrast_flops / plan.num_devices,
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes,

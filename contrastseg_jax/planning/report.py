@@ -43,6 +43,7 @@ class Plan:
 
     model: str
     batch_size: int
+    accumulation_steps: int
     topology: str
     device: str
     num_devices: int
@@ -76,8 +77,10 @@ def report(plan: Plan, config: Config) -> str:
     """The text report."""
     n, anchors = plan.num_devices, f"{plan.anchors_per_image} of {plan.cells_per_image}"
     own = plan.compiled.flops if plan.compiled else plan.flops / n
+    parts = plan.accumulation_steps
+    in_parts = f" in {parts} micro-batches" if parts > 1 else ""
     lines = [
-        f"{plan.model}, {plan.batch_size} images per step, on {plan.topology}:"
+        f"{plan.model}, {plan.batch_size} images per step{in_parts}, on {plan.topology}:"
         f" {n} x {plan.device} with {_size(plan.device_bytes)} each",
         "",
         *_rows({"parameters": f"{plan.parameters / 1e6:.2f} M"}),
@@ -151,6 +154,9 @@ def advice(plan: Plan, config: Config) -> list[str]:
     for_activations = {
         f"train.batch_size={plan.batch_size // 2 // n * n}, or more devices: now {images} images"
         " each": images > 1,
+        f"train.accumulation_steps={2 * plan.accumulation_steps}: half as many images at once": (
+            images % (2 * plan.accumulation_steps) == 0
+        ),
         f"model.remat=({names}): recomputes activations": not net.remat,
         "model.dtype=bfloat16: halves activations": net.dtype == "float32",
         f"augment.crop_size, now {tuple(config.augment.crop_size)}: activations grow with it": True,

@@ -5,13 +5,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from contrastseg_jax.config.rules import broken_rules, uses_contrast, uses_memory
+from contrastseg_jax.config.rules import (
+    broken_rules,
+    micro_batch_size,
+    uses_contrast,
+    uses_memory,
+)
 from contrastseg_jax.config.tree import Config, replaced
 from contrastseg_jax.contrast.selection import POOLED, RANK_BITS
 from contrastseg_jax.data.dataset import dataset_names, split_names
 from contrastseg_jax.errors import InputError, listed
 from contrastseg_jax.files import TFDS_MISREADS, require_literal
-from contrastseg_jax.models.zoo import model_names, stage_names
+from contrastseg_jax.models.zoo import model_names, part_names, stage_names
 from contrastseg_jax.parallel import device_memory
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.setup.resolve import (
@@ -86,7 +91,7 @@ def check(
     if not any(problem.startswith("data.") for problem in problems):
         problems += class_problems(config) + split_problems(config)
         # Otherwise there is no valid network or batch to check further.
-        shape_settings = ("model.", "augment.crop_size", "train.batch_size")
+        shape_settings = ("model.", "augment.crop_size", "train.batch_size", "train.accumulation")
         if trains and not any(problem.startswith(shape_settings) for problem in problems):
             num_classes = len(class_names(config))
             problems += contrast_problems(
@@ -101,12 +106,14 @@ def check(
 
 
 def stage_problems(config: Config) -> list[str]:
-    """Stages of model.remat that the network does not have."""
-    stages = stage_names(config.model.name)
+    """Stages of model.remat, or parts of model.freeze, that the network does not have."""
+    net = config.model
+    known = {"remat": ("stages", stage_names(net.name)), "freeze": ("parts", part_names(net.name))}
     return [
-        f"model.remat names {stage!r}: must be stages of {config.model.name}: " + ", ".join(stages)
-        for stage in config.model.remat
-        if stage not in stages
+        f"model.{setting} names {name!r}: must be {kind} of {net.name}: {', '.join(names)}"
+        for setting, (kind, names) in known.items()
+        for name in net[setting]
+        if name not in names
     ]
 
 
@@ -166,7 +173,8 @@ def batch_norm_problems(config: Config, *, num_classes: int) -> list[str]:
     A warning for those with few values.
     """
     model = build_model(config, num_classes)
-    size, crop_size = config.train.batch_size, tuple(config.augment.crop_size)
+    size, number = config.train.batch_size, config.train.accumulation_steps
+    crop_size = tuple(config.augment.crop_size)
     num_values = training_shapes(config, model).num_values
     fewest = min(num_values.values())
     if fewest >= MIN_BATCH_NORM_VALUES:
@@ -183,6 +191,7 @@ def batch_norm_problems(config: Config, *, num_classes: int) -> list[str]:
     )
     remedy = f"raise train.batch_size to {-(-MIN_BATCH_NORM_VALUES * size // fewest)}"
     remedy += ", or augment.crop_size" if by_crop else ""
+    remedy += f", or lower train.accumulation_steps, now {number}" if number > 1 else ""
     if fewest == 1:
         return [f"{text}, which is always 0: {remedy}"]
     log.warning(f"{text}, so that evaluation differs from training: {remedy}")
@@ -198,7 +207,7 @@ def contrast_problems(
     """
     if not uses_contrast(config):
         return []
-    settings, bank, batch_size = config.contrast, config.memory, config.train.batch_size
+    settings, bank, batch_size = config.contrast, config.memory, micro_batch_size(config)
     problems, slots, anchors = [], 0, 0
     if uses_memory(config):
         slots = bank.pixel_size + bank.segment_size

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from contrastseg_jax.config.load import inherit_image_format
-from contrastseg_jax.config.rules import LEFT_OPEN, uses_contrast
+from contrastseg_jax.config.rules import LEFT_OPEN, micro_batch_size, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
 from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.data.spec import Preprocessing
@@ -41,6 +41,7 @@ def resolve(config: Config, devices: Sequence[Any] | None = None) -> Setup:
             classes, pad_color(images), config.data.short_side, data.decoding
         ),
         model=model,
+        class_weights=config.loss.class_weights,
         terms=build_terms(config, config.loss.class_weights),
         objective=build_objective(config, model, mesh),
         mesh=mesh,
@@ -87,12 +88,13 @@ def build_model(config: Config, num_classes: int) -> Segmenter:
         dropout_rate=rate,
         dtype=config.model.dtype,
         remat=tuple(config.model.remat),
+        freeze=tuple(config.model.freeze),
     )
 
 
 def training_shapes(config: Config, model: Segmenter) -> segmenter.TrainingShapes:
-    """Shapes in the network for the config's training batch."""
-    images = config.train.batch_size, *config.augment.crop_size
+    """Shapes in the network for what is computed at once of the config's training batch."""
+    images = micro_batch_size(config), *config.augment.crop_size
     return segmenter.training_shapes(model, images)  # pyright: ignore[reportArgumentType]
 
 

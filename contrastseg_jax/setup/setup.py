@@ -22,6 +22,7 @@ class Setup:
     image_format: ImageFormat
     preprocessing: Preprocessing
     model: Segmenter
+    class_weights: tuple[float, ...]  # of the terms that have any; empty: all 1
     terms: tuple[Term, ...]  # of the segmentation loss
     objective: Objective | None  # beside it; None: nothing
     mesh: Mesh

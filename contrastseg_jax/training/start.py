@@ -11,6 +11,7 @@ import jax
 import optax
 from clu import parameter_overview
 
+from contrastseg_jax.config.rules import micro_batch_size
 from contrastseg_jax.config.tree import leaves
 from contrastseg_jax.data.class_weights import computed_weights, count_classes
 from contrastseg_jax.data.dataset import open_splits
@@ -20,6 +21,7 @@ from contrastseg_jax.data.pipeline import Source
 from contrastseg_jax.data.prepared import fingerprint, read_names
 from contrastseg_jax.data.subset import image_names, subset
 from contrastseg_jax.evaluation.evaluate import Evaluator, make_evaluator, require_memory
+from contrastseg_jax.models.freezing import trained
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint_reader, checkpoint_writer
@@ -112,7 +114,8 @@ def weigh_classes(setup: Setup, source: Source) -> Setup:
     processes.require_same({"class weights": weights})
     text = ", ".join(f"{name} {weight:g}" for name, weight in zip(names, weights, strict=True))
     log.info(f"class weights by {formula} of {count_of(len(source), 'training image')}: {text}")
-    return dataclasses.replace(setup, terms=build_terms(setup.config, weights))
+    terms = build_terms(setup.config, weights)
+    return dataclasses.replace(setup, class_weights=weights, terms=terms)
 
 
 def fresh_variables(setup: Setup, workdir: Path) -> Variables | None:
@@ -193,6 +196,20 @@ def _log_network(setup: Setup, state: TrainState) -> None:
         f"{config.model.name}: {num_params / 1e6:.2f} M parameters on"
         f" {count_of(num_devices, f'{jax.default_backend()} device')}"
     )
+    if config.model.freeze:
+        num_trained = parameter_overview.count_parameters(trained(setup.model, state.params))
+        log.info(
+            f"model.freeze = {tuple(config.model.freeze)!r}: {num_trained / 1e6:.2f} M of them are"
+            " trained; frozen BatchNorms keep their statistics"
+        )
+    if config.train.accumulation_steps > 1:
+        size = micro_batch_size(config)
+        log.info(
+            f"train.accumulation_steps = {config.train.accumulation_steps}: micro-batches of"
+            f" {count_of(size, 'image')}; BatchNorm and contrast inside the batch see one of them,"
+            " the bank is written once a step; losses other than a mean over labelled pixels are"
+            " means of the micro-batches'"
+        )
     if setup.objective:
         anchors, cells = num_anchors(config, setup.model), num_cells(config, setup.model)
         log.info(f"contrast.anchors_per_image: {anchors} of {cells} cells; fewer are faster")

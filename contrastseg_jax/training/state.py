@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from contrastseg_jax.models import segmenter
+from contrastseg_jax.models.freezing import trained
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.setup.setup import Setup
@@ -17,7 +18,7 @@ def init_state(setup: Setup, tx: optax.GradientTransformation, variables: Variab
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        opt_state=tx.init(variables["params"]),
+        opt_state=tx.init(trained(setup.model, variables["params"])),
         ema=jax.tree.map(jnp.copy, variables) if setup.config.optim.ema_decay else None,
         memory=setup.objective.init() if setup.objective else None,
     )

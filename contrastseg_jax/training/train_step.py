@@ -1,7 +1,8 @@
 """The train step: a pure function over a mesh."""
 
+import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,35 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from contrastseg_jax.config.tree import Config
 from contrastseg_jax.losses.segmentation import segmentation_loss
+from contrastseg_jax.models.freezing import trained, with_frozen
 from contrastseg_jax.models.segmenter import Probes
-from contrastseg_jax.objectives.objective import Metrics, Objective
+from contrastseg_jax.objectives.objective import Extract, Metrics, Objective
 from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.ops.resize import label_at_stride
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import IGNORE_LABEL, Batch, SegmentationOutput, TrainState
+from contrastseg_jax.training.micro_batches import (
+    CONCAT,
+    MEAN,
+    in_micro_batches,
+    label_weight,
+    loss_share,
+    row_numbers,
+)
 from contrastseg_jax.training.optim import update_ema
 from contrastseg_jax.training.state import abstract_state, state_sharding
+
+
+class StepRngs(NamedTuple):
+    """Keys of a step, for a micro-batch."""
+
+    dropout: Key[Array, ""]
+    loss: Key[Array, " b"]  # of each image, as are those of `extract`
+    extract: Key[Array, " b"]
+    shared: Key[Array, ""]  # of the images together
 
 
 def train_step(
@@ -34,39 +54,41 @@ def train_step(
     Metric `skipped`: 1 in such a step, else 0.
     """
     config, mesh, objective = setup.config, setup.mesh, setup.objective
-    step_rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    dropout_rng, loss_rng, update_rng, shared_rng = jax.random.split(step_rng, 4)
-    per_image = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    image = normalize(batch.image, setup.image_format)
-    rngs = dropout_rng, per_image(loss_rng, batch.example_id), shared_rng
-    grads, (batch_stats, output, metrics) = gradients(setup, state, batch.label, image, rngs)
-    grads = lax.with_sharding_constraint(grads, state_sharding(setup, state, mesh).params)
+    # Gathered if sharded, as only batches are computed in parallel.
+    whole = dataclasses.replace(state, params=sharding.replicate(state.params, mesh))
+    of_batch = functools.partial(gradients, setup, whole, label_weight(setup, batch.label))
+    of_batch = in_micro_batches(of_batch, setup, (MEAN, MEAN, MEAN, CONCAT))
+    (grads, squares), batch_stats, metrics, extract = of_batch(batch, row_numbers(batch))
+    if objective is not None and config.loss.segmentation_weight:
+        ratio = squares.embedding / jnp.maximum(squares.logits, 1e-30)
+        metrics["gradient_ratio"] = jnp.sqrt(ratio)
     # Known before the update, which is then made in place.
     is_finite = all_finite((metrics["loss"], grads, batch_stats))
     metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    old = trained(setup.model, variables)
+    updates, opt_state = tx.update(grads, state.opt_state, old["params"])
+    new = {"params": optax.apply_updates(old["params"], updates), "batch_stats": batch_stats}
+    ema = old_ema = trained(setup.model, state.ema)
     if ema is not None:
         # BatchNorm statistics belong to their weights, so both are averaged.
-        variables = {"params": params, "batch_stats": batch_stats}
-        ema = update_ema(ema, variables, state.step, ema_decay=config.optim.ema_decay)
-    before = state.params, state.batch_stats, state.opt_state, state.ema
-    after = params, batch_stats, opt_state, ema
-    params, batch_stats, opt_state, ema = unless_skipped(is_finite, after, before)
+        ema = update_ema(ema, new, state.step, ema_decay=config.optim.ema_decay)
+    after, before = (new, opt_state, ema), (old, state.opt_state, old_ema)
+    new, opt_state, ema = unless_skipped(is_finite, after, before)
+    variables, ema = with_frozen(new, variables), with_frozen(ema, state.ema)
     memory = state.memory
     if objective is not None:
         # After the loss: an image is never contrasted with its own rows of this step.
-        label = output_label(output, batch.label)
         if objective.update_from_ema:
-            output = output_of(setup, sharding.replicate(ema, mesh), image)
-        # A skipped step enqueues nothing. This also orders the loss before the write to the bank;
-        # otherwise XLA keeps a copy of the whole bank for it.
-        label = jnp.where(is_finite, label, IGNORE_LABEL)
-        image_rng = per_image(update_rng, batch.example_id)
-        memory, diagnostics = objective.update(memory, output, label, image_rng)
+            of_ema = sharding.replicate(ema, mesh)
+            of_batch = functools.partial(ema_extract, setup, objective, of_ema, state.step)
+            extract = in_micro_batches(of_batch, setup, CONCAT)(batch, row_numbers(batch))
+        # This also orders the loss before the write to the bank; otherwise XLA keeps a copy of the
+        # whole bank for it.
+        memory, diagnostics = objective.update(memory, extract, is_finite)
         metrics |= diagnostics
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema, memory), metrics
+    state = TrainState(state.step + 1, **variables, opt_state=opt_state, ema=ema, memory=memory)
+    return state, metrics
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
@@ -83,42 +105,77 @@ def unless_skipped(is_finite: Bool[Array, ""], after: Any, before: Any) -> Any:
     return jax.tree.map(chosen, after, before)
 
 
+def step_rngs(
+    config: Config, step: Int[Array, ""], batch: Batch, row: Int[Array, " b"]
+) -> StepRngs:
+    """The keys of a (micro-)batch of a step; `row`: as of `row_numbers`."""
+    step_rng = jax.random.fold_in(jax.random.key(config.seed), step)
+    dropout, loss, extract, shared = jax.random.split(step_rng, 4)
+    if config.train.accumulation_steps > 1:
+        dropout, shared = (jax.random.fold_in(rng, row[0]) for rng in (dropout, shared))
+    per_image = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    loss, extract = (per_image(rng, batch.example_id) for rng in (loss, extract))
+    return StepRngs(dropout, loss, extract, shared)
+
+
 def gradients(
     setup: Setup,
     state: TrainState,
-    label: UInt8[Array, "b h w"],
-    image: Float[Array, "b h w 3"],
-    rngs: tuple[Key[Array, ""], Key[Array, " b"], Key[Array, ""]],
-) -> tuple[Any, tuple[Any, SegmentationOutput, Metrics]]:
-    """Gradients of the total loss in the parameters; new batch statistics, output and metrics.
+    total_weight: Float[Array, ""],
+    batch: Batch,
+    row: Int[Array, " b"],
+) -> tuple[tuple[Any, Probes], Any, Metrics, Extract]:
+    """Of a (micro-)batch: gradients, new batch statistics, metrics, what the objective extracts.
 
-    `rngs`: of dropout, of each image, and of the whole batch.
+    Gradients of the total loss in the parameters that are trained, and in the network's probes.
+    `total_weight`: the label weight of the whole batch.
     """
-    dropout_rng, image_rng, shared_rng = rngs
+    objective = setup.objective
+    rngs = step_rngs(setup.config, state.step, batch, row)
+    image = normalize(batch.image, setup.image_format)
 
     def loss_fn(
         params: Any, probes: Probes
     ) -> tuple[Float[Array, ""], tuple[Any, SegmentationOutput, Metrics]]:
         output, updates = setup.model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": with_frozen(params, state.params), "batch_stats": state.batch_stats},
             image,
             train=True,
             probes=probes,
             mutable=["batch_stats"],
-            rngs={"dropout": dropout_rng},
+            rngs={"dropout": rngs.dropout},
         )
-        loss, metrics = total_loss(setup, state, output, label, image_rng, shared_rng)
+        loss, metrics = total_loss(
+            *(setup, state, output, batch.label, rngs.loss, rngs.shared),
+            share=loss_share(setup, batch.label, total_weight),
+        )
         return loss, (updates["batch_stats"], output, metrics)
 
-    # Gathered if sharded, as only batches are computed in parallel. The gradients are then
-    # reduced to the same shards.
-    whole = sharding.replicate(state.params, setup.mesh)
     probes = Probes(jnp.zeros(()), jnp.zeros(()))
-    (grads, squares), found = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(whole, probes)
-    if setup.objective is not None and setup.config.loss.segmentation_weight:
-        ratio = squares.embedding / jnp.maximum(squares.logits, 1e-30)
-        found[2]["gradient_ratio"] = jnp.sqrt(ratio)
-    return grads, found
+    (grads, squares), (batch_stats, output, metrics) = jax.grad(
+        loss_fn, argnums=(0, 1), has_aux=True
+    )(trained(setup.model, state.params), probes)
+    # Reduced to the shards of the parameters.
+    where = state_sharding(setup, state, setup.mesh).params
+    grads = lax.with_sharding_constraint(grads, trained(setup.model, where))
+    extract = None
+    if objective is not None and not objective.update_from_ema:
+        extract = objective.extract(output, output_label(output, batch.label), rngs.extract)
+    return (grads, squares), trained(setup.model, batch_stats), metrics, extract
+
+
+def ema_extract(
+    setup: Setup,
+    objective: Objective,
+    ema: Any,
+    step: Int[Array, ""],
+    batch: Batch,
+    row: Int[Array, " b"],
+) -> Extract:
+    """What the objective extracts of a (micro-)batch as the running average sees it."""
+    output = output_of(setup, ema, normalize(batch.image, setup.image_format))
+    rngs = step_rngs(setup.config, step, batch, row)
+    return objective.extract(output, output_label(output, batch.label), rngs.extract)
 
 
 def output_of(setup: Setup, variables: Any, image: Float[Array, "b h w 3"]) -> SegmentationOutput:
@@ -133,11 +190,16 @@ def total_loss(
     label: UInt8[Array, "b h w"],
     image_rng: Key[Array, " b"],
     rng: Key[Array, ""],
+    *,
+    share: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Eq. 4 for what the network makes of a batch, and its parts."""
+    """Eq. 4 for what the network makes of a batch, and its parts.
+
+    `share`: of a micro-batch, as of `loss_share`.
+    """
     config, objective = setup.config, setup.objective
     segmentation, terms = segmentation_loss(
-        setup.terms, output, label, aux_weight=config.loss.aux_weight
+        setup.terms, output, label, aux_weight=config.loss.aux_weight, share=share
     )
     weight = config.loss.segmentation_weight * ramp(state.step, config.loss.ramp_steps)
     loss = weight * segmentation

@@ -95,6 +95,7 @@ def test_every_setting_has_its_rules_or_none_on_purpose():
             "data.name",
             "model.name",
             "model.remat",
+            "model.freeze",
         ),  # `broken_rules` is told, and `preflight.check`
         *(path for path, value in settings.items() if isinstance(value, bool)),
     }
@@ -203,6 +204,14 @@ def test_all_broken_rules_are_listed():
     assert "train.batch_size = 10: must be a multiple of the 4 devices, e.g. 8 or 12" in text
 
 
+def test_every_device_has_part_in_every_micro_batch():
+    check_rules("train.accumulation_steps=4", "train.batch_size=8", num_devices=2)
+    with pytest.raises(InputError) as error:
+        check_rules("train.accumulation_steps=3", "train.batch_size=8", num_devices=2)
+    rule = "must be a multiple of the 2 devices times train.accumulation_steps = 3, e.g. 6 or 12"
+    assert f"train.batch_size = 8: {rule}" in str(error.value)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -262,6 +271,13 @@ def test_all_broken_rules_are_listed():
         ["loss.rmi.pool_size=0"],
         ["optim.ema_decay=1.0"],
         ["optim.head_lr_multiplier=0"],
+        ["optim.name=adam"],
+        ["optim.schedule=step"],
+        ["optim.decayed=norms"],
+        ["optim.betas=(0.9,)"],
+        ["optim.betas=(0.9, 1.0)"],
+        ["optim.clip_norm=-1.0"],
+        ["train.accumulation_steps=0"],
         ["data.name=camvid"],
         ["data.name=tfds", "data.class_names=('a', 'b')"],
     ],

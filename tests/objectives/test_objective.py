@@ -30,13 +30,13 @@ def prototypes(num_classes, proj_dim):
         nearest = jnp.einsum("bhwd,kd->bhwk", output.embedding, state["prototype"])
         return jnp.mean(jnp.square(nearest)), {"nearness": jnp.mean(nearest)}
 
-    def update(state, output, label, image_rng):
+    def extract(output, label, image_rng):
         member = jax.nn.one_hot(label, num_classes)
-        mean = jnp.einsum("bhwk,bhwd->kd", member, output.embedding)
+        return jnp.einsum("bhwk,bhwd->bkd", member, output.embedding) / label[0].size
+
+    def update(state, means, is_taken):
         steps = state["steps"] + 1
-        return {"prototype": mean / label.size, "steps": steps}, {
-            "steps": steps.astype(jnp.float32)
-        }
+        return {"prototype": means.mean(0), "steps": steps}, {"steps": steps.astype(jnp.float32)}
 
     def logits(state, output):
         chosen = jnp.arange(num_classes) == 2
@@ -51,6 +51,7 @@ def prototypes(num_classes, proj_dim):
             "steps": jnp.zeros((), jnp.int32),
         },
         loss=loss,
+        extract=extract,
         update=update,
         sharding=sharding.replicated_tree,
         logits=logits,

@@ -1,7 +1,5 @@
 """What the bank is filled with: of which pixels, and of which network."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from small import make_config
 
 from contrastseg_jax.contrast import memory_bank
-from contrastseg_jax.objectives.pixel_contrast import pixel_contrast, update_bank
+from contrastseg_jax.objectives.pixel_contrast import bank_keys, pixel_contrast, update_bank
 from contrastseg_jax.parallel.sharding import make_mesh
 from contrastseg_jax.structs import IGNORE_LABEL, SegmentationOutput
 
@@ -33,10 +31,12 @@ def test_keys_are_those_of_all_pixels_or_of_correct_ones(only_correct):
         num_classes=CLASSES, pixel_size=40, segment_size=2, proj_dim=DIM, dtype="float32"
     )
     keys = jax.random.split(jax.random.key(0), 2)
-    update = functools.partial(
-        update_bank, pixels_per_class=20, only_correct=only_correct, mesh=make_mesh(), split=False
-    )
-    bank, metrics = update(empty, output, jnp.asarray(label), keys)
+    settings = {"num_classes": CLASSES, "pixels_per_class": 20, "only_correct": only_correct}
+    given = bank_keys(output, jnp.asarray(label), keys, **settings)
+    on_devices = {"mesh": make_mesh(), "split": False}
+    skipped, _ = update_bank(empty, given, jnp.asarray(False), **on_devices)
+    assert not np.any(skipped.pixel) and not np.any(skipped.segment_count)
+    bank, metrics = update_bank(empty, given, jnp.asarray(True), **on_devices)
     embedding = np.asarray(output.embedding)
     used = (label == prediction) if only_correct else (label != IGNORE_LABEL)
     for cls in range(CLASSES):
@@ -51,10 +51,10 @@ def test_keys_are_those_of_all_pixels_or_of_correct_ones(only_correct):
 
 
 @pytest.mark.parametrize(("pixels", "only_correct"), [("all", False), ("correct", True)])
-def test_the_setting_reaches_the_update(pixels, only_correct):
+def test_the_setting_reaches_the_keys(pixels, only_correct):
     config = make_config(f"memory.key_pixels={pixels}")
     objective = pixel_contrast(config, num_classes=CLASSES, proj_dim=DIM, mesh=make_mesh())
-    assert objective.update.keywords["only_correct"] is only_correct
+    assert objective.extract.keywords["only_correct"] is only_correct
 
 
 def test_contrast_alone_waits_for_no_warm_up():

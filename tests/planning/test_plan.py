@@ -197,6 +197,21 @@ def test_parameters_in_parts_are_gathered():
     assert computed == pytest.approx(compiled, rel=0.02)
 
 
+def test_micro_batches_and_frozen_parts_are_planned_for():
+    """What is computed is what the compiled step does, and all images' operations are counted."""
+    settings = ("train.accumulation_steps=2", "model.freeze=('stem',)")
+    where = find_topology(None)
+    whole = plan.quick_plan(make_config(*BANK, settings[1]), where)
+    config = make_config(*BANK, *settings)
+    found = plan.compiled_plan(plan.quick_plan(config, where), config, where, 500)
+    compiled = sum(kind.bytes for kind in found.compiled.collectives.values())
+    assert sum(found.bytes_sent.values()) == pytest.approx(compiled, rel=0.03)
+    assert found.flops == pytest.approx(whole.flops, rel=0.01)
+    assert found.compiled.flops == pytest.approx(found.flops / 2, rel=0.15)
+    assert found.bytes_held["optimiser state"] < found.bytes_held["parameters"]
+    assert "in 2 micro-batches, on" in report(found, config)
+
+
 def test_missing_weights_do_not_matter_to_a_plan():
     config = make_config(*BANK, "model.init_from=/nowhere")
     check(config, mode="plan", num_devices=2)
@@ -214,7 +229,13 @@ def test_what_does_not_fit_comes_with_the_settings_to_change(two_devices):
     assert small.fits is False
     text = report(small, config)
     assert "does not fit: 200% of a device's memory" in text and "fsdp" not in text
-    order = ["train.batch_size=4", "remat=('layer1'", "model.dtype=bfloat16", "crop_size, now (32"]
+    order = [
+        "train.batch_size=4",
+        "accumulation_steps=2",
+        "remat=('layer1'",
+        "model.dtype=bfloat16",
+        "crop_size, now (32",
+    ]
     order += ["sharding=slots", "memory.dtype=bfloat16", "memory.pixel_size"]
     places = [text.index(word) for word in order]
     assert places == sorted(places)

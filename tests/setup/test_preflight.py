@@ -19,7 +19,8 @@ def test_class_weights_must_fit_the_classes():
 def test_stages_and_types_that_there_are_pass():
     check(
         make_config(
-            "model.name=hrnet_tiny", "model.dtype=bfloat16", "model.remat=('layer1', 'stage4')"
+            *("model.name=hrnet_tiny", "model.dtype=bfloat16", "model.remat=('layer1', 'stage4')"),
+            "model.freeze=('backbone',)",
         ),
         mode="train",
     )
@@ -27,12 +28,14 @@ def test_stages_and_types_that_there_are_pass():
 
 def test_stages_that_the_network_does_not_have_are_listed():
     config = make_config(
-        "model.name=hrnet_tiny", "model.remat=('stage4', 'layer4', 5)", "model.dtype=float16"
+        *("model.name=hrnet_tiny", "model.remat=('stage4', 'layer4', 5)", "model.dtype=float16"),
+        "model.freeze=('stem', 'layer4')",
     )
     with pytest.raises(InputError) as error:
         check(config, mode="train")
     text = str(error.value)
     assert "model.remat names 'layer4': must be stages of hrnet_tiny: layer1, stage2" in text
+    assert "model.freeze names 'layer4': must be parts of hrnet_tiny: backbone, stem" in text
     assert "model.remat names 5" in text and "'stage4':" not in text
     assert "model.dtype = 'float16': must be one of float32, bfloat16" in text
 
@@ -145,8 +148,19 @@ def test_one_value_has_no_variance(overrides, layer, remedy):
         (["model.name=deeplabv3_r18", "train.batch_size=8", "contrast.candidates=batch"], None),
         (["model.name=hrnet_tiny", "train.batch_size=2", "augment.crop_size=(64, 64)"], None),
         (["model.name=fcn_convnext_tiny", "train.batch_size=1"], None),
+        (["model.name=hrnet_tiny", "train.batch_size=1", "model.freeze=('backbone',)"], None),
+        (
+            [
+                *("model.name=deeplabv3_r18", "train.batch_size=8", "train.accumulation_steps=2"),
+                "contrast.candidates=batch",
+            ],
+            r"4 values .*: raise train.batch_size to 16, or lower train.accumulation_steps, now 2",
+        ),
     ],
-    ids=["pooled", "one vector per class", "eight images", "eight places", "none in the backbone"],
+    ids=[
+        *("pooled", "one vector per class", "eight images", "eight places"),
+        *("none in the backbone", "frozen", "micro-batches"),
+    ],
 )
 def test_few_values_are_a_warning(overrides, said, caplog):
     check(make_config(*overrides), mode="plan", num_devices=1)

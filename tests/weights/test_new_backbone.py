@@ -24,15 +24,18 @@ pytestmark = pytest.mark.slow
 
 class Plain(nn.Module):
     remat: tuple[str, ...]
+    freeze: tuple[str, ...]
 
     @nn.compact
     def __call__(self, image, *, train):
+        train = train and "entry" not in self.freeze
         return {"last": nn.relu(conv_bn(image, 4, 3, stride=2, train=train, name="entry"))}
 
 
 PLAIN = Backbone(
     build=Plain,
     stages=("entry",),
+    parts={"entry": ("entry",)},
     weights="plain",
     torch_names=TorchNames("Plain", re.compile(r"entry\..*"), unused=re.compile(r"top\..*")),
     recognizes=lambda shapes: ("entry_0", "kernel") in shapes,
@@ -70,6 +73,7 @@ def test_it_trains(model):
     stepped = jax.tree.map(lambda x, g: x - 0.1 * g, variables["params"], gradient)
     assert loss_fn(stepped)[0] < before
     assert zoo.stage_names("fcn_plain") == ("entry",)
+    assert zoo.part_names("fcn_plain") == ("backbone", "entry")
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,17 @@ class Peer:
 class Backbone:
     """One backbone: what networks, memory settings and files of weights need to know of it.
 
-    `build` gives a Linen module, whose `__call__(image, *, train)` returns `layers.Features`; it
-    computes the insides of the stages it is given again for their gradient. Modules of a stage
-    are called as the stage is, with an index behind it.
+    `build(remat, freeze)` gives a Linen module, whose `__call__(image, *, train)` returns
+    `layers.Features`. It computes the insides of the stages in `remat` again for their gradient;
+    the parts in `freeze` it computes in training as outside it. Modules of a stage are called as
+    the stage is, with an index behind it.
     """
 
-    build: Callable[[tuple[str, ...]], nn.Module]
+    build: Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
     stages: tuple[str, ...]
+    # What may be frozen, from the image on: how the names of its modules begin. A stage has with it
+    # what leads there from the one before. Every module belongs to one.
+    parts: Mapping[str, tuple[str, ...]]
     weights: Hashable  # equal for backbones that the same weights fit: strides have none
     torch_names: TorchNames
     recognizes: Callable[[Shapes], bool]  # by a few leaves; all of them are checked afterwards

@@ -7,7 +7,7 @@ modules carry, indices joined by `_`: `features.1.0.block.0` is `features_1_0/bl
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -52,6 +52,7 @@ def backbone(spec: ConvNeXtSpec) -> Backbone:
     return Backbone(
         build=partial(ConvNeXt, spec),
         stages=ConvNeXt.STAGES,
+        parts=ConvNeXt.PARTS,
         weights=spec,
         torch_names=TORCH_NAMES,
         recognizes=partial(_recognizes, spec),
@@ -91,8 +92,16 @@ class ConvNeXt(nn.Module):
 
     spec: ConvNeXtSpec
     remat: tuple[str, ...] = ()  # of STAGES: computed again for the gradient, to save memory
+    freeze: tuple[str, ...] = ()  # of PARTS: computed in training as outside it
 
     STAGES = ("features_1", "features_3", "features_5", "features_7")
+    PARTS: ClassVar = {
+        "stem": ("features_0",),
+        "features_1": ("features_1",),
+        "features_3": ("features_2", "features_3"),
+        "features_5": ("features_4", "features_5"),
+        "features_7": ("features_6", "features_7"),
+    }
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool) -> Features:
@@ -108,7 +117,9 @@ class ConvNeXt(nn.Module):
             stage_block: Any = maybe_remat(ConvNeXtBlock, stage in self.remat)
             for j in range(spec.num_blocks[i]):
                 drop_rate = spec.drop_rate * block / max(num_blocks - 1, 1)
-                x = stage_block(drop_rate, name=f"{stage}_{j}")(x, train)
+                x = stage_block(drop_rate, name=f"{stage}_{j}")(
+                    x, train and stage not in self.freeze
+                )
                 block += 1
             outputs.append(x)
         return dict(zip(("layer1", "layer2", "layer3", "last"), outputs, strict=True))

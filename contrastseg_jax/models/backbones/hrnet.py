@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -71,6 +71,7 @@ def backbone(spec: HRNetSpec) -> Backbone:
     return Backbone(
         build=partial(HRNet, spec),
         stages=HRNet.STAGES,
+        parts=HRNet.PARTS,
         weights=spec,
         torch_names=TORCH_NAMES,
         recognizes=partial(_recognizes, spec),
@@ -115,30 +116,39 @@ class HRNet(nn.Module):
 
     spec: HRNetSpec
     remat: tuple[str, ...] = ()  # of STAGES: computed again for the gradient, to save memory
+    freeze: tuple[str, ...] = ()  # of PARTS: computed in training as outside it
 
     STAGES = ("layer1", "stage2", "stage3", "stage4")
+    PARTS: ClassVar = {
+        "stem": ("conv", "bn"),
+        "layer1": ("layer1",),
+        "stage2": ("transition1", "stage2"),
+        "stage3": ("transition2", "stage3"),
+        "stage4": ("transition3", "stage4"),
+    }
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool) -> Features:
         """Features at stride 4, as "last": the four branches, upsampled and concatenated."""
         spec = self.spec
+        trains = {part: train and part not in self.freeze for part in self.PARTS}
         x = image
         for i in (1, 2):
             x = conv(x, spec.stem_width, 3, stride=2, name=f"conv{i}")
-            x = nn.relu(batch_norm(x, train=train, name=f"bn{i}"))
+            x = nn.relu(batch_norm(x, train=trains["stem"], name=f"bn{i}"))
         bottleneck: Any = maybe_remat(Bottleneck, "layer1" in self.remat)
         for block in range(spec.num_blocks):
-            x = bottleneck(spec.stem_width, name=f"layer1_{block}")(x, train)
+            x = bottleneck(spec.stem_width, name=f"layer1_{block}")(x, trains["layer1"])
 
         branches = [x]
         for stage, num_modules in zip((2, 3, 4), spec.num_modules, strict=True):
-            branches = _transition(
-                branches, spec.widths[:stage], train=train, name=f"transition{stage - 1}"
-            )
             name = f"stage{stage}"
+            branches = _transition(
+                branches, spec.widths[:stage], train=trains[name], name=f"transition{stage - 1}"
+            )
             hr_module: Any = maybe_remat(HRModule, name in self.remat)
             for i in range(num_modules):
-                branches = hr_module(spec.num_blocks, name=f"{name}_{i}")(branches, train)
+                branches = hr_module(spec.num_blocks, name=f"{name}_{i}")(branches, trains[name])
 
         _, height, width, _ = branches[0].shape
         branches = [resize_bilinear(x, (height, width)) for x in branches]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -74,6 +74,7 @@ def backbone(spec: ResNetSpec) -> Backbone:
     return Backbone(
         build=partial(ResNet, spec),
         stages=ResNet.STAGES,
+        parts=ResNet.PARTS,
         weights=replace(spec, output_stride=32, ceil_mode=False, multi_grid=()),
         torch_names=TORCH_NAMES,
         recognizes=partial(_recognizes, spec),
@@ -147,18 +148,21 @@ class ResNet(nn.Module):
 
     spec: ResNetSpec
     remat: tuple[str, ...] = ()  # of STAGES: computed again for the gradient, to save memory
+    freeze: tuple[str, ...] = ()  # of PARTS: computed in training as outside it
 
     STAGES = ("layer1", "layer2", "layer3", "layer4")
+    PARTS: ClassVar = {"stem": ("conv1", "bn1", "resinit")} | {name: (name,) for name in STAGES}
 
     @nn.compact
     def __call__(self, image: Float[Array, "b h w 3"], *, train: bool) -> Features:
         """Features of layer1 (stride 4), layer3, and as "last" of layer4 (output stride)."""
         spec = self.spec
+        trains = {part: train and part not in self.freeze for part in self.PARTS}
         if spec.stem == "deep":
-            x = DeepStem(name="resinit")(image, train=train)
+            x = DeepStem(name="resinit")(image, train=trains["stem"])
         else:
             x = conv(image, 64, 7, stride=2, name="conv1")
-            x = nn.relu(batch_norm(x, train=train, name="bn1"))
+            x = nn.relu(batch_norm(x, train=trains["stem"], name="bn1"))
         x = max_pool(x, ceil_mode=spec.ceil_mode)
         block: Any = Bottleneck if spec.block == "bottleneck" else BasicBlock
         outputs = []
@@ -166,7 +170,7 @@ class ResNet(nn.Module):
             name, width = self.STAGES[i], 64 * 2**i
             stage_block = maybe_remat(block, name in self.remat)
             for j, (stride, dilations) in enumerate(plan):
-                x = stage_block(width, stride, dilations, name=f"{name}_{j}")(x, train)
+                x = stage_block(width, stride, dilations, name=f"{name}_{j}")(x, trains[name])
             outputs.append(x)
         return {"layer1": outputs[0], "layer3": outputs[2], "last": outputs[3]}
 
