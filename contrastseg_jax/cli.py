@@ -1,8 +1,9 @@
-"""Command line: train, evaluate, compare, embed, predict, audit data, plan runs, convert weights.
+"""Command line: train, replay, evaluate, compare, embed, predict, audit, plan, convert weights.
 
     python main.py --mode=audit --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=plan --config=configs/cityscapes.py --topology=v5e:2x4
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python main.py --workdir=runs/quickstart --replay=120
     python main.py --mode=eval --workdir=runs/quickstart --checkpoint=best
     python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
     python main.py --mode=compare --runs=runs/ce --runs=runs/memory --output=comparison
@@ -36,6 +37,7 @@ from contrastseg_jax.commands import (
     run_eval,
     run_plan,
     run_predict,
+    run_replay,
     run_train,
 )
 from contrastseg_jax.config.checks import is_text
@@ -62,6 +64,7 @@ REPEATED = ("input", "runs")  # flags that may be given several times
 PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "start_timeout")
 COMMANDS = {
     "train": Command(run_train, ("config", "workdir"), ("checkpoint", *PROCESS_FLAGS)),
+    "replay": Command(run_replay, ("workdir", "replay"), ("config",)),
     "eval": Command(
         run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *PROCESS_FLAGS)
     ),
@@ -88,6 +91,9 @@ flags.DEFINE_string(
     "latest",
     "eval, predict, convert, compare, embed: latest, best or a step; eval, predict: or init, the"
     " pretrained weights of model.init_from without training.",
+)
+flags.DEFINE_string(
+    "replay", None, "replay: step of the run to take again; --mode=replay may be left out."
 )
 flags.DEFINE_string(
     "split",
@@ -165,6 +171,8 @@ def read_arguments(settings: Sequence[str]) -> Arguments:
     for name in REPEATED:
         for text in values[name]:
             local_path(name, text)
+    if "replay" in given and values["mode"] == "train":
+        values["mode"] = "replay"
     for name in ("workdir", "output"):
         values[name] = local_path(name, values[name] or "")
     arguments = Arguments(**values, settings=tuple(settings), given=given)

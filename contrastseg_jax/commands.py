@@ -4,6 +4,7 @@ Importing JAX and the networks takes seconds, so it waits until the config has b
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ class Arguments:
     config: str | None
     workdir: Path  # this and `output`: the current folder by default
     checkpoint: str
+    replay: str | None
     split: str | None
     input: tuple[str, ...]
     runs: tuple[str, ...]
@@ -53,6 +55,19 @@ def run_train(arguments: Arguments) -> None:
         # What one process cannot read, all of them report.
         setup = processes.sync_errors(lambda: set_up(config, arguments, run=find_run(workdir)))
         train(setup, workdir)
+
+
+def run_replay(arguments: Arguments) -> None:
+    """Take a step of a run again, and say what of it is not finite."""
+    if not (step := arguments.replay or "").isdecimal():
+        raise InputError(f"--replay={step}: must be a step of the run")
+    config, workdir = load_config(arguments), arguments.workdir
+    start_logging()
+    as_training = dataclasses.replace(arguments, mode="train")
+    setup = set_up(config, as_training, run=find_run(workdir))
+    from contrastseg_jax.training.replay import replay
+
+    replay(setup, workdir, int(step))
 
 
 def run_eval(arguments: Arguments) -> None:
@@ -154,7 +169,7 @@ def load_config(arguments: Arguments) -> Config:
             raise InputError(f"--config: required, as --workdir={workdir} contains no run")
         return read_config(workdir, settings, may_differ=may_differ)
     config = load(arguments.config, settings)
-    if mode in ("eval", "predict"):
+    if mode in ("eval", "predict", "replay"):
         is_init = arguments.checkpoint == "init"  # which does not need a run
         run = find_run(workdir) if is_init else read_config(workdir)
         if run is not None:

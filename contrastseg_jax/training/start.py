@@ -207,8 +207,8 @@ def _log_network(setup: Setup, state: TrainState) -> None:
         log.info(
             f"train.accumulation_steps = {config.train.accumulation_steps}: micro-batches of"
             f" {count_of(size, 'image')}; BatchNorm and contrast inside the batch see one of them,"
-            " the bank is written once a step; losses other than a mean over labelled pixels are"
-            " means of the micro-batches'"
+            " the bank is written once a step; cross entropy and focal loss are those of the"
+            " batch, others means of the micro-batches'"
         )
     if setup.objective:
         anchors, cells = num_anchors(config, setup.model), num_cells(config, setup.model)
