@@ -204,6 +204,8 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     train.log_steps = 50  # between two lines of the log
     train.eval_steps = 1000  # between two evaluations; the last step always evaluates
     train.checkpoint_steps = 1000  # between two checkpoints; the last step always saves
+    # Project of Weights & Biases to log to as well; empty: none. Needs the extra `wandb`.
+    train.wandb_project = ""
     train.max_skipped_steps = 20  # in a row, as not finite, after which a run stops
     # Evaluations without a better val mIoU after which a run ends early; 0: it never does.
     train.patience = 0

@@ -1,17 +1,19 @@
-"""Metrics of a run: `metrics.jsonl`, and TensorBoard event files."""
+"""Metrics and pictures of a run: `metrics.jsonl`, TensorBoard's event files, other trackers."""
 
 import contextlib
 import json
 import math
+import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from contrastseg_jax.errors import best_effort
 from contrastseg_jax.files import to_json, write_atomically
+from contrastseg_jax.run.workdir import evaluation_folder
 
 # tensorboardX imports PyTorch if it is installed, which takes seconds and 200 MB, and is not used
 # here. None in `sys.modules` makes that import fail.
@@ -26,24 +28,31 @@ if _hidden:
     del sys.modules["torch"]
 
 
+SCORE = "val/mean_iou"  # in the lines of evaluations
+RGB = 3  # a colour space of TensorBoard
+# A tracker besides TensorBoard: takes the step, numbers by name and files of pictures.
+Sink = Callable[[int, Mapping[str, float], Sequence[Path]], None]
+
+
 @dataclass(frozen=True)
 class Board:
-    """The writer of TensorBoard events."""
+    """Where numbers and pictures go, besides `metrics.jsonl`."""
 
-    events: EventsWriter | None  # None: the event file cannot be written
+    events: EventsWriter | None  # of TensorBoard; None: the event file cannot be written
+    sinks: tuple[Sink, ...] = ()
 
 
 @contextlib.contextmanager
-def open_metrics_log(workdir: Path, start_step: int) -> Iterator[Board]:
+def open_metrics_log(workdir: Path, start_step: int, sinks: Sequence[Sink] = ()) -> Iterator[Board]:
     """`open_board`, closed on exit."""
-    board = open_board(workdir, start_step)
+    board = open_board(workdir, start_step, sinks)
     try:
         yield board
     finally:
         close_board(board)
 
 
-def open_board(workdir: Path, start_step: int) -> Board:
+def open_board(workdir: Path, start_step: int, sinks: Sequence[Sink] = ()) -> Board:
     """Continue the metrics after `start_step`; a file that cannot be written is a warning.
 
     Steps that a killed run logged and will repeat are dropped. Event files cannot be truncated, so
@@ -66,21 +75,40 @@ def open_board(workdir: Path, start_step: int) -> Board:
         # Makes a running TensorBoard discard the steps of the old files.
         restart = SessionLog(status=SessionLog.START)
         events.write_event(Event(step=0, session_log=restart, wall_time=time.time()))
-        for line in lines or ():
-            events.write_event(_event(json.loads(line)))
+        for text in lines or ():
+            line = json.loads(text)
+            pictures = evaluation_pictures(workdir, line["step"]) if SCORE in line else ()
+            events.write_event(_event(line, pictures))
         events.flush()
-    return Board(events)
+    return Board(events, tuple(sinks))
 
 
-def write_metrics(workdir: Path, board: Board, step: int, values: Mapping[str, float]) -> None:
-    """Append one line; values that are not finite (IoU of an absent class) become null."""
+def evaluation_pictures(workdir: Path, step: int) -> list[Path]:
+    """The pictures of the evaluation of val after a step."""
+    return sorted(evaluation_folder(workdir, step).glob("*.png"))
+
+
+def write_metrics(
+    workdir: Path,
+    board: Board,
+    step: int,
+    values: Mapping[str, float],
+    pictures: Sequence[Path] = (),
+) -> None:
+    """Append one line; values that are not finite (IoU of an absent class) become null.
+
+    `pictures`: PNG files for TensorBoard and other trackers.
+    """
     path, line = workdir / "metrics.jsonl", {"step": step, "time": round(time.time(), 3), **values}
     with best_effort(str(path)), path.open("a") as file:
         file.write(to_json(line) + "\n")
     if board.events:
         with best_effort(str(workdir / "tensorboard")):
-            board.events.write_event(_event(line))
+            board.events.write_event(_event(line, pictures))
             board.events.flush()
+    for sink in board.sinks:
+        with best_effort("a tracker"):
+            sink(step, values, pictures)
 
 
 def close_board(board: Board) -> None:
@@ -90,8 +118,8 @@ def close_board(board: Board) -> None:
             board.events.close()
 
 
-def _event(line: Mapping[str, Any]) -> Event:
-    """A line of `metrics.jsonl` as a TensorBoard event, with its original time."""
+def _event(line: Mapping[str, Any], pictures: Sequence[Path] = ()) -> Event:
+    """A line of `metrics.jsonl` as a TensorBoard event, with its original time, and pictures."""
     # Not tensorboardX's `scalar`, which is ASCII only: 天 and 地 would both become `_`.
     scalars = [
         Summary.Value(
@@ -101,8 +129,15 @@ def _event(line: Mapping[str, Any]) -> Event:
         for key, value in line.items()
         if key not in ("step", "time")
     ]
-    wall_time = line.get("time", time.time())
-    return Event(step=line["step"], summary=Summary(value=scalars), wall_time=wall_time)
+    wall_time, shown = line.get("time", time.time()), [_picture(path) for path in pictures]
+    return Event(step=line["step"], summary=Summary(value=scalars + shown), wall_time=wall_time)
+
+
+def _picture(path: Path) -> Any:
+    png = path.read_bytes()
+    width, height = struct.unpack(">II", png[16:24])  # of the header
+    image = Summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=png)
+    return Summary.Value(tag=f"val/{path.stem}", image=image)
 
 
 def _lines_until(text: str, last_step: int) -> list[str]:

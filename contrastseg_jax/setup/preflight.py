@@ -19,6 +19,7 @@ from contrastseg_jax.files import TFDS_MISREADS, require_literal
 from contrastseg_jax.models.zoo import model_names, part_names, stage_names
 from contrastseg_jax.parallel import device_memory
 from contrastseg_jax.run.logging import log
+from contrastseg_jax.run.weights_and_biases import is_installed
 from contrastseg_jax.setup.resolve import (
     adopt_image_format,
     build_model,
@@ -101,6 +102,11 @@ def check(
                 device_bytes=device_memory.device_bytes() if mode == "train" else None,
             )
             problems += batch_norm_problems(config, num_classes=num_classes)
+    if mode == "train" and config.train.wandb_project and not is_installed():
+        problems.append(
+            f"train.wandb_project = {config.train.wandb_project!r}: needs the package wandb; pip"
+            " install wandb"
+        )
     if problems:
         raise listed("the config", problems)
 

@@ -10,7 +10,7 @@ from contrastseg_jax.evaluation.evaluate import Evaluator, evaluate
 from contrastseg_jax.parallel import processes, sharding
 from contrastseg_jax.parallel.processes import StopRequests
 from contrastseg_jax.report import curves
-from contrastseg_jax.run.board import Board, write_metrics
+from contrastseg_jax.run.board import Board, evaluation_pictures, write_metrics
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.workdir import evaluation_folder, has_stalled
 from contrastseg_jax.structs import TrainState
@@ -55,7 +55,8 @@ def score(
     if board:
         scores = {key: results[key] for key in ("mean_iou", "pixel_accuracy")}
         scores |= {f"iou_{name}": value for name, value in results["iou"].items()}
-        write_metrics(workdir, board, step, {f"val/{key}": value for key, value in scores.items()})
+        numbers = {f"val/{key}": value for key, value in scores.items()}
+        write_metrics(workdir, board, step, numbers, evaluation_pictures(workdir, step))
         with best_effort(str(workdir / "curves.png")):
             curves.save_curves(workdir / "curves.png", workdir / "metrics.jsonl")
         log.info(f"step {step}  val mIoU {results['mean_iou']:.4f}")

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from contrastseg_jax.config.tree import Config
 from contrastseg_jax.parallel import processes
 from contrastseg_jax.run import checkpoint_writer
-from contrastseg_jax.run.board import open_metrics_log
+from contrastseg_jax.run.board import Board, open_metrics_log
 from contrastseg_jax.run.claim import claimed
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.record import add_start
+from contrastseg_jax.run.weights_and_biases import open_sinks
 from contrastseg_jax.run.workdir import evaluation_folder, record_images, saved_steps
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.training.feed import make_batches, step_images, take_steps
@@ -94,7 +96,7 @@ def _train(setup: Setup, workdir: Path, begin: Start, data: TrainingData) -> int
         keep_checkpoints = config.train.keep_checkpoints
         writer = checkpoint_writer.open_writer(workdir, keep_checkpoints=keep_checkpoints)
         writer = stack.enter_context(writer)
-        board = stack.enter_context(open_metrics_log(workdir, begin.step)) if is_first else None
+        board = stack.enter_context(_open_board(workdir, begin.step, config)) if is_first else None
         batches = stack.enter_context(
             contextlib.closing(make_batches(setup, data.source, begin.step))
         )
@@ -115,6 +117,13 @@ def _train(setup: Setup, workdir: Path, begin: Start, data: TrainingData) -> int
         schedule, now = begin.schedule, time.monotonic()
         progress = Progress(config, schedule, workdir, board, images_of, now)
         return _loop(Run(setup, steps, bar, progress, writer, score_state, requests), begin)
+
+
+@contextlib.contextmanager
+def _open_board(workdir: Path, step: int, config: Config) -> Iterator[Board]:
+    """Where the numbers of a run that goes on after `step` are written."""
+    with open_sinks(workdir, config) as sinks, open_metrics_log(workdir, step, sinks) as board:
+        yield board
 
 
 def _loop(run: Run, begin: Start) -> int | None:

@@ -100,6 +100,7 @@ def scalars(workdir):
         (value.tag, event.step, value.simple_value, event.wall_time)
         for event in events(workdir)
         for value in event.summary.value
+        if value.HasField("simple_value")
     ]
 
 

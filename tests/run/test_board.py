@@ -7,11 +7,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from paths import ROOT
 from program import events, scalars
 
-from contrastseg_jax.run.board import close_board, open_board, write_metrics
+from contrastseg_jax.data.images import encode_png
+from contrastseg_jax.run.board import (
+    close_board,
+    evaluation_pictures,
+    open_board,
+    write_metrics,
+)
+from contrastseg_jax.run.workdir import evaluation_folder
 
 
 def read(workdir):
@@ -103,3 +111,38 @@ def test_pytorch_is_not_imported():
     code = "import sys; from contrastseg_jax.run import board; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
+
+
+def test_pictures_of_evaluations_are_in_tensorboard_after_a_restart_too(tmp_path):
+    folder = evaluation_folder(tmp_path, 4)
+    folder.mkdir(parents=True)
+    png = encode_png(np.arange(30, dtype=np.uint8).reshape(2, 5, 3))
+    (folder / "000007.png").write_bytes(png)
+    board = open_board(tmp_path, 0)
+    write_metrics(tmp_path, board, 3, {"train/loss": 1.0})
+    write_metrics(tmp_path, board, 4, {"val/mean_iou": 0.5}, evaluation_pictures(tmp_path, 4))
+    close_board(board)
+    for _ in range(2):
+        shown = [
+            (value.tag, event.step, value.image)
+            for event in events(tmp_path)
+            for value in event.summary.value
+            if value.HasField("image")
+        ]
+        ((tag, step, image),) = shown
+        assert (tag, step) == ("val/000007", 4) and image.encoded_image_string == png
+        assert (image.height, image.width, image.colorspace) == (2, 5, 3)
+        close_board(open_board(tmp_path, 4))
+
+
+def test_other_trackers_get_the_same_and_cannot_stop_a_run(tmp_path, caplog):
+    got = []
+
+    def broken(*_):
+        raise ConnectionError("no network")
+
+    board = open_board(tmp_path, 0, (broken, lambda *arguments: got.append(arguments)))
+    write_metrics(tmp_path, board, 1, {"train/loss": 1.5})
+    close_board(board)
+    assert got == [(1, {"train/loss": 1.5}, ())]
+    assert "a tracker: no network; continuing without it" in caplog.text
