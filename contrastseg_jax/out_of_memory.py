@@ -12,9 +12,9 @@ WORK = {
     "training/train.py": (
         "training",
         "Lower augment.crop_size, train.batch_size or, with contrast,"
-        " contrast.anchors_per_image; set model.dtype=bfloat16 or model.remat; a bank shrinks with"
-        " memory.pixel_size, memory.dtype=bfloat16 or memory.sharding=slots. --mode=plan shows what"
-        " fits",
+        " contrast.anchors_per_image; set model.dtype=bfloat16, model.remat or"
+        " train.accumulation_steps; a bank shrinks with memory.pixel_size, memory.dtype=bfloat16 or"
+        " memory.sharding=slots. --mode=plan shows what fits",
     ),
     "evaluation/evaluate.py": (
         "evaluating",

@@ -72,7 +72,10 @@ def test_frozen_parts_do_not_change():
 
 @pytest.mark.parametrize(
     ("name", "freeze"),
-    [("fcn_r18", ("stem", "layer2")), ("deeplabv3_r18", ("layer1",)), ("fcn_r18", ("backbone",))],
+    [
+        *(("fcn_r18", ("stem", "layer2")), ("deeplabv3_r18", ("layer1",))),
+        *(("fcn_r18", ("backbone",)), ("hrnet_tiny", ("stem", "stage3"))),
+    ],
 )
 def test_frozen_statistics_do_not_move(name, freeze):
     model = model_of(name, freeze)
