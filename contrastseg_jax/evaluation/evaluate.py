@@ -386,7 +386,7 @@ def evaluate_run(
         processes.sync_errors(lambda: find_step(workdir, checkpoint))
     source = processes.first_then_others(lambda: open_split(setup.data, split))
     recorded = recorded_images(workdir, f"split/{split}")
-    if recorded not in (None, read_names(source, split)):
+    if recorded is not None and recorded != read_names(source, split):
         log.warning(
             f"{split}: images have come or gone since the run began with those that"
             f" {workdir}/split/{split}.txt lists; it may have been trained on some of these"
