@@ -22,6 +22,10 @@ SELECTED = ("contrast.num_positives=2", "contrast.num_negatives=2")
         ("contrast.positives=random", "contrast.negatives=hardest", "model.dtype=bfloat16"),
         ("contrast.negatives=hardest", "contrast.approximate=True", "memory.dtype=bfloat16"),
         ("optim.name=adamw", "optim.clip_norm=1.0", "train.accumulation_steps=2"),
+        (
+            "loss.cross_entropy.label_smoothing=0.1",
+            *(f"loss.terms.{name}=1.0" for name in ("ohem", "focal", "lovasz", "rmi", "dice")),
+        ),
     ],
 )
 def test_a_step_leaves_the_types_of_the_state_as_they_are(settings):

@@ -47,7 +47,7 @@ def lovasz(logits: Float[Array, "b hs ws k"], label: UInt8[Array, "b h w"]) -> F
             return (error * jaccard_steps(order, true)).sum()
 
         is_present = true.any()
-        return lax.cond(is_present, loss, lambda _: jnp.zeros(()), logits), is_present
+        return lax.cond(is_present, loss, lambda _: jnp.zeros((), jnp.float32), logits), is_present
 
     classes = jnp.arange(num_classes, dtype=jnp.int32)
     losses, present = lax.map(

@@ -69,5 +69,5 @@ def segmentation_loss(
             found[term.name] += aux_weight * term.loss(output.aux_logits, label)
         if share is not None and term.name in PIXEL_MEANS:
             found[term.name] *= share
-    total = sum((term.weight * found[term.name] for term in terms), jnp.zeros(()))
+    total = sum((term.weight * found[term.name] for term in terms), jnp.zeros((), jnp.float32))
     return total, found
