@@ -110,6 +110,11 @@ def _any(mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(jnp.any, out_shardings=replicated(mesh))
 
 
+def is_finite(tree: Any) -> jax.Array:
+    """Inside `jit`: whether all values of a tree are finite."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
 def all_finite(tree: Any, mesh: Mesh) -> jax.Array:
     """Whether all values of arrays on the mesh are finite: the same answer in all processes."""
     return _all_finite(mesh)(tree)
@@ -117,10 +122,7 @@ def all_finite(tree: Any, mesh: Mesh) -> jax.Array:
 
 @functools.cache
 def _all_finite(mesh: Mesh) -> jax.stages.Wrapped:
-    def all_finite(tree: Any) -> jax.Array:
-        return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-    return jax.jit(all_finite, out_shardings=replicated(mesh))
+    return jax.jit(is_finite, out_shardings=replicated(mesh))
 
 
 def fetch(tree: Any) -> Any:

@@ -1,6 +1,6 @@
 """A step of a run taken again: its batch, and what of its loss and gradients is not finite."""
 
-import functools
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,17 +25,10 @@ from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import IGNORE_LABEL, Batch, TrainState
 from contrastseg_jax.text import count_of
 from contrastseg_jax.training.feed import make_batches, step_images, take_steps
-from contrastseg_jax.training.micro_batches import (
-    CONCAT,
-    MEAN,
-    in_micro_batches,
-    label_weight,
-    row_numbers,
-)
 from contrastseg_jax.training.optim import build_optimizer
 from contrastseg_jax.training.start import open_data, weigh_classes
 from contrastseg_jax.training.state import abstract_state, init_state, state_sharding
-from contrastseg_jax.training.train_step import compile_step, gradients
+from contrastseg_jax.training.train_step import batch_gradients, compile_step
 
 MOST_NAMED = 3  # arrays in a line of the log
 
@@ -66,8 +59,9 @@ def replay(setup: Setup, workdir: Path, step: int) -> None:
     found = examine(setup, state, batch) | {"step": step, "images": _describe(batch, names)}
     folder = workdir / "replay" / str(step)
     write_atomically(folder / "replay.json", to_json(found) + "\n")
-    with (folder / "batch.npz").open("wb") as file:
-        np.savez(file, image=batch.image, label=batch.label, example_id=batch.example_id)
+    content = io.BytesIO()
+    np.savez(content, image=batch.image, label=batch.label, example_id=batch.example_id)
+    write_atomically(folder / "batch.npz", content.getvalue())
     examples = [Example(*row) for row in zip(names, batch.image, batch.label, strict=True)]
     with best_effort(str(folder / "batch.png")):
         pictures.save_sheet(folder / "batch.png", examples, setup.classes, f"step {step}")
@@ -84,9 +78,7 @@ def examine(setup: Setup, state: TrainState, batch: Batch) -> dict[str, Any]:
 
     @jax.jit
     def of_step(state: TrainState, batch: Batch) -> Any:
-        of_batch = functools.partial(gradients, setup, state, label_weight(setup, batch.label))
-        of_batch = in_micro_batches(of_batch, setup, (MEAN, MEAN, MEAN, CONCAT))
-        (grads, _), batch_stats, metrics, _ = of_batch(batch, row_numbers(batch))
+        (grads, _), batch_stats, metrics, _ = batch_gradients(setup, state, batch)
         trees = {"gradients": grads, "batch_stats": batch_stats}
         return metrics, jax.tree.map(lambda x: jnp.isfinite(x).all(), trees)
 

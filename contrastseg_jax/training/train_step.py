@@ -54,16 +54,12 @@ def train_step(
     Metric `skipped`: 1 in such a step, else 0.
     """
     config, mesh, objective = setup.config, setup.mesh, setup.objective
-    # Gathered if sharded, as only batches are computed in parallel.
-    whole = dataclasses.replace(state, params=sharding.replicate(state.params, mesh))
-    of_batch = functools.partial(gradients, setup, whole, label_weight(setup, batch.label))
-    of_batch = in_micro_batches(of_batch, setup, (MEAN, MEAN, MEAN, CONCAT))
-    (grads, squares), batch_stats, metrics, extract = of_batch(batch, row_numbers(batch))
+    (grads, squares), batch_stats, metrics, extract = batch_gradients(setup, state, batch)
     if objective is not None and config.loss.segmentation_weight:
         ratio = squares.embedding / jnp.maximum(squares.logits, 1e-30)
         metrics["gradient_ratio"] = jnp.sqrt(ratio)
     # Known before the update, which is then made in place.
-    is_finite = all_finite((metrics["loss"], grads, batch_stats))
+    is_finite = sharding.is_finite((metrics["loss"], grads, batch_stats))
     metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     old = trained(setup.model, variables)
@@ -91,9 +87,15 @@ def train_step(
     return state, metrics
 
 
-def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether all values of a tree are finite."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+def batch_gradients(
+    setup: Setup, state: TrainState, batch: Batch
+) -> tuple[tuple[Any, Probes], Any, Metrics, Extract]:
+    """`gradients` of a whole batch, in as many micro-batches as the config says."""
+    # Gathered if sharded, as only batches are computed in parallel.
+    whole = dataclasses.replace(state, params=sharding.replicate(state.params, setup.mesh))
+    of_batch = functools.partial(gradients, setup, whole, label_weight(setup, batch.label))
+    of_batch = in_micro_batches(of_batch, setup, (MEAN, MEAN, MEAN, CONCAT))
+    return of_batch(batch, row_numbers(batch))
 
 
 def unless_skipped(is_finite: Bool[Array, ""], after: Any, before: Any) -> Any:
