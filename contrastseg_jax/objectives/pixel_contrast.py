@@ -1,8 +1,7 @@
 """The paper's objective: Eq. 3 on sampled anchors, with or without the memory bank as its state."""
 
-import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,11 +11,15 @@ from jaxtyping import Array, Bool, Float, Key
 from contrastseg_jax.config.rules import splits_memory, uses_memory
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.contrast import memory_bank
-from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
-from contrastseg_jax.contrast.loss import pixel_contrast_loss
+from contrastseg_jax.contrast.contrast_step import (
+    BankKeys,
+    bank_keys,
+    bank_metrics,
+    contrast_loss,
+)
 from contrastseg_jax.objectives.objective import ImageKeys, Label, Metrics, Objective
 from contrastseg_jax.parallel import sharding
-from contrastseg_jax.structs import IGNORE_LABEL, MemoryBank, SegmentationOutput
+from contrastseg_jax.structs import MemoryBank, SegmentationOutput
 
 
 def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mesh) -> Objective:
@@ -35,9 +38,9 @@ def pixel_contrast(config: Config, *, num_classes: int, proj_dim: int, mesh: Mes
         warmup_steps=contrast_start(config),
         ramp_steps=contrast.ramp_steps,
         init=init if uses_memory(config) else lambda: None,
-        loss=partial(contrast_loss, settings=contrast, mesh=mesh, split=split),
+        loss=partial(loss_of_output, settings=contrast, mesh=mesh, split=split),
         extract=partial(
-            bank_keys,
+            extract_keys,
             num_classes=num_classes,
             pixels_per_class=memory.pixels_per_class,
             only_correct=memory.key_pixels == "correct",
@@ -55,7 +58,7 @@ def contrast_start(config: Config) -> int:
     return config.contrast.warmup_steps if config.loss.segmentation_weight else 0
 
 
-def contrast_loss(
+def loss_of_output(
     bank: MemoryBank | None,
     output: SegmentationOutput,
     label: Label,
@@ -66,30 +69,22 @@ def contrast_loss(
     mesh: Mesh,
     split: bool,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Eq. 3 between sampled anchors and the candidates that `settings` name, and diagnostics.
+    """`contrast_loss` of a network's output, by the settings `contrast` of a config.
 
-    `image_rng` draws the anchors, `rng` positives and negatives. `split`: each device of the mesh
-    holds a part of the bank's slots.
+    `split`: each device of the mesh holds a part of the bank's slots.
     """
-    anchors = sample_anchors(
+    return contrast_loss(
         require_embedding(output),
         label,
         lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32),
+        bank,
         image_rng,
-        num_classes=output.logits.shape[-1],
-        anchors_per_image=num_anchors(settings.anchors_per_image, label.shape[1:]),
-        max_views=settings.max_views,
-        strategy=settings.anchors,
-    )
-    candidates = ()
-    if settings.candidates in ("batch", "both"):
-        candidates += (batch_candidates(anchors),)
-    if bank is not None:
-        candidates += memory_bank.memory_candidates(bank)
-    return pixel_contrast_loss(
-        anchors,
-        candidates,
         rng,
+        num_classes=output.logits.shape[-1],
+        candidates=settings.candidates,
+        anchors=settings.anchors,
+        anchors_per_image=settings.anchors_per_image,
+        max_views=settings.max_views,
         temperature=settings.temperature,
         base_temperature=settings.base_temperature,
         positives=settings.positives,
@@ -102,15 +97,7 @@ def contrast_loss(
     )
 
 
-class BankKeys(NamedTuple):
-    """What each image of a batch gives to the bank: rows and their `valid` masks."""
-
-    pixel: tuple[Float[Array, "b k v d"], Bool[Array, "b k v"]]
-    segment: tuple[Float[Array, "b k 1 d"], Bool[Array, "b k 1"]]
-    right: Bool[Array, "b k v"]  # which of the pixels were predicted correctly
-
-
-def bank_keys(
+def extract_keys(
     output: SegmentationOutput,
     label: Label,
     image_rng: ImageKeys,
@@ -119,23 +106,15 @@ def bank_keys(
     pixels_per_class: int,
     only_correct: bool,
 ) -> BankKeys:
-    """Pixels and class means of each image.
-
-    `image_rng` draws the pixels. `only_correct`: keys are made of pixels that the network predicts
-    correctly alone (Alonso et al., ICCV 2021).
-    """
-    embedding = require_embedding(output)
-    correct = lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32) == label
-    if only_correct:
-        label = jnp.where(correct, label, IGNORE_LABEL)
-    index, valid = memory_bank.draw_pixels(
-        label, image_rng, num_classes=num_classes, pixels_per_class=pixels_per_class
-    )
-    right = memory_bank.values_at(correct[..., None], index)[..., 0]
-    return BankKeys(
-        pixel=(memory_bank.values_at(embedding, index), valid),
-        segment=memory_bank.segment_keys(embedding, label, num_classes=num_classes),
-        right=valid & right,
+    """`bank_keys` of a network's output; `image_rng` draws the pixels."""
+    return bank_keys(
+        require_embedding(output),
+        label,
+        lax.argmax(output.logits, output.logits.ndim - 1, jnp.int32),
+        image_rng,
+        num_classes=num_classes,
+        pixels_per_class=pixels_per_class,
+        only_correct=only_correct,
     )
 
 
@@ -157,26 +136,7 @@ def update_bank(
     rows = sharding.replicate((keys.pixel, keys.segment), mesh)
     rows = [(embedding, valid & is_taken) for embedding, valid in rows]
     bank = memory_bank.enqueue(bank, *rows, mesh=mesh if split else None)
-    fill = memory_bank.fill_ratio(bank)
-    metrics = {
-        "memory_fill": fill.mean(),
-        "memory_fill_min": fill.min(),
-        "memory_age": memory_bank.mean_age(bank),
-    }
-    if bank.pixel.size:
-        drawn = keys.right, keys.pixel[1]
-        num_right, num_keys = (jnp.sum(x, dtype=jnp.float32) for x in drawn)
-        metrics["correct_keys"] = num_right / jnp.maximum(num_keys, 1.0)
-    return bank, metrics
-
-
-def num_anchors(given: int, map_size: tuple[int, ...]) -> int:
-    """Anchors per image: `given`, or if that is 0, by the size of the embedding map.
-
-    A sixteenth of its cells, clipped to 16..512. The cost of the contrast loss is quadratic in the
-    anchors, that of the network linear in the cells.
-    """
-    return given or min(max(math.prod(map_size) // 16, 16), 512)
+    return bank, bank_metrics(bank, keys)
 
 
 def require_embedding(output: SegmentationOutput) -> Float[Array, "b hs ws d"]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from contrastseg_jax.config.load import inherit_image_format
 from contrastseg_jax.config.rules import LEFT_OPEN, micro_batch_size, uses_contrast
 from contrastseg_jax.config.tree import Config, leaves, replaced
+from contrastseg_jax.contrast.contrast_step import num_anchors as anchors_of_map
 from contrastseg_jax.data.dataset import dataset_spec, label_map
 from contrastseg_jax.data.spec import Preprocessing
 from contrastseg_jax.losses.segmentation import CLASS_WEIGHTED, PIXEL_LOSSES, Term
@@ -106,7 +107,7 @@ def num_cells(config: Config, model: Segmenter) -> int:
 def num_anchors(config: Config, model: Segmenter) -> int:
     """Anchors sampled from each training image."""
     map_size = training_shapes(config, model).output_size
-    return pixel_contrast.num_anchors(config.contrast.anchors_per_image, map_size)
+    return anchors_of_map(config.contrast.anchors_per_image, map_size)
 
 
 def adopt_image_format(config: Config, run: Config | None) -> Config:

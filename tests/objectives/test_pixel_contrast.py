@@ -7,7 +7,7 @@ import pytest
 from small import make_config
 
 from contrastseg_jax.contrast import memory_bank
-from contrastseg_jax.objectives.pixel_contrast import bank_keys, pixel_contrast, update_bank
+from contrastseg_jax.objectives.pixel_contrast import extract_keys, pixel_contrast, update_bank
 from contrastseg_jax.parallel.sharding import make_mesh
 from contrastseg_jax.structs import IGNORE_LABEL, SegmentationOutput
 
@@ -32,7 +32,7 @@ def test_keys_are_those_of_all_pixels_or_of_correct_ones(only_correct):
     )
     keys = jax.random.split(jax.random.key(0), 2)
     settings = {"num_classes": CLASSES, "pixels_per_class": 20, "only_correct": only_correct}
-    given = bank_keys(output, jnp.asarray(label), keys, **settings)
+    given = extract_keys(output, jnp.asarray(label), keys, **settings)
     on_devices = {"mesh": make_mesh(), "split": False}
     skipped, _ = update_bank(empty, given, jnp.asarray(False), **on_devices)
     assert not np.any(skipped.pixel) and not np.any(skipped.segment_count)

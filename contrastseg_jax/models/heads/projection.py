@@ -2,9 +2,9 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
+from contrastseg_jax.contrast.unit_length import to_unit_length
 from contrastseg_jax.models.layers import batch_norm, conv
 
 
@@ -19,7 +19,4 @@ class ProjectionHead(nn.Module):
         x = conv(x, x.shape[-1], 1, use_bias=True, name="conv1")
         x = nn.relu(batch_norm(x, train=train, name="bn1"))
         x = conv(x, self.proj_dim, 1, use_bias=True, name="conv2").astype(jnp.float32)
-        # A vector of zeros has no direction: it stays, and has no gradient.
-        square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-        has_length = square > 1e-24  # a length of 1e-12, as in PyTorch's F.normalize
-        return jnp.where(has_length, x * lax.rsqrt(jnp.where(has_length, square, 1.0)), 0.0)
+        return to_unit_length(x)
