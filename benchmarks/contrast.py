@@ -25,7 +25,7 @@ from absl import app, flags
 from jax import lax
 from jax.nn import logsumexp, softplus
 
-from contrastseg_jax.config.load import load
+from contrastseg_jax.config.load import load_config
 from contrastseg_jax.contrast import memory_bank
 from contrastseg_jax.contrast.anchors import batch_candidates, sample_anchors
 from contrastseg_jax.contrast.loss import pixel_contrast_loss
@@ -295,7 +295,7 @@ def train_step(recipe: str, size: tuple[int, int], batch_size: int) -> Callable[
     settings += ["contrast.warmup_steps=0"]
     if "folder" in recipe:
         settings += [f"data.class_names={tuple(map(str, range(CLASSES)))}"]
-    return networks.step_program(load(recipe, settings)).run
+    return networks.step_program(load_config(recipe, settings)).run
 
 
 # --- Measuring -----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def counts(names: Sequence[str]) -> None:
     row(*["---"] * 4)
     image = jax.ShapeDtypeStruct((1, 512, 1024, 3), jnp.float32)
     for name in names:
-        model = zoo.build(name, num_classes=CLASSES, proj_dim=PROJ_DIM, dropout_rate=0.0)
+        model = zoo.build_model(name, num_classes=CLASSES, proj_dim=PROJ_DIM, dropout_rate=0.0)
         variables = segmenter.variable_shapes(model)
         sizes = {
             part: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contrastseg_jax.config.load import inherit_image_format, load
+from contrastseg_jax.config.load import inherit_image_format, load_config
 from contrastseg_jax.config.rules import PHOTOGRAPHIC
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.errors import InputError
@@ -47,7 +47,7 @@ class Arguments:
 
 def run_train(arguments: Arguments) -> None:
     """Train, resuming from the newest checkpoint if there is one."""
-    config, workdir = load_config(arguments), arguments.workdir
+    config, workdir = config_for(arguments), arguments.workdir
     with joined_processes(arguments):
         from contrastseg_jax.parallel import processes
         from contrastseg_jax.training.train import train
@@ -61,7 +61,7 @@ def run_replay(arguments: Arguments) -> None:
     """Take a step of a run again, and say what of it is not finite."""
     if not (step := arguments.replay or "").isdecimal():
         raise InputError(f"--replay={step}: must be a step of the run")
-    config, workdir = load_config(arguments), arguments.workdir
+    config, workdir = config_for(arguments), arguments.workdir
     start_logging()
     as_training = dataclasses.replace(arguments, mode="train")
     setup = set_up(config, as_training, run=find_run(workdir))
@@ -72,7 +72,7 @@ def run_replay(arguments: Arguments) -> None:
 
 def run_eval(arguments: Arguments) -> None:
     """Evaluate a checkpoint on a split."""
-    config = load_config(arguments)
+    config = config_for(arguments)
     with joined_processes(arguments):
         setup = set_up(config, arguments)
         from contrastseg_jax.evaluation.evaluate import evaluate_run
@@ -83,7 +83,7 @@ def run_eval(arguments: Arguments) -> None:
 
 def run_predict(arguments: Arguments) -> None:
     """Write masks and overlays for image files."""
-    config = load_config(arguments)
+    config = config_for(arguments)
     start_logging()
     setup = set_up(config, arguments)
     from contrastseg_jax.evaluation.predict import predict_run
@@ -105,7 +105,7 @@ def run_embed(arguments: Arguments) -> None:
 
 def run_audit(arguments: Arguments) -> None:
     """Check a data set for errors."""
-    config = load_config(arguments)
+    config = config_for(arguments)
     start_logging()
     from contrastseg_jax.data.audit.report import audit_run
     from contrastseg_jax.setup.preflight import check
@@ -116,7 +116,7 @@ def run_audit(arguments: Arguments) -> None:
 
 def run_plan(arguments: Arguments) -> None:
     """Print the memory, compute and communication a run needs, and exit."""
-    config = load_config(arguments)
+    config = config_for(arguments)
     start_logging()
     from contrastseg_jax.planning.plan import plan_run
 
@@ -159,7 +159,7 @@ def run_convert(arguments: Arguments) -> None:
 # --- Shared by several ----------------------------------------------------------------------------
 
 
-def load_config(arguments: Arguments) -> Config:
+def config_for(arguments: Arguments) -> Config:
     """The config given by --config, or that of the run in the workdir."""
     mode, workdir, settings = arguments.mode, arguments.workdir, arguments.settings
     named = [text.partition("=")[0] for text in settings]
@@ -168,7 +168,7 @@ def load_config(arguments: Arguments) -> Config:
         if mode == "audit" and not (workdir / "config.json").exists():
             raise InputError(f"--config: required, as --workdir={workdir} contains no run")
         return read_config(workdir, settings, may_differ=may_differ)
-    config = load(arguments.config, settings)
+    config = load_config(arguments.config, settings)
     if mode in ("eval", "predict", "replay"):
         is_init = arguments.checkpoint == "init"  # which does not need a run
         run = find_run(workdir) if is_init else read_config(workdir)

@@ -21,7 +21,7 @@ WORK = {
         "Lower eval.batch_size; if it is 1 already, the largest images are too large for this"
         " machine",
     ),
-    "evaluation/predict.py": (
+    "evaluation/loaded_network.py": (
         "predicting",
         "The image is too large for this machine: scale it down, or cut it into tiles",
     ),

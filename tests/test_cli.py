@@ -120,7 +120,7 @@ def test_too_little_memory_is_no_traceback(monkeypatch, text):
     def fail(_):
         raise MemoryError(text)
 
-    monkeypatch.setattr(commands, "load_config", fail)
+    monkeypatch.setattr(commands, "config_for", fail)
     with flagsaver.flagsaver():
         cli.FLAGS(["main.py", CONFIG, "--workdir=w"])
         with pytest.raises(SystemExit, match=f"error: out of memory: {text or 'an alloc'}"):
@@ -181,7 +181,7 @@ def test_init_is_refused_in_the_folder_of_another_run(tmp_path):
 
     def config_from(folder):
         settings = [*SETTINGS, f"model.init_from={folder}"]
-        return commands.load_config(arguments_of(*texts, settings=settings))
+        return commands.config_for(arguments_of(*texts, settings=settings))
 
     config = config_from("/other")  # before there is a run
     assert config.model.init_from == "/other"
@@ -200,7 +200,7 @@ def test_photographs_to_predict_may_come_from_another_camera(tmp_path):
     predict = ("--mode=predict", f"--workdir={tmp_path}", "--input=x", f"--output={tmp_path}")
 
     def config_of(*texts, settings=()):
-        return commands.load_config(arguments_of(*texts, settings=settings))
+        return commands.config_for(arguments_of(*texts, settings=settings))
 
     assert config_of(*predict).data.exif_orientation == "applied"
     wishes = ["data.exif_orientation=stored", "data.bit_depth=12"]

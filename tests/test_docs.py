@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 from paths import ROOT
 
 from contrastseg_jax import cli
-from contrastseg_jax.config.load import load
+from contrastseg_jax.config.load import load_config
 from contrastseg_jax.config.rules import broken_rules
 from contrastseg_jax.data.dataset import dataset_names
 from contrastseg_jax.models.zoo import model_names
@@ -50,7 +50,7 @@ def test_every_command_is_understood(command, monkeypatch):
         assert cli.FLAGS([program, *flags]) == [program]
         understood = cli.read_arguments(settings)
         if understood.config:
-            config = load(understood.config, settings)
+            config = load_config(understood.config, settings)
             choices = {"model.name": model_names(), "data.name": dataset_names()}
             problems = broken_rules(config, choices=choices, num_devices=1)
             assert problems == [] or understood.mode == "plan"  # which needs no data

@@ -265,6 +265,6 @@ def test_whatever_a_path_on_the_command_line_holds_its_fault_is_an_error(mode, p
             cli.FLAGS(["main.py", f"--mode={mode}", *arguments])
             understood = cli.read_arguments([])
             if mode != "convert":
-                commands.load_config(understood)
+                commands.config_for(understood)
         except (InputError, OSError) as error:
             assert f"{error}"

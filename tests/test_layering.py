@@ -11,7 +11,7 @@ PACKAGE = ROOT / "contrastseg_jax"
 # From top to bottom: a room sees those of the lines below, and of its own line itself alone.
 ORDER = (
     {"cli"},
-    {"commands"},
+    {"commands", "library"},
     {"planning"},
     {"training"},
     {"evaluation"},

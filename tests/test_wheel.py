@@ -94,26 +94,31 @@ def test_importing_the_package_imports_nothing_else(tmp_path):
     assert [name for name in names if name.startswith("contrastseg_jax")] == ["contrastseg_jax"]
 
 
-def test_the_loss_brings_no_data_set_checkpoint_or_plot_along(tmp_path):
-    code = (
-        "import sys, contrastseg_jax as c;"
-        "c.pixel_contrast_loss, c.sample_anchors, c.enqueue, c.label_at_stride, c.TrainState;"
-        "print(*sys.modules)"
-    )
-    names = {
+# What programs that train, read data or write files import.
+HEAVY = {"matplotlib", "tensorflow_datasets", "orbax", "grain", "ml_collections", "cv2"}
+HEAVY |= {"tensorboardX", "skimage", "sklearn"}
+
+
+@pytest.mark.parametrize(
+    ("names", "absent"),
+    [
+        (
+            "contrast_step pixel_contrast_loss sample_anchors enqueue label_at_stride TrainState",
+            HEAVY | {"optax"},
+        ),
+        ("cross_entropy ohem focal lovasz rmi dice", HEAVY),
+        ("build_model", HEAVY),
+    ],
+    ids=["method", "losses", "networks"],
+)
+def test_names_bring_no_data_set_checkpoint_or_plot_along(names, absent, tmp_path):
+    used = ", ".join(f"c.{name}" for name in names.split())
+    code = f"import sys, contrastseg_jax as c; {used}; print(*sys.modules)"
+    found = {
         name.partition(".")[0] for name in python("-c", code, path=[ROOT], folder=tmp_path).split()
     }
-    assert "jax" in names
-    heavy = {
-        "matplotlib",
-        "tensorflow_datasets",
-        "orbax",
-        "optax",
-        "grain",
-        "ml_collections",
-        "cv2",
-    }
-    assert not names & heavy
+    assert "jax" in found
+    assert not found & absent
 
 
 def test_public_names_are_those_that_type_checkers_see():

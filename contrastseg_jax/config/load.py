@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "configs"
 
 
-def load(name_and_spec: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(name_and_spec: str, overrides: Sequence[str] = ()) -> Config:
     """The config of "RECIPE[:SPEC]" or "FILE.py[:SPEC]", with overrides: "train.batch_size=4"."""
     name, _, spec = name_and_spec.partition(":")
     path = config_file(name)

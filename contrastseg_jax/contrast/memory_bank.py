@@ -17,7 +17,7 @@ from contrastseg_jax.structs import Candidates, MemoryBank
 
 
 def init_memory(
-    *, num_classes: int, pixel_size: int, segment_size: int, proj_dim: int, dtype: str
+    *, num_classes: int, pixel_size: int, segment_size: int, proj_dim: int, dtype: str = "float32"
 ) -> MemoryBank:
     """An empty bank of `pixel_size` and `segment_size` slots per class; size 0 leaves one out."""
     # Each counter an array of its own: a buffer can be donated only once.

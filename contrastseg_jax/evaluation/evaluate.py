@@ -377,8 +377,8 @@ def batch_size(setup: Setup) -> int:
 
 def evaluate_run(
     setup: Setup, workdir: Path, checkpoint: str, split: str, output: Path | None = None
-) -> None:
-    """Evaluate a checkpoint of a workdir, and print the table of its scores.
+) -> dict[str, Any]:
+    """Evaluate a checkpoint of a workdir, log the table of its scores, and return them.
 
     `output`: folder for the results; then nothing is written to the workdir.
     """
@@ -405,3 +405,4 @@ def evaluate_run(
     for line in table([(row, f"{x:.4f}") for row, x in evaluation.score_rows(results).items()]):
         log.info(line)
     log.info(f"pictures: {folder / 'index.html'}")
+    return results

@@ -2,9 +2,8 @@
 
 import errno
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -23,27 +22,19 @@ from contrastseg_jax.data.images import (
     image_size,
 )
 from contrastseg_jax.data.labels import to_mask_values
-from contrastseg_jax.data.preprocess import pad, padded_size, resize_image, resized_size, too_large
+from contrastseg_jax.data.preprocess import padded_size, resized_size
 from contrastseg_jax.data.spec import Decoding, LabelMap
 from contrastseg_jax.errors import InputError, best_effort, listed
-from contrastseg_jax.evaluation import programs
-from contrastseg_jax.evaluation.evaluate import compile_network
 from contrastseg_jax.evaluation.inputs import RESULTS, find_images, skipped_message
+from contrastseg_jax.evaluation.loaded_network import load_setup
 from contrastseg_jax.files import write_atomically
-from contrastseg_jax.models.segmenter import Variables
-from contrastseg_jax.ops.resize import resized_argmax
 from contrastseg_jax.out_of_memory import is_out_of_memory
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
-from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.text import count_of
 
-LogitsFn = Callable[[Variables, Any], Any]
-
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors that every other file would get too
-
-argmax_programs = programs.by_shape(resized_argmax)
 
 
 def predict_run(
@@ -57,9 +48,8 @@ def predict_run(
     """
     found = find_images(inputs, output)
     _require_own_output(output)
-    variables, _ = load_network(setup, workdir, checkpoint)
+    network = load_setup(setup, workdir, checkpoint)
     set_compilation_cache(setup.config, workdir)
-    logits_fn = functools.partial(programs.run, compile_network(setup))
     _make_folders(output, setup.classes)
     for line in (skipped_message(found.others), _renamed_message(found.renamed)):
         if line:
@@ -71,7 +61,7 @@ def predict_run(
             try:
                 content = _content(path)
                 image = decode_image(content, str(path), setup.data.decoding)
-                prediction = predict_image(setup, logits_fn, variables, image)
+                prediction = network.predict(image)
                 _write(output, name, image, prediction, setup.classes)
             except (OSError, InputError, MemoryError, RuntimeError, cv2.error) as error:
                 problems.append(_problem(path, error))
@@ -93,33 +83,6 @@ def predict_run(
         log.info(f"{count_of(num_long, 'overlay')} written as PNG: a side is too long for JPEG")
     if problems:
         raise listed(" ".join(inputs), problems, limit=len(problems))
-
-
-def predict_image(
-    setup: Setup,
-    logits_fn: LogitsFn,
-    variables: Variables,
-    image: UInt8[np.ndarray, "h w 3"],
-) -> UInt8[np.ndarray, "h w"]:
-    """Class ids at the image's original size; preprocessed as in evaluation.
-
-    Raises:
-        InputError: the image is too large, originally or after resizing.
-    """
-    own_size, multiple = (image.shape[0], image.shape[1]), setup.config.eval.pad_multiple
-    short_side, color = setup.preprocessing.short_side, setup.preprocessing.pad_color
-    if problem := too_large(own_size, short_side, multiple):
-        raise InputError(problem)
-    size = resized_size(own_size, short_side)
-    padded = pad(resize_image(image, size), padded_size(size, multiple), color)[None]
-    classes = programs.run(
-        argmax_programs,
-        logits_fn(variables, padded),
-        *(np.array([size], np.int32), np.array([own_size], np.int32)),
-        padded_image=padded.shape[1:3],
-        padded_label=padded_size(own_size, multiple),
-    )
-    return np.asarray(classes)[0, : own_size[0], : own_size[1]].astype(np.uint8)
 
 
 def _require_own_output(output: Path) -> None:

@@ -114,7 +114,7 @@ for _name, _spec in CONVNEXT_SPECS.items():
 
 
 def model_names() -> tuple[str, ...]:
-    """Every name that `build` knows."""
+    """Every name that `build_model` knows."""
     return tuple(NETWORKS)
 
 
@@ -139,12 +139,12 @@ def backbone_families() -> tuple[TorchNames, ...]:
     return tuple({spec.backbone.torch_names: None for spec in NETWORKS.values()})
 
 
-def build(
+def build_model(
     name: str,
     *,
     num_classes: int,
-    proj_dim: int,
-    dropout_rate: float,
+    proj_dim: int = 0,
+    dropout_rate: float | None = None,
     proj_input: str = "features",
     dtype: str = "float32",
     remat: tuple[str, ...] = (),
@@ -152,13 +152,17 @@ def build(
 ) -> Segmenter:
     """The network `name`; an InputError with the nearest names where there is none.
 
-    `remat`: stages of the backbone (`stage_names`) whose insides are computed again for the
-    gradient instead of kept. `freeze`: parts of the backbone (`part_names`) that are not trained.
+    `proj_dim`: length of the embeddings that a projection head makes in training; 0: it has none.
+    `dropout_rate`: None for the network's own. `proj_input`: what that head reads, the features
+    or "last". `remat`: stages of the backbone (`stage_names`) whose insides are computed again for
+    the gradient instead of kept. `freeze`: parts of the backbone (`part_names`) that are not
+    trained.
     """
     if name not in NETWORKS:
         near = difflib.get_close_matches(name, model_names()) or model_names()
         raise InputError(f"model.name = {name!r}: no such network; nearest: {', '.join(near)}")
     spec = NETWORKS[name]
+    dropout_rate = spec.dropout_rate if dropout_rate is None else dropout_rate
     neck = spec.neck() if spec.neck else None
     cls_head = spec.cls_head(num_classes=num_classes, dropout_rate=dropout_rate)
     aux_head = None

@@ -87,6 +87,51 @@ def resized_argmax(
     gather as in `resize_bilinear`. It scans over the classes: all logits at the size of the labels
     would be the largest array of an evaluation.
     """
+    resize = _resize_and_crop(logits, image_size, label_size, padded_image, padded_label)
+
+    def compare(best: tuple[Array, Array], current: tuple[Array, Array]) -> tuple[Any, None]:
+        (largest, classes), (number, x) = best, current
+        x = resize(x)
+        return (jnp.maximum(x, largest), jnp.where(x > largest, number, classes)), None
+
+    shape = (logits.shape[0], *padded_label)
+    start = jnp.full(shape, -jnp.inf, logits.dtype), jnp.zeros(shape, jnp.int32)
+    numbers = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    (_, classes), _ = jax.lax.scan(compare, start, (numbers, jnp.moveaxis(logits, -1, 0)))
+    return classes
+
+
+def resized_logits(
+    logits: Float[Array, "b hs ws k"],
+    image_size: Int[Array, "b 2"],
+    label_size: Int[Array, "b 2"],
+    *,
+    padded_image: tuple[int, int],
+    padded_label: tuple[int, int],
+) -> Float[Array, "b h w k"]:
+    """The logits of which `resized_argmax` is the argmax, for those who want all of them."""
+    resize = _resize_and_crop(logits, image_size, label_size, padded_image, padded_label)
+    return jnp.moveaxis(jax.lax.map(resize, jnp.moveaxis(logits, -1, 0)), 0, -1)
+
+
+def resized_probabilities(
+    logits: Float[Array, "b hs ws k"],
+    image_size: Int[Array, "b 2"],
+    label_size: Int[Array, "b 2"],
+    **padded: tuple[int, int],
+) -> Float[Array, "b h w k"]:
+    """The softmax of `resized_logits`, which takes the same arguments."""
+    return jax.nn.softmax(resized_logits(logits, image_size, label_size, **padded), axis=-1)
+
+
+def _resize_and_crop(
+    logits: Float[Array, "b hs ws k"],
+    image_size: Int[Array, "b 2"],
+    label_size: Int[Array, "b 2"],
+    padded_image: tuple[int, int],
+    padded_label: tuple[int, int],
+) -> Callable[[Float[Array, "b hs ws"]], Float[Array, "b h w"]]:
+    """What `resized_argmax` does to the logits of one class."""
     rows, columns = (
         _crop_taps(
             *(logits.shape[1 + axis], padded_image[axis], image_size[:, axis]),
@@ -96,17 +141,7 @@ def resized_argmax(
     )
     resize_rows = _interpolation(rows, logits.shape[1], axis=0)
     resize_columns = _interpolation(columns, logits.shape[2], axis=1)
-
-    def compare(best: tuple[Array, Array], current: tuple[Array, Array]) -> tuple[Any, None]:
-        (largest, classes), (number, x) = best, current
-        x = resize_rows(resize_columns(x))
-        return (jnp.maximum(x, largest), jnp.where(x > largest, number, classes)), None
-
-    shape = (logits.shape[0], *padded_label)
-    start = jnp.full(shape, -jnp.inf, logits.dtype), jnp.zeros(shape, jnp.int32)
-    numbers = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    (_, classes), _ = jax.lax.scan(compare, start, (numbers, jnp.moveaxis(logits, -1, 0)))
-    return classes
+    return lambda x: resize_rows(resize_columns(x))
 
 
 def _interpolation(taps: Taps, size: int, axis: int) -> Callable[[Array], Array]:

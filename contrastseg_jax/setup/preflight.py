@@ -82,7 +82,7 @@ def check(
         choices={"model.name": model_names(), "data.name": dataset_names()},
         num_devices=num_devices,
     )
-    if mode == "plan":  # reads no data
+    if mode in ("plan", "predict"):  # read no data
         problems = [problem for problem in problems if not problem.startswith("data.root")]
     else:
         problems += folder_problems(config)

@@ -79,14 +79,12 @@ def pad_color(image_format: ImageFormat) -> tuple[int, int, int]:
 def build_model(config: Config, num_classes: int) -> Segmenter:
     """The network; without pixel contrast it has no projection head."""
     rate = config.model.dropout_rate
-    if rate < 0:
-        rate = zoo.NETWORKS[config.model.name].dropout_rate
-    return zoo.build(
+    return zoo.build_model(
         config.model.name,
         num_classes=num_classes,
         proj_dim=config.model.proj_dim if uses_contrast(config) else 0,
         proj_input=config.model.proj_input,
-        dropout_rate=rate,
+        dropout_rate=None if rate < 0 else rate,
         dtype=config.model.dtype,
         remat=tuple(config.model.remat),
         freeze=tuple(config.model.freeze),

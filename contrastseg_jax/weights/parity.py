@@ -63,7 +63,9 @@ def own_output(
 
     On the CPU in full float32: accelerators round the inputs of matrix products.
     """
-    model: Any = zoo.build(network, num_classes=max(num_classes, 1), proj_dim=0, dropout_rate=0.0)
+    model: Any = zoo.build_model(
+        network, num_classes=max(num_classes, 1), proj_dim=0, dropout_rate=0.0
+    )
 
     def evaluate(variables: Variables, image: jax.Array) -> jax.Array:
         if num_classes:

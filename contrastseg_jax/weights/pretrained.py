@@ -74,14 +74,23 @@ def is_there(folder: Path) -> bool:
     return (folder / "weights.json").exists() or is_run(folder)
 
 
-def read(folder: Path, network: str) -> Weights:
+def describe(folder: Path) -> Weights:
     """The description of the weights in a folder, or of a run.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    with _named(folder):
+        return run_weights.describe(folder) if is_run(folder) else _read_record(folder)
+
+
+def read(folder: Path, network: str) -> Weights:
+    """The description of the weights in a folder, or of a run, that start a network.
 
     Raises:
         InputError: it is missing or damaged, or the weights are for another backbone.
     """
-    with _named(folder):
-        weights = run_weights.describe(folder) if is_run(folder) else _read_record(folder)
+    weights = describe(folder)
     fitting = sharing_backbone(weights.networks[0])
     if network not in fitting:
         raise InputError(

@@ -58,7 +58,9 @@ def recognize(state: StateDict, *, source: str) -> Recognized:
 
 def _expected(network: str, num_classes: int, proj_dim: int, shapes: Shapes) -> Variables:
     """The variables to fill: of the backbone alone if there is no head, else of all parts."""
-    model = zoo.build(network, num_classes=max(num_classes, 1), proj_dim=proj_dim, dropout_rate=0.0)
+    model = zoo.build_model(
+        network, num_classes=max(num_classes, 1), proj_dim=proj_dim, dropout_rate=0.0
+    )
     leaves = segmenter.variable_shapes(model)
     parts = set(leaves["params"]) if num_classes else {"backbone"}
     if not NETWORKS[network].aux_guides and not any(path[1] == "aux_head" for path in shapes):

@@ -46,7 +46,7 @@ def restore(workdir: Path, checkpoint: str) -> tuple[Variables, Weights]:
         FloatingPointError: a value is not finite.
     """
     weights, run = describe(workdir), read_config(workdir)
-    model = zoo.build(
+    model = zoo.build_model(
         weights.networks[0],
         num_classes=weights.num_classes,
         proj_dim=weights.proj_dim,

@@ -7,7 +7,7 @@ import pytest
 from paths import ROOT
 
 from contrastseg_jax.config.default import VARIANTS
-from contrastseg_jax.config.load import from_json, load, schema
+from contrastseg_jax.config.load import from_json, load_config, schema
 from contrastseg_jax.config.rules import (
     FOLDERS,
     LEFT_OPEN,
@@ -36,7 +36,7 @@ NEEDED = {  # what a user has to say
 
 
 def config_with(*overrides, spec=""):
-    return load(DEFAULT + spec, overrides)
+    return load_config(DEFAULT + spec, overrides)
 
 
 def check_rules(*overrides, num_devices=1):
@@ -58,7 +58,7 @@ def test_every_config_is_valid(path, variant, monkeypatch):
     """The bank fits an accelerator of 16 GB."""
     monkeypatch.setattr(device_memory, "device_bytes", lambda: 16 << 30)
     spec = f":hrnet_tiny,{variant}" if variant else ""
-    config = load(str(path) + spec, NEEDED.get(path.name, []))
+    config = load_config(str(path) + spec, NEEDED.get(path.name, []))
     if path.name != "default.py":
         check(config, mode="train")
     settings = dict(leaves(config))
@@ -315,7 +315,7 @@ def test_folders_are_the_same_by_whatever_path(tmp_path, monkeypatch):
 
 
 def test_recipes_have_the_weights_of_their_classes():
-    config = load(str(ROOT / "configs" / "cityscapes.py"), ["data.root=/data"])
+    config = load_config(str(ROOT / "configs" / "cityscapes.py"), ["data.root=/data"])
     weights = config.loss.class_weights
     assert len(weights) == 19
     assert (weights[0], weights[-1]) == (0.8373, 1.0507)  # road, bicycle
@@ -323,7 +323,7 @@ def test_recipes_have_the_weights_of_their_classes():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_heads_learn_faster_where_they_do_in_the_original(path):
-    config = load(str(path), NEEDED.get(path.name, []))
+    config = load_config(str(path), NEEDED.get(path.name, []))
     faster = path.stem in ("pascal_context", "coco_stuff")
     assert config.optim.head_lr_multiplier == (10 if faster else 1)
 
@@ -331,10 +331,10 @@ def test_heads_learn_faster_where_they_do_in_the_original(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_name_without_py_is_that_of_a_recipe(path, tmp_path, monkeypatch):
     needed = NEEDED.get(path.name, [])
-    expected = load(f"{path}:hrnet_tiny,ce", needed)
+    expected = load_config(f"{path}:hrnet_tiny,ce", needed)
     monkeypatch.chdir(tmp_path)
-    assert load(f"{path.stem}:hrnet_tiny,ce", needed) == expected
-    assert load(path.stem, needed) == load(str(path), needed)
+    assert load_config(f"{path.stem}:hrnet_tiny,ce", needed) == expected
+    assert load_config(path.stem, needed) == load_config(str(path), needed)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_name_without_py_is_that_of_a_recipe(path, tmp_path, monkeypatch):
 )
 def test_an_unknown_recipe_lists_those_there_are(name, hint):
     with pytest.raises(InputError) as error:
-        load(f"{name}:hrnet_tiny,ce")
+        load_config(f"{name}:hrnet_tiny,ce")
     recipes = ", ".join(path.stem for path in FILES)
     known = f"(recipes: {recipes}; or a file of your own, FILE.py)"
     assert str(error.value) == f"--config={name}: no such recipe{hint} {known}"
@@ -350,7 +350,7 @@ def test_an_unknown_recipe_lists_those_there_are(name, hint):
 
 def test_files_that_are_no_config(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such file"):
-        load("configs/nothing.py")
+        load_config("configs/nothing.py")
     with pytest.raises(InputError, match="variant 'cee'"):
         config_with(spec=":hrnet_w18,cee")
     path = tmp_path / "typo.py"
@@ -362,16 +362,16 @@ def test_files_that_are_no_config(tmp_path, monkeypatch):
         "    return config\n"
     )
     with pytest.raises(InputError, match=r'Did you mean "batch_size".*typo.py, line 4'):
-        load(str(path))
+        load_config(str(path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"--config=typo.py:toy: .*\(typo.py, line 4\)"):
-        load("typo.py:toy")
+        load_config("typo.py:toy")
     path.write_text("import nothing_of_this_name\n")
     with pytest.raises(InputError, match="nothing_of_this_name"):
-        load(str(path))
+        load_config(str(path))
     path.write_text("x = 1\n")
     with pytest.raises(InputError, match="get_config"):
-        load(str(path))
+        load_config(str(path))
 
 
 def test_what_is_evaluated_is_decided_by_settings_of_data_and_evaluation():

@@ -16,9 +16,10 @@ from contrastseg_jax.config.tree import replaced
 from contrastseg_jax.data import preprocess
 from contrastseg_jax.data.dataset import dataset_spec, open_split
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.evaluation import predict
+from contrastseg_jax.evaluation import loaded_network, predict
 from contrastseg_jax.evaluation.inputs import find_images
-from contrastseg_jax.evaluation.predict import predict_image, predict_run
+from contrastseg_jax.evaluation.loaded_network import LoadedNetwork
+from contrastseg_jax.evaluation.predict import predict_run
 from contrastseg_jax.parallel import device_memory
 
 
@@ -127,11 +128,11 @@ def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
         return jax.numpy.asarray(logits)
 
     image = np.zeros((40, 64, 3), np.uint8)
-    prediction = predict_image(setup_of(config), logits_fn, {}, image)
+    prediction = LoadedNetwork(setup_of(config), {}, logits_fn).predict(image)
     assert seen == [(1, 64, 64, 3)]
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
     half = override(config, ["data.short_side=20"])
-    prediction = predict_image(setup_of(half), logits_fn, {}, image)
+    prediction = LoadedNetwork(setup_of(half), {}, logits_fn).predict(image)
     assert seen[1] == (1, 32, 32, 3) and prediction.shape == (40, 64)
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
 
@@ -146,14 +147,14 @@ def test_what_one_file_costs_does_not_end_a_folder(trained, photos, tmp_path, mo
     for name, size in (("deep", (64, 90)), ("long", (4, 1000))):
         Image.new("RGB", size).save(photos / f"{name}.png")
     monkeypatch.setattr(preprocess, "MAX_PIXELS", 96 * 288)
-    resize_image = predict.resize_image
+    resize_image = loaded_network.resize_image
 
     def fail(image, size):
         if size == (90, 64):
             raise MemoryError("Unable to allocate 42.4 GiB")
         return resize_image(image, size)
 
-    monkeypatch.setattr(predict, "resize_image", fail)
+    monkeypatch.setattr(loaded_network, "resize_image", fail)
     with pytest.raises(InputError) as error:
         predict_run(*on_one_device(*trained), "latest", [str(photos)], tmp_path / "out")
     title, *lines = str(error.value).splitlines()

@@ -5,7 +5,7 @@ import numpy as np
 import toy  # noqa: F401
 from paths import ROOT
 
-from contrastseg_jax.config.load import load
+from contrastseg_jax.config.load import load_config
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.setup.resolve import initial_variables, resolve
 from contrastseg_jax.structs import IGNORE_LABEL, Batch
@@ -40,7 +40,7 @@ SETTINGS = (
 def make_config(*overrides, variant="memory"):
     """The small config, changed."""
     path = ROOT / "configs" / "default.py"
-    return load(f"{path}:toy,{variant}", (*SETTINGS, *overrides))
+    return load_config(f"{path}:toy,{variant}", (*SETTINGS, *overrides))
 
 
 def make_batch(seed=0, size=4, num_classes=3):

@@ -34,7 +34,7 @@ def drawn(path, shape):
 
 def spelt_out(name, rename, *, num_classes=19, proj_dim=0, values=empty):
     """A state dict of the names that `rename` gives to the modules of a network here."""
-    model = zoo.build(name, num_classes=num_classes, proj_dim=proj_dim, dropout_rate=0.0)
+    model = zoo.build_model(name, num_classes=num_classes, proj_dim=proj_dim, dropout_rate=0.0)
     tensors = {}
     for path, leaf in flatten_dict(segmenter.variable_shapes(model)).items():
         shape = leaf.shape

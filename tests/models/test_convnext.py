@@ -230,7 +230,7 @@ def test_a_single_pixel_trains_to_finite_values(name, monkeypatch):
     network = f"{name}_convnext_tiny"
     small = dataclasses.replace(zoo.NETWORKS[network], backbone=convnext.backbone(spec))
     monkeypatch.setitem(zoo.NETWORKS, network, small)
-    model = zoo.build(network, num_classes=3, proj_dim=4, dropout_rate=0.1)
+    model = zoo.build_model(network, num_classes=3, proj_dim=4, dropout_rate=0.1)
     variables = init_variables(model, 0)
     assert "backbone" not in variables["batch_stats"]
 

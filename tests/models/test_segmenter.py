@@ -18,7 +18,7 @@ from contrastseg_jax.weights.torch_names import locate
 
 pytestmark = pytest.mark.slow
 
-TINY = zoo.build("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.5)
+TINY = zoo.build_model("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def random_image(*shape, seed=0):
 
 def output_shapes(name, *image_shape, train=True):
     """Of logits, auxiliary logits and embeddings."""
-    model = zoo.build(name, num_classes=19, proj_dim=256, dropout_rate=0.1)
+    model = zoo.build_model(name, num_classes=19, proj_dim=256, dropout_rate=0.1)
 
     def init_and_apply(rng, image):
         variables = model.init(rng, image, train=False)
@@ -102,7 +102,7 @@ def test_any_image_size_fits(name, size, expected):
 
 @pytest.mark.parametrize("name", ["deeplabv3_r18", "deeplabv3plus_r18", "hrnet_tiny_ocr"])
 def test_a_single_pixel_trains_to_finite_values(name):
-    model = zoo.build(name, num_classes=3, proj_dim=4, dropout_rate=0.1)
+    model = zoo.build_model(name, num_classes=3, proj_dim=4, dropout_rate=0.1)
     variables = segmenter.init_variables(model, 0)
 
     @jax.jit
@@ -132,14 +132,14 @@ def test_a_single_pixel_trains_to_finite_values(name):
     ],
 )
 def test_number_of_parameters(name, proj_dim, expected):
-    model = zoo.build(name, num_classes=19, proj_dim=proj_dim, dropout_rate=0.0)
+    model = zoo.build_model(name, num_classes=19, proj_dim=proj_dim, dropout_rate=0.0)
     assert num_params(segmenter.variable_shapes(model)["params"]) == expected
 
 
 @pytest.mark.parametrize("name", ["hrnet_tinny", "HRNET_W48", "pspnet"])
 def test_unknown_name_is_refused_with_the_nearest(name):
     with pytest.raises(ValueError, match="model.name = .*nearest: .*hrnet_") as error:
-        zoo.build(name, num_classes=4, proj_dim=16, dropout_rate=0.1)
+        zoo.build_model(name, num_classes=4, proj_dim=16, dropout_rate=0.1)
     assert name in str(error.value)
 
 
@@ -165,7 +165,7 @@ def test_init_is_he_normal_and_a_function_of_the_seed(tiny_variables):
 
 
 def test_networks_that_differ_in_a_head_start_alike(tiny_variables):
-    plain = zoo.build("hrnet_tiny", num_classes=4, proj_dim=0, dropout_rate=0.5)
+    plain = zoo.build_model("hrnet_tiny", num_classes=4, proj_dim=0, dropout_rate=0.5)
     params = segmenter.init_variables(plain, 0)["params"]
     assert "proj_head" not in params
     for part in ("backbone", "cls_head"):
@@ -219,7 +219,7 @@ def test_evaluation_does_not_compute_the_projection_head(tiny_variables):
         cost = jax.jit(evaluate).lower(tiny_variables, jnp.zeros((1, 32, 32, 3))).cost_analysis()
         return cost["flops"]
 
-    plain = zoo.build("hrnet_tiny", num_classes=4, proj_dim=0, dropout_rate=0.5)
+    plain = zoo.build_model("hrnet_tiny", num_classes=4, proj_dim=0, dropout_rate=0.5)
     assert operations(TINY) == operations(plain)
 
 
@@ -227,8 +227,8 @@ def test_evaluation_does_not_compute_the_projection_head(tiny_variables):
 def test_bfloat16_is_of_the_layers_alone(name):
     """Parameters, statistics, results and gradients are float32, and near those of float32."""
     settings = {"num_classes": 3, "proj_dim": 4, "dropout_rate": 0.0}
-    full = zoo.build(name, **settings)
-    half = zoo.build(name, **settings, dtype="bfloat16")
+    full = zoo.build_model(name, **settings)
+    half = zoo.build_model(name, **settings, dtype="bfloat16")
     assert shapes(segmenter.variable_shapes(half)) == shapes(segmenter.variable_shapes(full))
     variables = segmenter.init_variables(half, 0)
     params, batch_stats = variables["params"], variables["batch_stats"]
@@ -260,7 +260,7 @@ def test_bfloat16_is_of_the_layers_alone(name):
 
 def test_recomputed_stages_change_no_gradient(tiny_variables):
     image = jnp.asarray(random_image(2, 32, 32))
-    plain = zoo.build("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.0)
+    plain = zoo.build_model("hrnet_tiny", num_classes=4, proj_dim=16, dropout_rate=0.0)
     again = plain.clone(backbone=plain.backbone.clone(remat=("layer1", "stage2", "stage4")))
 
     def gradient(model):
@@ -318,7 +318,7 @@ def tensors(case):
 @pytest.fixture(scope="module")
 def model(case):
     # The stored outputs were computed without dropout.
-    return zoo.build(case[1], num_classes=19, proj_dim=256, dropout_rate=0.0)
+    return zoo.build_model(case[1], num_classes=19, proj_dim=256, dropout_rate=0.0)
 
 
 def test_evaluation_is_that_of_the_original(model, tensors, stored):
@@ -420,7 +420,7 @@ def test_gradients_are_those_of_the_original(trained, tensors, stored, case):
     ],
 )
 def test_features_are_those_of_which_the_logits_are_made(name, proj_dim):
-    model = zoo.build(name, num_classes=3, proj_dim=proj_dim, dropout_rate=0.1)
+    model = zoo.build_model(name, num_classes=3, proj_dim=proj_dim, dropout_rate=0.1)
     variables = segmenter.init_variables(model, 0)
     assert variables.keys() == {"params", "batch_stats"}
     image = jnp.asarray(random_image(2, 33, 49))
@@ -440,7 +440,7 @@ def test_features_are_those_of_which_the_logits_are_made(name, proj_dim):
     "name", ["fcn_r34", "ocr_r18", "fcn_convnext_tiny", "deeplabv3plus_convnext_tiny"]
 )
 def test_features_are_as_many_as_the_last_layer_reads(name):
-    model = zoo.build(name, num_classes=3, proj_dim=4, dropout_rate=0.1)
+    model = zoo.build_model(name, num_classes=3, proj_dim=4, dropout_rate=0.1)
     shapes = segmenter.variable_shapes(model)
     image = jax.ShapeDtypeStruct((1, 33, 49, 3), jnp.float32)
     describe = partial(segmenter.describe_pixels, model)

@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from paths import ROOT
 from small import make_config, setup_of
 
-from contrastseg_jax.config.load import load, override
+from contrastseg_jax.config.load import load_config, override
 from contrastseg_jax.data.spec import Decoding
 from contrastseg_jax.models import segmenter
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
@@ -59,7 +59,7 @@ def test_anchors_are_a_sixteenth_of_the_cells(name, crop_size, cells, expected):
 def test_recipes_of_published_data_sets_keep_their_number_of_anchors():
     numbers = {}
     for path in (ROOT / "configs").glob("*.py"):
-        numbers[path.stem] = load(str(path)).contrast.anchors_per_image
+        numbers[path.stem] = load_config(str(path)).contrast.anchors_per_image
     published = {"ade20k", "camvid", "cityscapes", "coco_stuff", "pascal_context"}
     assert numbers == {name: 512 if name in published else 0 for name in numbers}
 
@@ -104,7 +104,7 @@ def test_the_network_computes_as_the_config_says():
     ],
 )
 def test_dropout_is_that_of_the_original(model, rate):
-    config = load(f"{ROOT / 'configs' / 'default.py'}:{model}")
+    config = load_config(f"{ROOT / 'configs' / 'default.py'}:{model}")
     assert build_model(config, 3).cls_head.dropout_rate == rate
     config = override(config, ["model.dropout_rate=0.3"])
     assert build_model(config, 3).cls_head.dropout_rate == 0.3
@@ -121,7 +121,7 @@ def test_dropout_is_that_of_the_original(model, rate):
     ],
 )
 def test_dropout_of_auxiliary_heads_is_that_of_the_original(model, rate):
-    config = load(f"{ROOT / 'configs' / 'default.py'}:{model}")
+    config = load_config(f"{ROOT / 'configs' / 'default.py'}:{model}")
     assert build_model(config, 3).aux_head.dropout_rate == pytest.approx(rate)
 
 

@@ -128,7 +128,7 @@ def test_a_convnext_is_converted_without_its_classifier(tmp_path, capsys):
     weights = pretrained.read(tmp_path / "out", "ocr_convnext_tiny")
     assert (weights.networks, weights.image_format) == (networks, IMAGENET)
 
-    model = zoo.build("fcn_convnext_tiny", num_classes=3, proj_dim=4, dropout_rate=0.0)
+    model = zoo.build_model("fcn_convnext_tiny", num_classes=3, proj_dim=4, dropout_rate=0.0)
     fresh = segmenter.init_variables(model, 0)
     started = pretrained.start_from(
         tmp_path / "out", "fcn_convnext_tiny", ("a", "b", "c"), fresh, strict=False

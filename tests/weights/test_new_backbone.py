@@ -52,7 +52,9 @@ def known(monkeypatch):
 
 @pytest.fixture
 def model():
-    return zoo.build("fcn_plain", num_classes=3, proj_dim=0, dropout_rate=0.0, remat=("entry",))
+    return zoo.build_model(
+        "fcn_plain", num_classes=3, proj_dim=0, dropout_rate=0.0, remat=("entry",)
+    )
 
 
 def test_it_trains(model):

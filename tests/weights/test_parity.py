@@ -53,7 +53,7 @@ def whole_patches():
 
 
 def build(network):
-    return zoo.build(network, num_classes=21, proj_dim=0, dropout_rate=0.0)
+    return zoo.build_model(network, num_classes=21, proj_dim=0, dropout_rate=0.0)
 
 
 # --- Against what is stored (tests/helpers/make_peers.py) -----------------------------------------

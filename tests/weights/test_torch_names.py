@@ -26,7 +26,7 @@ NETWORKS = [
 
 def expected_of(name, has_head=False):
     proj_dim = 256 if has_head else 0
-    model = zoo.build(name, num_classes=19, proj_dim=proj_dim, dropout_rate=0.0)
+    model = zoo.build_model(name, num_classes=19, proj_dim=proj_dim, dropout_rate=0.0)
     return segmenter.variable_shapes(model)
 
 
