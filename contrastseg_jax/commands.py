@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from contrastseg_jax.config.load import inherit_image_format, load_config
-from contrastseg_jax.config.rules import PHOTOGRAPHIC
+from contrastseg_jax.config.rules import PHOTOGRAPHIC, PROTOCOL
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.run.logging import start_logging
 from contrastseg_jax.run.several import find_workdirs, read_configs
 from contrastseg_jax.run.workdir import find_run, is_run, read_config, require_same_config
+
+# By mode: settings that may differ from the run's where the command line names them.
+MAY_DIFFER = {"eval": PROTOCOL, "predict": (*PROTOCOL, *PHOTOGRAPHIC)}
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def config_for(arguments: Arguments) -> Config:
     """The config given by --config, or that of the run in the workdir."""
     mode, workdir, settings = arguments.mode, arguments.workdir, arguments.settings
     named = [text.partition("=")[0] for text in settings]
-    may_differ = [path for path in PHOTOGRAPHIC if mode == "predict" and path in named]
+    may_differ = [path for path in MAY_DIFFER.get(mode, ()) if path in named]
     if not arguments.config:
         if mode == "audit" and not (workdir / "config.json").exists():
             raise InputError(f"--config: required, as --workdir={workdir} contains no run")

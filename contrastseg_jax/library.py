@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from contrastseg_jax.config.rules import PROTOCOL
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.evaluation.evaluate import evaluate_run
 from contrastseg_jax.run.workdir import find_run, read_config
@@ -33,15 +34,18 @@ def evaluate(
     checkpoint: str = "best",
     split: str = "val",
     overrides: Sequence[str] = (),
+    output: Folder | None = None,
 ) -> dict[str, Any]:
     """The scores of a run's checkpoint on a split, which are also written to its `eval/STEP/`.
 
-    `checkpoint`: "best" by the mIoU of val, "latest", or a step. `overrides`: settings that decide
-    how, not what, is computed, e.g. "eval.batch_size=1".
+    `checkpoint`: "best" by the mIoU of val, "latest", or a step. `overrides`: settings of the
+    machine and the protocol, e.g. "eval.batch_size=1" or "eval.flip=True". `output`: where to write
+    instead, which another protocol than the run's needs.
 
     Raises:
         InputError: there is no such run, checkpoint or split.
     """
     folder = Path(os.path.expanduser(workdir))
-    setup = preflight.set_up(read_config(folder, overrides), mode="eval")
-    return evaluate_run(setup, folder, checkpoint, split)
+    config = read_config(folder, overrides, may_differ=PROTOCOL)
+    target = None if output is None else Path(os.path.expanduser(output))
+    return evaluate_run(preflight.set_up(config, mode="eval"), folder, checkpoint, split, target)

@@ -85,6 +85,6 @@ def are_whole(values: Sequence[Any], smallest: int, largest: float = math.inf) -
     return all(isinstance(value, int) and smallest <= value <= largest for value in values)
 
 
-def are_numbers(values: Sequence[Any], smallest: int, largest: float = math.inf) -> bool:
+def are_numbers(values: Sequence[Any], smallest: float, largest: float = math.inf) -> bool:
     """Whether all are numbers in a range."""
     return all(isinstance(value, (int, float)) and smallest <= value <= largest for value in values)

@@ -218,6 +218,13 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     config.eval = evaluate = ConfigDict()
     evaluate.batch_size = 8  # images per step, rounded up to a multiple of the devices
     evaluate.pad_multiple = 32  # image sides are padded to a multiple, to compile for few sizes
+    # Factors by which an image is resized, whose logits are averaged (original, for test scores:
+    # 0.5, 0.75 .. 2.0, with flip). Also for --mode=predict, as are the next three.
+    evaluate.scales = (1.0,)
+    evaluate.flip = False  # average over the mirror image too
+    # Height and width of windows that slide over the image, whose logits are averaged; empty: none.
+    evaluate.window = ()
+    evaluate.overlap = 0.5  # share of a window that the next one sees too (original: 0)
     evaluate.num_pictures = 4  # images drawn beside label and prediction at an evaluation
 
     return replaced(config, VARIANTS[variant])

@@ -49,6 +49,8 @@ OPERATIONAL = (
 DURATION = ("train.num_steps", "train.patience")
 # Settings of the photographs: those to predict may come from another camera than those of the run.
 PHOTOGRAPHIC = ("data.exif_orientation", "data.bit_depth")
+# Settings of how an image is seen, on which a checkpoint may be scored in other ways.
+PROTOCOL = ("eval.scales", "eval.flip", "eval.window", "eval.overlap")
 # Settings that are those of the weights a run starts from, where a config does not say.
 LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
 # Folders, in which ~ is the home of whoever starts the run.
@@ -105,6 +107,14 @@ def _is_before_end(value: int, config: Config) -> bool:
     return value < num_steps or num_steps < 1  # a fault of its own
 
 
+SCALES = Rule(
+    lambda value, _: bool(value) and are_numbers(value, 0.1, 4) and len(set(value)) == len(value),
+    "must be numbers from 0.1 to 4, each once, e.g. (0.75, 1.0, 1.25)",
+)
+WINDOW = Rule(
+    lambda value, _: len(value) in (0, 2) and are_whole(value, 32),
+    "must be empty, or the height and width of windows of 32 pixels and more, e.g. (512, 1024)",
+)
 NAMED_ROOT = Rule(
     lambda value, config: bool(value) or config.data.name in ("landcover", "tfds", "synthetic"),
     "must name the folder that holds the data set",
@@ -314,6 +324,10 @@ RULES: dict[str, list[Rule]] = {
     "parallel.compilation_cache": [text()],
     "eval.batch_size": [at_least(1)],
     "eval.pad_multiple": [at_least(1)],
+    "eval.scales": [SCALES],
+    "eval.flip": [],  # a truth value
+    "eval.window": [WINDOW],
+    "eval.overlap": [from_below(0, 1)],
     "eval.num_pictures": [not_negative()],
 }
 

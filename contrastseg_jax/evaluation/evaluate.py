@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from contrastseg_jax.config.tree import leaves
+from contrastseg_jax.config.rules import PROTOCOL
+from contrastseg_jax.config.tree import Config, leaves
 from contrastseg_jax.data import pictures, pipeline
 from contrastseg_jax.data.audit.report import audited_class_weights
 from contrastseg_jax.data.dataset import open_split
@@ -26,7 +27,7 @@ from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.diagnosis import logged_symptoms
 from contrastseg_jax.evaluation.metrics import METRICS, image_counts
 from contrastseg_jax.evaluation.programs import Programs
-from contrastseg_jax.evaluation.protocols import Protocol, protocol_name, whole_image
+from contrastseg_jax.evaluation.protocols import Images, Protocol, configured, protocol_name
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.ops.resize import resized_argmax
@@ -37,7 +38,7 @@ from contrastseg_jax.run.checkpoint_files import find_step
 from contrastseg_jax.run.compilation_cache import set_compilation_cache
 from contrastseg_jax.run.logging import log
 from contrastseg_jax.run.record import environment, save_evaluation_record
-from contrastseg_jax.run.workdir import evaluation_folder, recorded_images
+from contrastseg_jax.run.workdir import evaluation_folder, read_config, recorded_images
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
 from contrastseg_jax.structs import Batch, SegmentationOutput
@@ -65,9 +66,10 @@ class Evaluator:
 
 
 def make_evaluator(
-    setup: Setup, source: Source, split: str, *, protocol: Protocol = whole_image
+    setup: Setup, source: Source, split: str, *, protocol: Protocol | None = None
 ) -> Evaluator:
-    """The evaluator of a split; compiles nothing yet."""
+    """The evaluator of a split, by the config's protocol or another; compiles nothing yet."""
+    protocol = protocol or configured(setup.config)
     groups = pipeline.eval_groups(
         source,
         preprocessing=setup.preprocessing,
@@ -105,7 +107,7 @@ def seen_note(setup: Setup, split: str) -> str:
     return note + (", and the best checkpoint is chosen by them" if split == "val" else "")
 
 
-def compile_network(setup: Setup, protocol: Protocol = whole_image) -> Programs:
+def compile_network(setup: Setup, protocol: Protocol) -> Programs:
     """`network_logits` on the setup's mesh, compiled per shape of variables and images."""
     replicated, split_rows = sharding.replicated(setup.mesh), sharding.batch_sharding(setup.mesh)
     network = functools.partial(network_logits, setup=setup, protocol=protocol)
@@ -121,7 +123,7 @@ def network_logits(
     network = {name: variables[name] for name in ("params", "batch_stats")}
     logits_of = setup.objective and setup.objective.logits
 
-    def logits(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b hs ws k"]:
+    def logits(image: Images) -> Float[Array, "b hs ws k"]:
         normalized = normalize(image, setup.image_format)
         output = setup.model.apply(network, normalized, train=False, embed=bool(logits_of))
         output = cast(SegmentationOutput, output)
@@ -251,6 +253,17 @@ def evaluate(
 
     processes.sync_errors(write if processes.is_first() else lambda: None)
     return results
+
+
+def require_same_protocol(config: Config, workdir: Path) -> None:
+    """Raise an InputError for scores that are not those by which the run's best is chosen."""
+    values, run = dict(leaves(config)), dict(leaves(read_config(workdir)))
+    if other := [path for path in PROTOCOL if values[path] != run[path]]:
+        texts = ", ".join(f"{path} = {values[path]!r} (the run: {run[path]!r})" for path in other)
+        raise InputError(
+            f"{texts}: scores of another protocol than the run's are not written into its folder;"
+            " give --output=FOLDER"
+        )
 
 
 def describe(evaluator: Evaluator, step: int) -> dict[str, Any]:
@@ -383,6 +396,8 @@ def evaluate_run(
     `output`: folder for the results; then nothing is written to the workdir.
     """
     if checkpoint != "init":  # before reading the data, which may take long
+        if output is None:
+            require_same_protocol(setup.config, workdir)
         processes.sync_errors(lambda: find_step(workdir, checkpoint))
     source = processes.first_then_others(lambda: open_split(setup.data, split))
     recorded = recorded_images(workdir, f"split/{split}")

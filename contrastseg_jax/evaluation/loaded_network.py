@@ -18,6 +18,7 @@ from contrastseg_jax.data.spec import Color
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.evaluate import compile_network
+from contrastseg_jax.evaluation.protocols import configured
 from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.ops.resize import resized_argmax, resized_logits, resized_probabilities
 from contrastseg_jax.run.workdir import is_run, read_config
@@ -143,7 +144,8 @@ def load(source: str | os.PathLike[str], *, checkpoint: str = "best") -> LoadedN
 def load_setup(setup: Setup, workdir: Path, checkpoint: str) -> LoadedNetwork:
     """The network of a Setup with the weights of a checkpoint; "init" needs no run."""
     variables, _ = load_network(setup, workdir, checkpoint)
-    return LoadedNetwork(setup, variables, functools.partial(programs.run, compile_network(setup)))
+    network = compile_network(setup, configured(setup.config))
+    return LoadedNetwork(setup, variables, functools.partial(programs.run, network))
 
 
 def _config_of_weights(folder: Path) -> Config:
