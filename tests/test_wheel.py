@@ -21,6 +21,7 @@ SETTINGS = (
     "train.num_steps=2",
     "train.log_steps=1",
     "eval.num_pictures=1",
+    "data.short_side=64",
 )
 
 
@@ -75,7 +76,7 @@ def test_an_installed_program_trains_a_recipe_from_any_folder(installed, tmp_pat
     source = python("-c", "from contrastseg_jax import cli; print(cli.__file__)", **where)
     assert source.strip() == str(installed / "contrastseg_jax" / "cli.py")
     settings = [f"--config.{text}" for text in (*SETTINGS, "data.prepared_dir=prepared")]
-    flags = ["--config=quickstart:hrnet_tiny,ce", "--workdir=run", *settings]
+    flags = ["--config=quickstart:fcn_r18,ce", "--workdir=run", *settings]
     python(installed / "bin" / "contrastseg", *flags, **where)
     assert program.logged_steps(tmp_path / "run") == [1, 2]
     config = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -6,7 +6,7 @@ Logits are combined at the network's stride; full-size logits are never material
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,12 +105,13 @@ def sliding_window(
     return total[:, : grid[1], : grid[2]] / number[None, :, :, None]
 
 
-def protocol_name(protocol: Protocol) -> str:
+def protocol_name(protocol: Callable[..., Any]) -> str:
     """The protocol's function with the settings bound to it, as evaluations record it."""
     if isinstance(protocol, functools.partial):
         values = [*map(repr, protocol.args)]
         for name, value in protocol.keywords.items():
-            values.append(f"{name}={protocol_name(value) if callable(value) else repr(value)}")
+            shown = protocol_name(value) if callable(value) else repr(value)
+            values.append(f"{name}={shown}")
         return f"{protocol_name(protocol.func)}({', '.join(values)})"
     return getattr(protocol, "__name__", type(protocol).__name__)
 
