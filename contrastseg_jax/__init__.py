@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # for type checkers; at run time `_MODULES`
     from contrastseg_jax.contrast.memory_bank import segment_keys as segment_keys
     from contrastseg_jax.contrast.unit_length import to_unit_length as to_unit_length
     from contrastseg_jax.evaluation.loaded_network import LoadedNetwork as LoadedNetwork
-    from contrastseg_jax.evaluation.loaded_network import load as load
     from contrastseg_jax.library import evaluate as evaluate
+    from contrastseg_jax.library import load as load
     from contrastseg_jax.library import train as train
     from contrastseg_jax.losses.cross_entropy import cross_entropy as cross_entropy
     from contrastseg_jax.losses.dice import dice as dice
@@ -64,7 +64,7 @@ _MODULES = {
     "build_model": "models.zoo",
     "load_config": "config.load",
     "LoadedNetwork": "evaluation.loaded_network",
-    "load": "evaluation.loaded_network",
+    "load": "library",
     "evaluate": "library",
     "train": "library",
     "Anchors": "structs",

@@ -1,4 +1,4 @@
-"""Command line: train, replay, evaluate, compare, embed, predict, audit, plan, convert weights.
+"""Command line: train, replay, evaluate, compare, embed, predict, export, audit, plan, convert.
 
     python main.py --mode=audit --config=configs/quickstart.py --workdir=runs/quickstart
     python main.py --mode=plan --config=configs/cityscapes.py --topology=v5e:2x4
@@ -8,6 +8,7 @@
     python main.py --mode=predict --workdir=runs/quickstart --input=photos --output=predictions
     python main.py --mode=compare --runs=runs/ce --runs=runs/memory --output=comparison
     python main.py --mode=embed --runs=runs/ce --runs=runs/contrast --output=embeddings
+    python main.py --mode=export --workdir=runs/quickstart --output=exported --size=512x512
     python main.py --mode=convert --input=resnet50.pth --output=weights/resnet50
 
 Any setting of contrastseg_jax/config/default.py can be changed: --config.train.batch_size=4.
@@ -35,6 +36,7 @@ from contrastseg_jax.commands import (
     run_convert,
     run_embed,
     run_eval,
+    run_export,
     run_plan,
     run_predict,
     run_replay,
@@ -60,7 +62,7 @@ class Command:
     reads: tuple[str, ...]
 
 
-REPEATED = ("input", "runs")  # flags that may be given several times
+REPEATED = ("input", "runs", "size")  # flags that may be given several times
 PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "start_timeout")
 COMMANDS = {
     "train": Command(run_train, ("config", "workdir"), ("checkpoint", *PROCESS_FLAGS)),
@@ -69,6 +71,7 @@ COMMANDS = {
         run_eval, ("workdir",), ("config", "checkpoint", "split", "output", *PROCESS_FLAGS)
     ),
     "predict": Command(run_predict, ("workdir", "input", "output"), ("config", "checkpoint")),
+    "export": Command(run_export, ("workdir", "output"), ("config", "checkpoint", "size")),
     "embed": Command(run_embed, ("runs",), ("checkpoint", "output")),
     "audit": Command(run_audit, ("workdir",), ("config", "split")),
     "plan": Command(run_plan, ("config",), ("output", "topology", "quick", "time_limit")),
@@ -89,8 +92,8 @@ flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do.")
 flags.DEFINE_string(
     "checkpoint",
     "latest",
-    "eval, predict, convert, compare, embed: latest, best or a step; eval, predict: or init, the"
-    " pretrained weights of model.init_from without training.",
+    "eval, predict, export, convert, compare, embed: latest, best or a step; eval, predict, export:"
+    " or init, the pretrained weights of model.init_from without training.",
 )
 flags.DEFINE_string(
     "replay", None, "replay: step of the run to take again; --mode=replay may be left out."
@@ -113,12 +116,18 @@ flags.DEFINE_multi_string(
     "compare, embed: workdir, or folder that contains workdirs; may be repeated. compare: the first"
     " is the baseline.",
 )
+flags.DEFINE_multi_string(
+    "size",
+    None,
+    "export: HEIGHTxWIDTH of the images that the network will be given; may be repeated. Default:"
+    " augment.crop_size.",
+)
 flags.DEFINE_string(
     "output",
     None,
-    "predict, convert, compare, embed: folder for the results, of embed by default in the first"
-    " run's; eval: folder to use instead of the workdir, which may then be read-only; plan: JSON"
-    " file.",
+    "predict, export, convert, compare, embed: folder for the results, of embed by default in the"
+    " first run's; eval: folder to use instead of the workdir, which may then be read-only; plan:"
+    " JSON file.",
 )
 flags.DEFINE_string(
     "coordinator", None, "train, eval with several processes: HOST:PORT of process 0."
@@ -168,7 +177,7 @@ def read_arguments(settings: Sequence[str]) -> Arguments:
     empty = {name for name in names if values[name] == ""}
     empty |= {name for name in REPEATED if "" in values[name]}
     given = frozenset(name for name in names if FLAGS[name].present and name not in empty)
-    for name in REPEATED:
+    for name in ("input", "runs"):
         for text in values[name]:
             local_path(name, text)
     if "replay" in given and values["mode"] == "train":

@@ -36,6 +36,7 @@ class Arguments:
     split: str | None
     input: tuple[str, ...]
     runs: tuple[str, ...]
+    size: tuple[str, ...]
     output: Path
     coordinator: str | None
     num_processes: int | None
@@ -93,6 +94,17 @@ def run_predict(arguments: Arguments) -> None:
 
     inputs, output = list(arguments.input), arguments.output
     predict_run(setup, arguments.workdir, arguments.checkpoint, inputs, output)
+
+
+def run_export(arguments: Arguments) -> None:
+    """Write a trained network as a program that needs none of this package."""
+    config = config_for(arguments)
+    start_logging()
+    setup = set_up(config, dataclasses.replace(arguments, mode="predict"))
+    from contrastseg_jax.export.export import export_run
+
+    checkpoint, sizes = arguments.checkpoint, arguments.size
+    export_run(setup, arguments.workdir, checkpoint, sizes, arguments.output)
 
 
 def run_embed(arguments: Arguments) -> None:
@@ -172,7 +184,7 @@ def config_for(arguments: Arguments) -> Config:
             raise InputError(f"--config: required, as --workdir={workdir} contains no run")
         return read_config(workdir, settings, may_differ=may_differ)
     config = load_config(arguments.config, settings)
-    if mode in ("eval", "predict", "replay"):
+    if mode in ("eval", "predict", "replay", "export"):
         is_init = arguments.checkpoint == "init"  # which does not need a run
         run = find_run(workdir) if is_init else read_config(workdir)
         if run is not None:

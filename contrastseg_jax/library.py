@@ -1,4 +1,4 @@
-"""Training and evaluation from Python, as --mode=train and --mode=eval do them.
+"""Training, evaluation and trained networks from Python, as the modes of the program have them.
 
 What they say goes to the logger "contrastseg_jax", which is silent until logging is set up.
 """
@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from contrastseg_jax.config.load import schema
 from contrastseg_jax.config.rules import PROTOCOL
-from contrastseg_jax.config.tree import Config
+from contrastseg_jax.config.tree import Config, replaced
+from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation.evaluate import evaluate_run
-from contrastseg_jax.run.workdir import find_run, read_config
+from contrastseg_jax.evaluation.loaded_network import LoadedNetwork, load_setup
+from contrastseg_jax.export.export import is_export, load_export
+from contrastseg_jax.run.workdir import find_run, is_run, read_config
 from contrastseg_jax.setup import preflight
 from contrastseg_jax.training.train import train as train_setup
+from contrastseg_jax.weights import pretrained
 
 Folder = str | os.PathLike[str]
 
@@ -49,3 +54,44 @@ def evaluate(
     config = read_config(folder, overrides, may_differ=PROTOCOL)
     target = None if output is None else Path(os.path.expanduser(output))
     return evaluate_run(preflight.set_up(config, mode="eval"), folder, checkpoint, split, target)
+
+
+def load(source: Folder, *, checkpoint: str = "best") -> LoadedNetwork:
+    """Load a trained network: that of a run, or of a folder of --mode=convert or --mode=export.
+
+    `checkpoint`: of a run "best" by the mIoU of val, "latest", or a step. The network is placed on
+    one device.
+
+    Raises:
+        InputError: there is no such run, folder or checkpoint, it is damaged, or the weights are
+            those of a backbone alone.
+        FloatingPointError: a value is not finite.
+    """
+    folder = Path(os.path.expanduser(source))
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if is_export(folder):
+        return load_export(folder)
+    of_run = is_run(folder)
+    config = read_config(folder) if of_run else _config_of_weights(folder)
+    setup = preflight.set_up(config, mode="predict", from_init=not of_run)
+    return load_setup(setup, folder, checkpoint if of_run else "init")
+
+
+def _config_of_weights(folder: Path) -> Config:
+    """A config of which converted weights are the network, without contrast."""
+    weights = pretrained.describe(folder)
+    if not weights.num_classes:
+        raise InputError(
+            f"{folder}: {weights.source} has the weights of a backbone alone; train a network that"
+            f" starts from them, --config.model.init_from={folder}"
+        )
+    names = weights.class_names or tuple(f"class {i}" for i in range(weights.num_classes))
+    settings = {
+        "data.name": "folder",
+        "data.class_names": names,
+        "model.name": weights.networks[0],
+        "model.init_from": str(folder.absolute()),
+        "contrast.candidates": "none",
+    }
+    return replaced(schema(), settings)

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "contrastseg_jax"
 ORDER = (
     {"cli"},
     {"commands", "library"},
-    {"planning"},
+    {"planning", "export"},
     {"training"},
     {"evaluation"},
     {"setup"},

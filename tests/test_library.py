@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from paths import ROOT
@@ -10,9 +11,10 @@ from PIL import Image
 
 import contrastseg_jax
 from contrastseg_jax.config.load import load_config
+from contrastseg_jax.export import stablehlo
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.S)
-TOY, PREDICTIONS, TRAINING = EXAMPLES
+TOY, PREDICTIONS, TRAINING, EXPORTED = EXAMPLES
 
 
 def test_the_toy_embedding_is_trained(capsys):
@@ -38,6 +40,16 @@ def test_a_network_is_loaded_and_predicts(trained, tmp_path, monkeypatch, capsys
     assert variables["mask"].shape == (30, 45)
     assert variables["shares"].shape == (30, 45, len(variables["network"].class_names))
     assert "(" in capsys.readouterr().out
+
+
+def test_an_exported_network_is_run(tmp_path, monkeypatch):
+    (tmp_path / "exported").mkdir()
+    program = stablehlo.serialize(lambda image: image.astype(jnp.float32), (512, 512))
+    (tmp_path / "exported" / "512x512.stablehlo").write_bytes(program)
+    monkeypatch.chdir(tmp_path)
+    variables = {}
+    exec(EXPORTED, variables)
+    assert variables["logits"].shape == (2, 512, 512, 3)
 
 
 def test_a_run_is_trained_and_evaluated(trained, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from contrastseg_jax.data.audit import report
 from contrastseg_jax.data.labels import default_palette
 from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.evaluation import evaluate
-from contrastseg_jax.evaluation.loaded_network import LoadedNetwork
+from contrastseg_jax.evaluation.loaded_network import of_setup
 from contrastseg_jax.out_of_memory import PACKAGE, WORK, explanation
 
 TOO_MANY_BYTES = 2**45
@@ -78,7 +78,7 @@ def test_advice_fits_what_was_being_done(monkeypatch):
     setup = setup_of(config)
     classes = LabelMap(("a",), default_palette(1), {0: 0})
 
-    text = explained(LoadedNetwork(setup, {}, of_numpy).predict, image)
+    text = explained(of_setup(setup, of_numpy).predict, image)
     assert text.startswith("out of memory while predicting: Unable")
     assert "image is too large" in text and "batch_size" not in text
 

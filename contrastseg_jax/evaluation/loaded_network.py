@@ -1,6 +1,7 @@
 """A trained network with its weights, for predictions from Python."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +11,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from contrastseg_jax.config.load import schema
-from contrastseg_jax.config.tree import Config, replaced
 from contrastseg_jax.data.images import decode_image
-from contrastseg_jax.data.preprocess import pad, padded_size, resize_image, resized_size, too_large
-from contrastseg_jax.data.spec import Color
+from contrastseg_jax.data.preprocess import (
+    Size,
+    pad,
+    padded_size,
+    resize_image,
+    resized_size,
+    too_large,
+)
+from contrastseg_jax.data.spec import Color, Preprocessing
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation import programs
 from contrastseg_jax.evaluation.evaluate import compile_network
 from contrastseg_jax.evaluation.protocols import configured
-from contrastseg_jax.models.segmenter import Variables
 from contrastseg_jax.ops.resize import resized_argmax, resized_logits, resized_probabilities
-from contrastseg_jax.run.workdir import is_run, read_config
-from contrastseg_jax.setup import preflight
 from contrastseg_jax.setup.resolve import load_network
 from contrastseg_jax.setup.setup import Setup
-from contrastseg_jax.weights import pretrained
 
 # A file, or pixels in RGB, `u8[h w 3]`; a stack `u8[b h w 3]`; or a sequence of files and pixels.
 Images = Any
@@ -45,19 +47,20 @@ class LoadedNetwork:
     for each padded size, the first time it is met.
     """
 
-    setup: Setup
-    variables: Variables
-    logits_fn: Callable[[Variables, Any], Any]  # of padded images, at the network's stride
+    logits_fn: Callable[[Any], Any]  # of padded images, at any stride
+    preprocessing: Preprocessing
+    pad_multiple: int
+    sizes: tuple[Size, ...] = ()  # all that padded images may have; none: any
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their ids."""
-        return self.setup.classes.names
+        return self.preprocessing.label_map.names
 
     @property
     def palette(self) -> tuple[Color, ...]:
         """A colour, (red, green, blue), for each class."""
-        return self.setup.classes.palette
+        return self.preprocessing.label_map.palette
 
     def predict(self, images: Images) -> Any:
         """Class ids, `u8[h w]`.
@@ -93,80 +96,52 @@ class LoadedNetwork:
         dtype: Any,
         name: str = "the image",
     ) -> UInt8[np.ndarray, "b h w"] | Float[np.ndarray, "b h w k"]:
-        multiple = self.setup.config.eval.pad_multiple
         own_size = images.shape[1], images.shape[2]
-        short_side, color = self.setup.preprocessing.short_side, self.setup.preprocessing.pad_color
-        if problem := too_large(own_size, short_side, multiple):
+        short_side, color = self.preprocessing.short_side, self.preprocessing.pad_color
+        if problem := too_large(own_size, short_side, self.pad_multiple):
             raise InputError(f"{name} {problem}")
         size = resized_size(own_size, short_side)
-        target = padded_size(size, multiple)
+        target = self._padded_size(size, name)
         padded = np.stack([pad(resize_image(image, size), target, color) for image in images])
         results = programs.run(
             outputs,
-            self.logits_fn(self.variables, padded),
+            self.logits_fn(padded),
             *(np.tile(np.array(s, np.int32), (len(images), 1)) for s in (size, own_size)),
             padded_image=padded.shape[1:3],
-            padded_label=padded_size(own_size, multiple),
+            padded_label=padded_size(own_size, self.pad_multiple),
         )
         return np.asarray(results)[:, : own_size[0], : own_size[1]].astype(dtype)
+
+    def _padded_size(self, size: Size, name: str) -> Size:
+        if not self.sizes:
+            return padded_size(size, self.pad_multiple)
+        fitting = [other for other in self.sizes if other[0] >= size[0] and other[1] >= size[1]]
+        if not fitting:
+            known = ", ".join(f"{height}x{width}" for height, width in self.sizes)
+            raise InputError(
+                f"{name} has {size[0]}x{size[1]} pixels (height x width): larger than what this"
+                f" network was exported for, {known}"
+            )
+        return min(fitting, key=math.prod)
 
     def _read(self, path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
         try:
             content = Path(path).read_bytes()
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        return decode_image(content, str(path), self.setup.data.decoding)
-
-
-def load(source: str | os.PathLike[str], *, checkpoint: str = "best") -> LoadedNetwork:
-    """Load a trained network: that of a run, or of a folder of --mode=convert.
-
-    `checkpoint`: of a run "best" by the mIoU of val, "latest", or a step. The network is placed on
-    one device.
-
-    Raises:
-        InputError: there is no such run, folder or checkpoint, it is damaged, or the weights are
-            those of a backbone alone.
-        FloatingPointError: a value is not finite.
-    """
-    folder = Path(os.path.expanduser(source))
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    of_run = is_run(folder)
-    config = read_config(folder) if of_run else _config_of_weights(folder)
-    return load_setup(
-        preflight.set_up(config, mode="predict", from_init=not of_run),
-        folder,
-        checkpoint if of_run else "init",
-    )
+        return decode_image(content, str(path), self.preprocessing.decoding)
 
 
 def load_setup(setup: Setup, workdir: Path, checkpoint: str) -> LoadedNetwork:
     """The network of a Setup with the weights of a checkpoint; "init" needs no run."""
     variables, _ = load_network(setup, workdir, checkpoint)
     network = compile_network(setup, configured(setup.config))
-    return LoadedNetwork(setup, variables, functools.partial(programs.run, network))
+    return of_setup(setup, functools.partial(programs.run, network, variables))
 
 
-def _config_of_weights(folder: Path) -> Config:
-    """A config of which converted weights are the network, without contrast."""
-    weights = pretrained.describe(folder)
-    if not weights.num_classes:
-        raise InputError(
-            f"{folder}: {weights.source} has the weights of a backbone alone; train a network that"
-            f" starts from them, --config.model.init_from={folder}"
-        )
-    names = weights.class_names or tuple(f"class {i}" for i in range(weights.num_classes))
-    return replaced(
-        schema(),
-        {
-            "data.name": "folder",
-            "data.class_names": names,
-            "model.name": weights.networks[0],
-            "model.init_from": str(folder.absolute()),
-            "contrast.candidates": "none",
-        },
-    )
+def of_setup(setup: Setup, logits_fn: Callable[[Any], Any]) -> LoadedNetwork:
+    """A function of padded images, with the preprocessing of a Setup around it."""
+    return LoadedNetwork(logits_fn, setup.preprocessing, setup.config.eval.pad_multiple)
 
 
 def _checked(images: np.ndarray) -> UInt8[np.ndarray, "*b h w 3"]:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contrastseg_jax.data.dataset import open_split
+from contrastseg_jax.data.dataset import dataset_spec, open_split
 from contrastseg_jax.errors import InputError
-from contrastseg_jax.evaluation.loaded_network import load
+from contrastseg_jax.library import load
 from contrastseg_jax.ops.resize import resize_bilinear
 from contrastseg_jax.weights.convert import convert_run
 
@@ -20,14 +20,14 @@ def network(trained):
 
 
 @pytest.fixture(scope="module")
-def photo(network):
-    data = open_split(network.setup.data, "val")[0]["image"]
+def photo(trained):
+    data = open_split(dataset_spec(trained[0]), "val")[0]["image"]
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image)
 
 
 def test_it_knows_its_classes(network):
-    assert network.class_names == network.setup.classes.names
+    assert network.class_names == network.preprocessing.label_map.names
     assert len(network.palette) == len(network.class_names)
 
 
@@ -46,9 +46,9 @@ def test_the_three_outputs_belong_together(network, photo):
 
 def test_logits_are_the_networks_resized(network, photo):
     padded = np.zeros((64, 64, 3), np.uint8)
-    padded[:] = network.setup.preprocessing.pad_color
+    padded[:] = network.preprocessing.pad_color
     padded[:40, :50] = photo[:40, :50]
-    at_stride = network.logits_fn(network.variables, padded[None])
+    at_stride = network.logits_fn(padded[None])
     expected = resize_bilinear(jax.numpy.asarray(at_stride), (64, 64))[0, :40, :50]
     np.testing.assert_allclose(network.logits(photo[:40, :50]), expected, atol=1e-5)
 

@@ -18,7 +18,7 @@ from contrastseg_jax.data.dataset import dataset_spec, open_split
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.evaluation import loaded_network, predict
 from contrastseg_jax.evaluation.inputs import find_images
-from contrastseg_jax.evaluation.loaded_network import LoadedNetwork
+from contrastseg_jax.evaluation.loaded_network import of_setup
 from contrastseg_jax.evaluation.predict import predict_run
 from contrastseg_jax.parallel import device_memory
 
@@ -120,7 +120,7 @@ def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
     config, _ = trained
     seen = []
 
-    def logits_fn(variables, image):
+    def logits_fn(image):
         seen.append(image.shape)
         logits = np.zeros((*image.shape[:3], 3), np.float32)
         half = image.shape[2] // 2
@@ -128,11 +128,11 @@ def test_predictions_are_those_of_the_evaluation_at_any_size(trained):
         return jax.numpy.asarray(logits)
 
     image = np.zeros((40, 64, 3), np.uint8)
-    prediction = LoadedNetwork(setup_of(config), {}, logits_fn).predict(image)
+    prediction = of_setup(setup_of(config), logits_fn).predict(image)
     assert seen == [(1, 64, 64, 3)]
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
     half = override(config, ["data.short_side=20"])
-    prediction = LoadedNetwork(setup_of(half), {}, logits_fn).predict(image)
+    prediction = of_setup(setup_of(half), logits_fn).predict(image)
     assert seen[1] == (1, 32, 32, 3) and prediction.shape == (40, 64)
     np.testing.assert_array_equal(prediction, [[1] * 32 + [0] * 32] * 40)
 

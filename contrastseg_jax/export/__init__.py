@@ -1,0 +1,1 @@
+"""What leaves JAX: a trained network as one file that needs none of this package."""
