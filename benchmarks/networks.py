@@ -1,6 +1,6 @@
 """What the networks cost: parameters, operations, time and memory.
 
-    python benchmarks/networks.py             # the README's table, two minutes; nothing is compiled
+    python benchmarks/networks.py             # the table of docs/models.md, two minutes
     python benchmarks/networks.py --timings   # forward and train step, two minutes or more for each
     python benchmarks/networks.py --remat     # what each stage in `model.remat` saves and costs
 
@@ -79,7 +79,7 @@ def main(_: list[str]) -> None:
 
 
 def counts(names: Sequence[str]) -> None:
-    """The table of the README: evaluation, and the parameters that training adds for contrast."""
+    """The table of docs/models.md: evaluation, and the parameters that contrast adds."""
     row("name", "parameters (19 classes)", "projection head", "GFLOP at 512x1024")
     row(*["---"] * 4)
     image = jax.ShapeDtypeStruct((1, 512, 1024, 3), jnp.float32)

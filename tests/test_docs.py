@@ -62,6 +62,35 @@ def test_there_are_such_commands():
     assert len(found) > 30 and len(programs) > 5 and "contrastseg" in programs
 
 
+def anchors_of(path):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {text.replace(" ", "-") for text in kept}
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    found = 0
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in target:
+                continue
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors_of(path), f"{page.name}: {target}"
+            found += 1
+    assert found > 30
+
+
+def test_the_front_page_fits_and_names_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in text
+
+
 def test_every_fault_of_the_original_has_its_test():
     text = (ROOT / "docs" / "upstream.md").read_text()
     rows = re.findall(r"^\| D(\d+) \|.*\| (.*) \|$", text, re.MULTILINE)

@@ -144,7 +144,7 @@ def _split_config(spec: DatasetSpec, split: str) -> SplitConfig:
         raise _no_data_error(spec)
     where = f" in {spec.root}" if spec.root else ""
     text = f"data set '{spec.name}'{where} has no split '{split}', only {', '.join(existing)};"
-    text += " README.md has its layout, and --mode=audit shows what each split holds"
+    text += " docs/data.md has its layout, and --mode=audit shows what each split holds"
     raise InputError("\n".join([text, *hints]))
 
 

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 StopRequests = Callable[..., jax.Array]  # (failed=False) -> whether all should stop
 
 # When a process dies, the others exit after this time unless a collective fails first. The service
-# polls every few seconds; README.md promises 60 s in total.
+# polls every few seconds; docs/scaling.md promises 60 s in total.
 HEARTBEAT_SECONDS = 40
 GATHER_TIMEOUT_MS = 7 * 24 * 3600 * 1000  # others may be preparing data; a death ends the wait
 SHARED_FOLDER_SECONDS = 20  # for a write on one host to become visible on the others

@@ -38,7 +38,7 @@ def recognize(state: StateDict, *, source: str) -> Recognized:
         *others, last_family = (family.family for family in zoo.backbone_families())
         raise InputError(
             f"{source}: its tensors ({names}, …) match no supported backbone; those are"
-            f" {', '.join(others)} and {last_family} as listed in the README"
+            f" {', '.join(others)} and {last_family} as listed in docs/weights.md"
         )
     last = [shapes.get(("params", "cls_head", layer, "kernel")) for layer in LAST_LAYERS]
     num_classes = next((shape[-1] for shape in last if shape), 0)

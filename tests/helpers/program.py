@@ -76,7 +76,7 @@ def logged_steps(workdir):
 
 
 def require_prompt_end(killed):
-    """That the processes left after one was killed at a time have ended within README's 60 s.
+    """That the processes left after one was killed at a time have ended within the 60 s promised.
 
     Longer on a machine with more to do than it has processors.
     """

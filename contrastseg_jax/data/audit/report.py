@@ -41,7 +41,7 @@ KINDS = {
     "permission": ("files and folders without permission", "obtain permission to read them"),
     "encoding": ("names and lists that are not UTF-8", "rename the files, save the lists again"),
     "suffix": ("files of another format than expected", "convert them; renaming does not"),
-    "no_split": ("missing splits", "give each split some images; its layout is in README.md"),
+    "no_split": ("missing splits", "give each split some images; its layout is in docs/data.md"),
     "no_masks": (
         "images without any mask",
         "add masks; without them, images can only be predicted",
