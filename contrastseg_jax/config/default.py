@@ -225,6 +225,9 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     # Height and width of windows that slide over the image, whose logits are averaged; empty: none.
     evaluate.window = ()
     evaluate.overlap = 0.5  # share of a window that the next one sees too (original: 0)
+    # Boundary IoU and F-score are computed within this share of the image's diagonal; 0: not at all
+    # (Cheng et al., CVPR 2021: 0.02).
+    evaluate.boundary_width = 0.0
     evaluate.num_pictures = 4  # images drawn beside label and prediction at an evaluation
 
     return replaced(config, VARIANTS[variant])

@@ -40,6 +40,7 @@ OPERATIONAL = (
     "train.wandb_project",
     "train.max_skipped_steps",
     "eval.batch_size",
+    "eval.boundary_width",
     "eval.num_pictures",
     "memory.sharding",
     "parallel.fsdp",
@@ -328,6 +329,7 @@ RULES: dict[str, list[Rule]] = {
     "eval.flip": [],  # a truth value
     "eval.window": [WINDOW],
     "eval.overlap": [from_below(0, 1)],
+    "eval.boundary_width": [between(0, 1)],
     "eval.num_pictures": [not_negative()],
 }
 

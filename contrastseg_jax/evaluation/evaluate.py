@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -23,9 +23,9 @@ from contrastseg_jax.data.labels import label_table
 from contrastseg_jax.data.pipeline import EvalGroup, Source
 from contrastseg_jax.data.prepared import fingerprint, read_names
 from contrastseg_jax.errors import InputError, best_effort
-from contrastseg_jax.evaluation import programs
+from contrastseg_jax.evaluation import metrics, programs
 from contrastseg_jax.evaluation.diagnosis import logged_symptoms
-from contrastseg_jax.evaluation.metrics import METRICS, image_counts
+from contrastseg_jax.evaluation.metrics import METRICS, Metric, image_counts
 from contrastseg_jax.evaluation.programs import Programs
 from contrastseg_jax.evaluation.protocols import Images, Protocol, configured, protocol_name
 from contrastseg_jax.models.segmenter import Variables
@@ -94,7 +94,9 @@ def make_evaluator(
         groups=groups,
         network=compile_network(setup, protocol),
         score=programs.by_shape(
-            score, in_shardings=split_rows, out_shardings=(split_rows, replicated, split_rows)
+            functools.partial(score, metrics=metrics.configured(setup.config)),
+            in_shardings=split_rows,
+            out_shardings=(split_rows, replicated, split_rows),
         ),
     )
 
@@ -133,7 +135,7 @@ def network_logits(
 
 
 def score(
-    logits: Float[Array, "b hs ws k"], batch: Batch
+    logits: Float[Array, "b hs ws k"], batch: Batch, *, metrics: Mapping[str, Metric] = METRICS
 ) -> tuple[UInt8[Array, "b h w"], Counts, Int[Array, "b 3 k"]]:
     """Predictions at the size of the labels, the counts of each metric, and `image_counts`.
 
@@ -151,7 +153,7 @@ def score(
     num_classes = logits.shape[-1]
     counts = {
         name: metric.count(batch.label, prediction, num_classes=num_classes)
-        for name, metric in METRICS.items()
+        for name, metric in metrics.items()
     }
     per_image = image_counts(batch.label, prediction, num_classes=num_classes)
     return prediction.astype(jnp.uint8), counts, per_image
@@ -235,7 +237,7 @@ def evaluate(
         "step": step,
         "num_images": len(evaluator.source),
     }
-    for name, metric in METRICS.items():
+    for name, metric in metrics.configured(setup.config).items():
         results |= metric.result(totals[name], setup.classes.names)
     advice = unpredicted_advice(setup, results["never_predicted"], workdir)
     if advice and processes.is_first():
@@ -249,6 +251,7 @@ def evaluate(
         found = logged_symptoms(workdir, step, setup.config)
         notes = filter(None, [seen_note(setup, evaluator.split), advice, *found])
         # Last: they say that the evaluation is complete.
+        evaluation.save_image_scores(folder, of_images)
         evaluation.save_evaluation(folder, results, panels, [*notes])
 
     processes.sync_errors(write if processes.is_first() else lambda: None)
@@ -417,7 +420,7 @@ def evaluate_run(
     require_memory(evaluator, variables)
     folder = output or evaluation_folder(workdir, step, split)
     results = evaluate(evaluator, variables, step, folder=folder, workdir=workdir)
-    for line in table([(row, f"{x:.4f}") for row, x in evaluation.score_rows(results).items()]):
+    for line in (*table(evaluation.class_rows(results)), evaluation.summary(results)):
         log.info(line)
     log.info(f"pictures: {folder / 'index.html'}")
     return results

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Real, UInt8
 
+from contrastseg_jax.config.tree import Config
+from contrastseg_jax.evaluation.boundary import boundary_counts, boundary_scores
 from contrastseg_jax.ops.iou import class_iou, mean_over_classes
 from contrastseg_jax.ops.iou import pixel_accuracy as accuracy
 
@@ -92,15 +94,53 @@ class Metric:
 def segmentation_scores(
     confusion: Int[np.ndarray, "k k"], class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Mean IoU, pixel accuracy, IoU per class, and the confusion matrix."""
+    """The scores of a confusion matrix, as metrics.json has them.
+
+    Precision, recall and Dice of a class as scikit-learn's, but NaN where nothing is divided by
+    nothing; means are over the classes for which there is a number. Mean accuracy is the mean
+    recall, frequency-weighted IoU the mean IoU by labelled pixels.
+    """
+    hit, labelled, predicted = class_counts(confusion)
+    of_class = {
+        "iou": iou(confusion),
+        "precision": _share(hit, predicted),
+        "recall": _share(hit, labelled),
+        "dice": _share(2 * hit, labelled + predicted),
+    }
+    weighted = np.nansum(of_class["iou"] * labelled)
     return {
         "mean_iou": mean_iou(confusion),
         "pixel_accuracy": pixel_accuracy(confusion),
-        "iou": dict(zip(class_names, iou(confusion).tolist(), strict=True)),
+        "mean_accuracy": float(mean_over_classes(of_class["recall"])),
+        "frequency_weighted_iou": float(
+            _share(np.array([weighted]), labelled.sum(keepdims=True))[0]
+        ),
+        "mean_dice": float(mean_over_classes(of_class["dice"])),
+        **{
+            name: dict(zip(class_names, values.tolist(), strict=True))
+            for name, values in of_class.items()
+        },
         "never_predicted": [class_names[i] for i in never_predicted(confusion)],
         "confusion": confusion.tolist(),
     }
 
 
-# All metrics of an evaluation; metrics.json has their scores merged.
+def _share(part: Real[np.ndarray, " n"], whole: Real[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Quotients; NaN where there is nothing to divide by."""
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
+# The metrics of every evaluation; metrics.json has the scores of all merged.
 METRICS = {"segmentation": Metric(confusion_matrix, segmentation_scores)}
+
+
+def configured(config: Config) -> dict[str, Metric]:
+    """The metrics of the settings `eval` of a config, by name."""
+    width = config.eval.boundary_width
+    if not width:
+        return METRICS
+    boundary = Metric(
+        functools.partial(boundary_counts, width=width),
+        functools.partial(boundary_scores, width=width),
+    )
+    return METRICS | {"boundary": boundary}

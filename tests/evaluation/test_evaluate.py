@@ -167,7 +167,8 @@ def test_an_evaluation_with_an_output_leaves_the_workdir_as_it_is(trained, tmp_p
     before, output = contents(workdir), tmp_path / "scores"
     evaluate_run(setup_of(config), workdir, "latest", "val", output)
     assert contents(workdir) == before
-    names = {"metrics.json", "image_counts.npz", "record.json", "index.html", "000000.png"}
+    names = {"metrics.json", "per_class.csv", "per_image.csv", "image_counts.npz"}
+    names |= {"record.json", "index.html", "000000.png"}
     assert {path.name for path in output.iterdir()} == names
     scores = json.loads((output / "metrics.json").read_text())
     assert scores == json.loads((workdir / "eval" / "6" / "metrics.json").read_text())

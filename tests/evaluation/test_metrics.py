@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
-from sklearn.metrics import jaccard_score
+from sklearn.metrics import jaccard_score, precision_recall_fscore_support, recall_score
 
 from contrastseg_jax.evaluation.metrics import (
     confusion_matrix,
@@ -13,6 +13,7 @@ from contrastseg_jax.evaluation.metrics import (
     mean_iou,
     never_predicted,
     pixel_accuracy,
+    segmentation_scores,
 )
 from contrastseg_jax.structs import IGNORE_LABEL
 
@@ -69,3 +70,24 @@ def test_nothing_labelled_has_no_score():
     confusion = np.asarray(counts)
     assert confusion.sum() == 0
     assert np.isnan(mean_iou(confusion)) and np.isnan(pixel_accuracy(confusion))
+
+
+def test_scores_of_a_class_are_scikit_learns(scene):
+    label, prediction = scene
+    prediction = np.where(prediction == 3, 2, prediction)  # a class that is never predicted
+    seen = label != IGNORE_LABEL
+    truth, guess = label[seen], prediction[seen]
+    found = segmentation_scores(sklearn_confusion_matrix(truth, guess, labels=range(5)), "abcde")
+    expected = precision_recall_fscore_support(truth, guess, labels=range(4), zero_division=np.nan)
+    for name, values in zip(("precision", "recall", "dice"), expected, strict=False):
+        np.testing.assert_allclose([found[name][c] for c in "abcd"], values, err_msg=name)
+        assert np.isnan(found[name]["e"])
+    assert found["mean_accuracy"] == pytest.approx(recall_score(truth, guess, average="macro"))
+    assert found["mean_dice"] == pytest.approx(expected[2].mean())
+    weighted = jaccard_score(truth, guess, average="weighted")
+    assert found["frequency_weighted_iou"] == pytest.approx(weighted)
+
+
+def test_scores_of_nothing_are_no_numbers():
+    found = segmentation_scores(np.zeros((2, 2), int), "ab")
+    assert np.isnan([found["mean_iou"], found["frequency_weighted_iou"], found["mean_dice"]]).all()

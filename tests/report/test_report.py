@@ -1,5 +1,6 @@
 """Pictures show what they should."""
 
+import csv
 import json
 
 import matplotlib
@@ -11,6 +12,7 @@ from contrastseg_jax.data import pictures
 from contrastseg_jax.data.audit.statistics import Example
 from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.report import curves, evaluation
+from contrastseg_jax.report.image_counts import ImageCounts
 from contrastseg_jax.structs import IGNORE_LABEL
 
 CLASSES = LabelMap(("red", "<green>"), ((255, 0, 0), (0, 255, 0)), {0: 0, 1: 1, 255: IGNORE_LABEL})
@@ -124,6 +126,38 @@ def test_evaluation_page_escapes_names_and_metrics_are_valid_json(tmp_path):
     assert "it has &lt;collapsed&gt;" in page
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text and json.loads(text)["iou"] == {"red": 0.25, "<green>": None}
+
+
+def test_scores_are_tables_too(tmp_path):
+    results = {
+        **{"data": "d", "split": "val", "step": 7, "mean_iou": 0.25, "pixel_accuracy": 0.5},
+        "iou": {"red, dark": 0.25, "green": float("nan")},
+        "recall": {"red, dark": 1.0, "green": float("nan")},
+    }
+    evaluation.save_evaluation(tmp_path, results, [])
+    with (tmp_path / "per_class.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["class", "IoU", "recall"],
+        ["red, dark", "0.2500", "1.0000"],
+        ["green", "", ""],
+    ]
+    assert evaluation.summary(results) == "mean IoU 0.2500, pixel accuracy 0.5000"
+    counts = ImageCounts(
+        split="val",
+        protocol="whole_image",
+        image_names=("a", "b"),
+        class_names=("x", "y"),
+        intersection=np.array([[2, 0], [1, 1]]),
+        labelled=np.array([[4, 0], [1, 1]]),
+        predicted=np.array([[2, 2], [1, 1]]),
+    )
+    evaluation.save_image_scores(tmp_path, counts)
+    assert (tmp_path / "per_image.csv").read_text().splitlines() == [
+        "image,mean IoU,pixel accuracy,x,y",
+        "a,0.2500,0.5000,0.5000,0.0000",
+        "b,1.0000,1.0000,1.0000,1.0000",
+    ]
 
 
 STRANGE = [

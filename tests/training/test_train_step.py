@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from small import make_batch, make_config, run_steps, setup_of, start
 
-from contrastseg_jax.contrast import memory_bank
+from contrastseg_jax.contrast import contrast_step, memory_bank
 from contrastseg_jax.contrast.anchors import sample_anchors
-from contrastseg_jax.objectives import pixel_contrast
 from contrastseg_jax.ops.normalize import normalize
 from contrastseg_jax.parallel import sharding
 from contrastseg_jax.setup.resolve import initial_variables
@@ -225,7 +224,7 @@ def test_as_many_anchors_are_sampled_as_the_map_has_sixteenths(monkeypatch):
         sampled.append(sample_anchors(*arguments, **settings))
         return sampled[-1]
 
-    monkeypatch.setattr(pixel_contrast, "sample_anchors", sample)
+    monkeypatch.setattr(contrast_step, "sample_anchors", sample)
     config = make_config("contrast.anchors_per_image=0", "augment.crop_size=(64, 128)")
     step_fn, state, mesh = start(config)
     jax.eval_shape(step_fn, state, train_step.batch_shape(setup_of(config)))
