@@ -43,6 +43,15 @@ def get_config(spec: str = "hrnet_w48,memory") -> Config:
     data.prepared_dir = "~/.cache/contrastseg_jax"  # where prepared data sets are kept
     data.class_names = ()  # folder, tfds: the classes, in the order of their mask values
     data.ignore_values = (255,)  # folder, tfds: mask values that are no class
+    # folder, tfds: what a mask's pixel is. index: its class; rgb: the colour of its class, in
+    # data.palette; binary: 0 for the first of two classes, any other value for the second.
+    data.mask_encoding = "index"
+    # The colour of each class for rgb, in the order of class_names: ('#800000', (0, 128, 0)); or a
+    # file of rows "r g b name" or "#rrggbb name", whose names are the classes where none are given.
+    data.palette = ()
+    # Colours for rgb that are no class; those named void, ignore or unlabeled in the file of
+    # data.palette as well. Any other colour that is not in the palette, black too, is an error.
+    data.ignore_colors = ()
     # Pixels of images as stored, or applied: rotated by EXIF orientation. Masks never are.
     data.exif_orientation = "stored"
     # Bits that the values of images with more than 8 have: 8 to 16, the upper 8 of which are kept.

@@ -13,9 +13,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from contrastseg_jax.config import default
+from contrastseg_jax.config import default, palette
 from contrastseg_jax.config.checks import is_number, is_text
-from contrastseg_jax.config.rules import FOLDERS, LEFT_OPEN, broken_rules
+from contrastseg_jax.config.rules import COLORS, FOLDERS, LEFT_OPEN, broken_rules
 from contrastseg_jax.config.tree import Config, leaves, nearest, replaced
 from contrastseg_jax.errors import InputError, listed
 
@@ -76,10 +76,17 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         elif path not in known:
             problems[path] = f"{path}: no such setting{nearest(path, known)}"
         else:
+            default = () if path in COLORS else known[path]  # colours come in several types
             try:
-                known[path] = _typed(_parsed(value, known[path]), known[path])
+                known[path] = _typed(_parsed(value, path, default), default)
             except TypeError as error:
                 problems[path] = f"{path} = {value}: {error}"
+    if palette.is_file(known["data.palette"]):
+        (file,), names = known["data.palette"], known["data.class_names"]
+        try:
+            known |= palette.settings_of_file(file, names, known["data.ignore_colors"])
+        except InputError as error:
+            problems["data.palette"] = str(error)
     config = replaced(config, _located(known))
     if problems:
         broken = broken_rules(config, choices={}, num_devices=1)
@@ -95,7 +102,7 @@ def inherit_image_format(config: Config, run: Config) -> Config:
 
 
 def _located(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by path, with folders and class names as whoever compares them needs them."""
+    """Settings by path, with folders, names and colours as whoever compares them needs them."""
     paths = {path: settings[path] for path in FOLDERS if is_text(settings[path])}  # else: a rule
     paths = {path: os.path.expanduser(value) for path, value in paths.items()}
     images = paths.get("data.train_subset", "")
@@ -108,7 +115,8 @@ def _located(settings: dict[str, Any]) -> dict[str, Any]:
         unicodedata.normalize("NFC", name) if isinstance(name, str) else name
         for name in settings["data.class_names"]
     )
-    return settings | paths | {"data.class_names": names}
+    colors = {path: tuple(map(palette.normalized, settings[path])) for path in COLORS}
+    return settings | paths | colors | {"data.class_names": names}
 
 
 def to_json(config: Config) -> str:
@@ -139,14 +147,14 @@ def from_json(text: str, source: str) -> Config:
     return replaced(default, _located(known))
 
 
-def _parsed(text: str, default: Any) -> Any:
+def _parsed(text: str, path: str, default: Any) -> Any:
     """A command line's text as a Python value; plain text where the setting is a string."""
     if isinstance(default, str):
         return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        return (text,) if path == "data.palette" else text  # its file
 
 
 def _typed(value: Any, default: Any) -> Any:

@@ -23,6 +23,7 @@ from contrastseg_jax.config.checks import (
     pair,
     text,
 )
+from contrastseg_jax.config.palette import is_color
 from contrastseg_jax.config.tree import Config, leaves, nearest
 
 # Settings of the machine and of the watching, not of the experiment: a run may resume with others.
@@ -56,6 +57,8 @@ PROTOCOL = ("eval.scales", "eval.flip", "eval.window", "eval.overlap")
 LEFT_OPEN = ("model.image_mean", "model.image_std", "model.channel_order")
 # Folders, in which ~ is the home of whoever starts the run.
 FOLDERS = ("data.root", "data.train_subset", "model.init_from")
+# Colours, in several spellings.
+COLORS = ("data.palette", "data.ignore_colors")
 
 
 def decides_evaluation(path: str) -> bool:
@@ -129,7 +132,33 @@ ALL_CLASSES = Rule(
     lambda value, config: config.data.name not in ("folder", "tfds") or 2 <= len(value) <= 254,
     "must name the 2 to 254 classes of data.name = 'folder' or 'tfds'",
 )
+TWO_CLASSES = Rule(
+    lambda value, config: len(value) == 2 or config.data.mask_encoding != "binary",
+    "must name the 2 classes of data.mask_encoding = 'binary': that of 0, that of other values",
+)
 MASK_VALUES = Rule(lambda value, _: are_whole(value, 0, 255), "must be mask values in 0..255")
+OF_INDICES = Rule(
+    lambda value, config: value == (255,) or config.data.mask_encoding == "index",
+    "must be (255,), the default, unless data.mask_encoding = 'index'; 'rgb' has"
+    " data.ignore_colors, 'binary' gives every value a class",
+)
+OF_NAMED_CLASSES = Rule(
+    lambda value, config: value == "index" or config.data.name in ("folder", "tfds"),
+    "must be 'index' unless data.name = 'folder' or 'tfds', as other data sets have masks of their"
+    " own",
+)
+ARE_COLORS = Rule(
+    lambda value, _: all(map(is_color, value)),
+    "must be colours, '#rrggbb' or (red, green, blue) in 0..255 each",
+)
+SOME_COLORS = Rule(
+    lambda value, config: bool(value) or config.data.mask_encoding != "rgb",
+    "must be the colours of the classes, or a file of them, where data.mask_encoding = 'rgb'",
+)
+OF_COLORS = Rule(
+    lambda value, config: not value or config.data.mask_encoding == "rgb",
+    "must be () unless data.mask_encoding = 'rgb'",
+)
 BIT_DEPTH = Rule(
     lambda value, _: value == 0 or 8 <= value <= 16, "must be 8 to 16, or 0 for that of each file"
 )
@@ -217,8 +246,11 @@ RULES: dict[str, list[Rule]] = {
     "data.name": [],  # the data sets know their names
     "data.root": [NAMED_ROOT, text()],
     "data.prepared_dir": [text()],
-    "data.class_names": [CLASS_NAMES, ALL_CLASSES],
-    "data.ignore_values": [MASK_VALUES],
+    "data.class_names": [CLASS_NAMES, ALL_CLASSES, TWO_CLASSES],
+    "data.ignore_values": [MASK_VALUES, OF_INDICES],
+    "data.mask_encoding": [one_of("index", "rgb", "binary"), OF_NAMED_CLASSES],
+    "data.palette": [ARE_COLORS, SOME_COLORS, OF_COLORS],
+    "data.ignore_colors": [ARE_COLORS, OF_COLORS],
     "data.exif_orientation": [one_of("stored", "applied")],
     "data.bit_depth": [BIT_DEPTH],
     "data.train_subset": [text(), TRAIN_SUBSET],

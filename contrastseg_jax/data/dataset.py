@@ -14,6 +14,7 @@ from types import ModuleType
 import absl.logging
 import tensorflow_datasets as tfds
 
+from contrastseg_jax.config.palette import levels
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data.audit.examples import Splits
 from contrastseg_jax.data.builders import (
@@ -264,6 +265,9 @@ def dataset_spec(config: Config) -> DatasetSpec:
         val_unit=data.val_unit,
         class_names=data.class_names,
         ignore_values=data.ignore_values,
+        mask_encoding=data.mask_encoding,
+        palette=tuple(map(levels, data.palette)),
+        ignore_colors=tuple(map(levels, data.ignore_colors)),
         **data.tfds,
         **data.synthetic,
     )

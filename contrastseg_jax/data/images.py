@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 import imagecodecs
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt16
+from jaxtyping import Int64, Integer, UInt8, UInt16
 from PIL import Image, ImageFile
 from scipy.io import loadmat
 
@@ -112,12 +112,21 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
         FormatError: it has colour channels, values above 255 or of floating point, more pixels than
             `MAX_PIXELS`, or is a JPEG.
     """
+    mask = mask_values(data, name)
+    if mask.min() < 0 or mask.max() > 255:
+        divisor = int(np.gcd.reduce(np.unique(mask).astype(np.int64)))
+        fits = mask.min() >= 0 and divisor > 1 and mask.max() // divisor <= 255
+        remedy = f"all are multiples of {divisor}, divide by it" if fits else "renumber the classes"
+        raise FormatError(
+            f"{name}: mask values must lie in 0..255, found {mask.min()}..{mask.max()}; {remedy}"
+        )
+    return mask.astype(np.uint8)
+
+
+def mask_values(data: bytes, name: str) -> Integer[np.ndarray, "h w"]:
+    """As `decode_mask`, of any size: values may lie outside 0..255."""
     with open_image(data, name) as image:
-        if image.format in JPEG_FORMATS:
-            raise FormatError(
-                f"{name}: a mask saved as JPEG has other values than were drawn, near borders or"
-                " everywhere; export it again from its source as PNG"
-            )
+        refuse_jpeg(image, name)
         if image.mode == "F":
             raise FormatError(
                 f"{name}: mask values must be whole numbers in 0..255, found floating-point numbers"
@@ -135,26 +144,36 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
         )
         if image.mode == "L":
             mask //= GREY_SCALES.get(layout.bits, 1)
-    if mask.min() < 0 or mask.max() > 255:
-        divisor = int(np.gcd.reduce(np.unique(mask).astype(np.int64)))
-        fits = mask.min() >= 0 and divisor > 1 and mask.max() // divisor <= 255
-        remedy = f"all are multiples of {divisor}, divide by it" if fits else "renumber the classes"
+    return mask.astype(np.uint8) if mask.dtype == bool else mask
+
+
+def refuse_jpeg(image: Image.Image, name: str) -> None:
+    """Raise an error for a mask that is a JPEG, whatever its file is called."""
+    if image.format in JPEG_FORMATS:
         raise FormatError(
-            f"{name}: mask values must lie in 0..255, found {mask.min()}..{mask.max()}; {remedy}"
+            f"{name}: a mask saved as JPEG has other values than were drawn, near borders or"
+            " everywhere; export it again from its source as PNG"
         )
-    return mask.astype(np.uint8)
+
+
+def color_text(code: int) -> str:
+    """A colour 0xRRGGBB as settings have it."""
+    return f"#{code:06x}"
 
 
 def mask_colors(
-    data: bytes, name: str
+    data: bytes, name: str, *, of_indices: bool
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]] | None:
-    """Colours (0xRRGGBB) of a mask file and the pixels of each; None: it has one channel only.
+    """Colours (0xRRGGBB) of a mask file and the pixels of each.
+
+    `of_indices`: one channel holds indices; then the result is None.
 
     Raises:
         InputError: the file cannot be read to its end.
     """
     with open_image(data, name) as image:
-        return _color_counts(image) if len(image.getbands()) > 1 else None
+        has_indices = of_indices and len(image.getbands()) == 1
+        return None if has_indices else _color_counts(image)
 
 
 def decode_mat(data: bytes, name: str, variable: str, largest: int) -> UInt16[np.ndarray, "h w"]:
@@ -358,6 +377,9 @@ def _describe_colors(image: Image.Image) -> str:
         remedy = "all colours are grey, so save one channel of them alone"
     else:
         remedy = "write the class id of each colour into one channel"
+    remedy += (
+        ", or read colours with data.mask_encoding (folder, tfds; --mode=audit has the values)"
+    )
     return f"in {len(codes)} colours: {', '.join(listed)}{more}; {remedy}"
 
 

@@ -40,6 +40,9 @@ class DatasetSpec:
     val_unit: str = "sequence"  # folder: what is drawn whole, or "image"
     class_names: tuple[str, ...] = ()  # folder, tfds
     ignore_values: tuple[int, ...] = (255,)  # folder, tfds: mask values without a class
+    mask_encoding: str = "index"  # folder, tfds: of a pixel's class; or "rgb", "binary"
+    palette: tuple[Color, ...] = ()  # folder, tfds: of the classes, in masks that are "rgb"
+    ignore_colors: tuple[Color, ...] = ()  # likewise: colours without a class
     dataset: str = ""  # tfds: its name in TFDS
     image_feature: str = "image"  # tfds
     label_feature: str = "label"  # tfds

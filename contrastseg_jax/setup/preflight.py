@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from contrastseg_jax.config.palette import palette_problems
 from contrastseg_jax.config.rules import (
     broken_rules,
     micro_batch_size,
@@ -90,7 +91,7 @@ def check(
         problems += weights_problems(config) if reads_weights else []
         problems += stage_problems(config)
     if not any(problem.startswith("data.") for problem in problems):
-        problems += class_problems(config) + split_problems(config)
+        problems += class_problems(config) + split_problems(config) + color_problems(config)
         # Otherwise there is no valid network or batch to check further.
         shape_settings = ("model.", "augment.crop_size", "train.batch_size", "train.accumulation")
         if trains and not any(problem.startswith(shape_settings) for problem in problems):
@@ -132,6 +133,14 @@ def class_problems(config: Config) -> list[str]:
         f"loss.class_weights has {len(weights)} numbers: must have one for each of the"
         f" {len(names)} classes {', '.join(names)}, or none"
     ]
+
+
+def color_problems(config: Config) -> list[str]:
+    """A table of colours that is not one for each class, or has one for two."""
+    data = config.data
+    if data.mask_encoding != "rgb":
+        return []
+    return palette_problems(data.class_names, data.palette, data.ignore_colors)
 
 
 def split_problems(config: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import cv2
 import numpy as np
@@ -10,7 +11,9 @@ from audited import prepare, run
 from PIL import Image
 from raw_data import noise, write, write_example
 
+from contrastseg_jax.config.load import load_config
 from contrastseg_jax.data.audit import report
+from contrastseg_jax.data.images import encode_png
 from contrastseg_jax.errors import InputError
 
 COLORS = noise(5, (9, 3))
@@ -56,7 +59,7 @@ def test_the_audit_lists_the_colours_of_a_split(painted, capsys):
         assert not found["too_many"]
         assert len(found["files"]) == found["masks"] == len(pictures)
     assert printed.count("masks with colour channels") == 2
-    assert "5 masks with colour channels" in printed and "in 8 colours; write the class" in printed
+    assert "5 masks with colour channels (" in printed and "in 8 colours\n" in printed
     assert printed.count("an index mask is expected") == 0  # not the same sentence for each mask
     assert results["num_errors"] == len(results["findings"]) == 7  # but each is in audit.json
     assert {finding["kind"] for finding in results["findings"]} == {"mask_format"}
@@ -80,11 +83,69 @@ def test_one_mask_in_colours_is_named_with_all_its_colours(root, capsys):
     assert printed.count("of the pixels, in 1 of 1") == 9
 
 
-def test_grey_in_three_channels_has_its_own_remedy(root, capsys):
-    for name in "ab":
-        paint(root, "train", name, noise(1, (6, 8), 3), [[i] * 3 for i in range(3)])
+def pasted(printed):
+    """The settings of the only line that shows some, as a shell reads them."""
+    (line,) = {*re.findall(r"^ +\"?(?:--config\.data\.\S+=.*)$", printed, re.MULTILINE)}
+    return [text.removeprefix("--config.") for text in shlex.split(line)]
+
+
+def test_the_audit_shows_settings_that_read_the_colours(painted, capsys):
+    root, masks = painted
+    names = tuple(map(str, range(9)))
+    run(root, class_names=names)
+    settings = pasted(capsys.readouterr().out)
+    pixels = np.concatenate([mask.reshape(-1, 3) for found in masks.values() for mask in found])
+    colors, counts = np.unique(pixels, axis=0, return_counts=True)
+    palette = load_config("folder", settings).data.palette
+    assert {*palette} == {"#{:02x}{:02x}{:02x}".format(*color) for color in colors.tolist()}
+    by_color = dict(zip(map(bytes, colors), counts, strict=True))
+    in_order = [by_color[bytes.fromhex(color[1:])] for color in palette]
+    assert in_order == sorted(counts)[::-1]
+    results = run(root, *settings, class_names=names)
+    assert results["num_errors"] == 0
+    found = results["splits"]["train"]["classes"]
+    assert sum(entry["pixels"] for entry in found.values()) == 5 * 48
+
+
+@pytest.mark.parametrize(("names", "expected"), [(3, "#000000"), (2, None)])
+def test_black_is_ignored_where_it_alone_has_no_name(root, names, expected, capsys):
+    colors = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
+    for split, files in (("train", "abc"), ("val", "de")):
+        for name in files:
+            paint(root, split, name, np.arange(48).reshape(6, 8) % 3, colors)
+    class_names = ("a", "b", "c")[:names]
+    run(root, class_names=class_names)
+    settings = pasted(capsys.readouterr().out)
+    config = load_config("folder", settings)
+    assert config.data.palette[: names - 2] == (("#000000",) if expected else ())
+    assert config.data.ignore_colors == (() if expected else ("#000000",))
+    assert run(root, *settings, class_names=class_names)["num_errors"] == 0
+
+
+def test_grey_in_three_channels_is_proposed_in_the_order_of_its_levels(root, capsys):
+    for split, files in (("train", "abc"), ("val", "de")):
+        for name in files:
+            paint(root, split, name, noise(1, (6, 8), 3), [[i] * 3 for i in range(3)])
     run(root)
-    assert "all are grey, so save one channel of them alone" in capsys.readouterr().out
+    settings = pasted(capsys.readouterr().out)
+    assert load_config("folder", settings).data.palette == ("#000000", "#010101", "#020202")
+    assert run(root, *settings)["num_errors"] == 0
+
+
+@pytest.mark.parametrize("ignore_values", [(255,), ()])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masks_of_two_values_are_proposed_as_binary(root, channels, ignore_values, capsys):
+    white = np.stack([np.eye(6, 8, dtype=np.uint8) * 255] * channels, axis=-1).squeeze()
+    for path in root.glob("labels/*/*.png"):
+        write(path, encode_png(white))
+    names = {"class_names": ("cell", "wall")}
+    results = run(root, **names, ignore_values=ignore_values)
+    assert (results["num_errors"] > 0) == (channels == 3 or ignore_values == ())
+    settings = {*pasted(capsys.readouterr().out)}
+    assert "data.mask_encoding=binary" in settings
+    results = run(root, *settings, **names)
+    assert results["num_errors"] == results["num_warnings"] == 0
+    assert results["splits"]["train"]["classes"]["wall"]["pixels"] == 3 * 6
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])

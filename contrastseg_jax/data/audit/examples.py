@@ -6,7 +6,7 @@ Preparing a data set and auditing it both use this, so that they cannot disagree
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,7 +75,7 @@ class CheckedExample:
     mask_format: str = ""  # e.g. "PNG L"
     image: UInt8[np.ndarray, "h w 3"] | None = None
     mask: UInt8[np.ndarray, "h2 w2"] | None = None  # pixel values as stored
-    mask_colors: ColorCounts | None = None  # of a mask that has colour channels
+    mask_colors: ColorCounts | None = None  # of a mask that could not be read for its colours
     findings: tuple[Finding, ...] = ()
 
 
@@ -87,6 +87,8 @@ class RawSplit:
     findings: Sequence[Finding] = ()  # files that make no example
     hints: Sequence[str] = ()  # of an absent split: files elsewhere that may be meant for it
     drawn: str = ""  # of how many it was drawn, and by which setting; empty: its files are given
+    # What each colour (0xRRGGBB) means, of masks that are read by their colours.
+    color_names: Mapping[int, str] = field(default_factory=dict)
 
 
 Splits = Mapping[str, RawSplit]  # by name
@@ -133,7 +135,7 @@ def check_encoded(example: EncodedExample, raw_format: RawFormat) -> CheckedExam
         mask_format=mask_format,
         image=image,
         mask=mask,
-        mask_colors=_mask_colors(example) if in_color else None,
+        mask_colors=_mask_colors(example, raw_format) if in_color else None,
         findings=tuple(findings),
     )
 
@@ -225,10 +227,11 @@ def _orientation_remedy(decoding: Decoding) -> str:
     )
 
 
-def _mask_colors(example: EncodedExample) -> ColorCounts | None:
-    """The colours of a mask; None: it has one channel, or cannot be decoded even as colours."""
+def _mask_colors(example: EncodedExample, raw_format: RawFormat) -> ColorCounts | None:
+    """The colours of a mask; None: it is an index mask, or cannot be decoded even as colours."""
+    file, of_indices = example.mask_file, raw_format.read_mask is decode_mask
     try:
-        return mask_colors(_verified(example.mask_data, example.mask_file), example.mask_file)
+        return mask_colors(_verified(example.mask_data, file), file, of_indices=of_indices)
     except InputError:
         return None
 

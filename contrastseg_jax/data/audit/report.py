@@ -11,6 +11,7 @@ import numpy as np
 
 from contrastseg_jax.config.tree import Config
 from contrastseg_jax.data import pictures
+from contrastseg_jax.data.audit.encodings import binary_remedy, color_remedy
 from contrastseg_jax.data.audit.examples import Finding, Splits
 from contrastseg_jax.data.audit.statistics import (
     SplitAudit,
@@ -49,7 +50,7 @@ KINDS = {
     "unpaired": ("images without mask, masks without image", "add what is missing, or delete both"),
     "unreadable": ("files that cannot be read", "copy or export them again, or delete the pair"),
     "image_format": ("images of unsuitable formats", "do as the message says"),
-    "mask_format": ("masks that are not index masks", "convert them as the messages say"),
+    "mask_format": ("masks that are not read", "convert them as the messages say"),
     "size": ("masks of another size than their image", "export them again at the image's size"),
     "too_large": (
         "images too large to evaluate",
@@ -221,6 +222,10 @@ def split_results(audit: SplitAudit, classes: LabelMap) -> dict[str, Any]:
 
 def remedy(kind: str, spec: DatasetSpec, audits: Mapping[str, SplitAudit]) -> str:
     """How to fix findings of a kind."""
+    if kind == "mask_format":
+        return color_remedy(spec, audits) or KINDS[kind][1]
+    if kind in ("unknown_value", "absent_class") and (settings := binary_remedy(spec, audits)):
+        return settings
     if kind != "unknown_value" or not spec.class_names:
         return KINDS[kind][1]
     values = sorted({value for audit in audits.values() for _, value, _ in audit.unknown})
@@ -251,7 +256,8 @@ def _kind_lines(
     kind: str, findings: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
 ) -> list[str]:
     """The title of a kind, its remedy, and the first of its messages."""
-    lines = [f"  {KINDS[kind][0]}: {len(findings)}", f"  -> {results['remedies'][kind]}"]
+    remedy = results["remedies"][kind].replace("\n", "\n     ")
+    lines = [f"  {KINDS[kind][0]}: {len(findings)}", *f"  -> {remedy}".splitlines()]
     texts = []
     if kind == "mask_format":  # colours are those of a split, not of each mask
         colors = {split: found["mask_colors"] for split, found in results["splits"].items()}

@@ -22,6 +22,7 @@ from contrastseg_jax.data.audit.examples import (
 from contrastseg_jax.data.labels import train_id_table, unknown_values, value_counts
 from contrastseg_jax.data.spec import LabelMap
 from contrastseg_jax.structs import IGNORE_LABEL
+from contrastseg_jax.text import count_of
 
 MAX_LISTED_CLASSES = 10  # in a message
 MAX_COLORS = 256  # counted in the masks of a split; masks with more show no classes
@@ -65,12 +66,13 @@ class SplitAudit:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     mask_formats: Counter[str] = field(default_factory=Counter)
     unknown: list[tuple[str, int, int]] = field(default_factory=list)  # file, value, pixels
-    # Of masks that have colour channels: the files, and per 0xRRGGBB, for MAX_COLORS + 1 at most,
-    # pixels and masks.
+    # Of masks that could not be read for their colours: the files, and per 0xRRGGBB, for
+    # MAX_COLORS + 1 at most, pixels and masks.
     color_mask_files: list[str] = field(default_factory=list)
     color_mask_pixels: int = 0
     color_pixels: Counter[int] = field(default_factory=Counter)
     color_masks: Counter[int] = field(default_factory=Counter)
+    color_names: Mapping[int, str] = field(default_factory=dict)  # as RawSplit has it
     file_by_hash: dict[bytes, str] = field(default_factory=dict)  # of an image -> its first file
     drawable: list[int] = field(default_factory=list)  # examples whose image and mask fit
 
@@ -95,7 +97,8 @@ def audit_split(
     `too_large`: why an image of (height, width) cannot be evaluated; empty: it can. In the split to
     train on, train and the like, which is cut into crops, that is a warning.
     """
-    audit, table = SplitAudit(findings=[*raw.findings]), train_id_table(label_map)
+    audit = SplitAudit(findings=[*raw.findings], color_names=raw.color_names)
+    table = train_id_table(label_map)
     for index, example in enumerate(in_parallel(_summarize, raw.checks, f"Reading {split}")):
         audit.num_examples += 1
         audit.findings += example.findings
@@ -200,8 +203,12 @@ def allow_missing_masks(audit: SplitAudit) -> SplitAudit:
 
 
 def color_results(audit: SplitAudit) -> dict[str, Any]:
-    """What masks with colour channels hold, the most frequent colour first."""
+    """What masks hold that could not be read for their colours, the most frequent colour first.
+
+    `class`: what a colour means by `data.palette`; None: nothing.
+    """
     return {
+        "by_palette": bool(audit.color_names),
         "masks": len(audit.color_mask_files),
         "too_many": len(audit.color_pixels) > MAX_COLORS,
         "colors": [
@@ -210,6 +217,7 @@ def color_results(audit: SplitAudit) -> dict[str, Any]:
                 "pixels": pixels,
                 "share": pixels / audit.color_mask_pixels,
                 "masks": audit.color_masks[color],
+                "class": audit.color_names.get(color),
             }
             for color, pixels in audit.color_pixels.most_common(MAX_COLORS)
         ],
@@ -218,29 +226,28 @@ def color_results(audit: SplitAudit) -> dict[str, Any]:
 
 
 def color_table(split: str, results: Mapping[str, Any]) -> str:
-    """`color_results` as text, with the remedy."""
-    colors = results["colors"]
-    number = f"{len(colors)} colours"
-    remedy = "write the class id of each colour into one channel"
+    """`color_results` as text."""
+    colors, by_palette = results["colors"], results["by_palette"]
+    number = f"in {len(colors)} colours"
     if results["too_many"]:
-        number = f"more than {MAX_COLORS} colours"
-        remedy = (
-            "these are not masks of classes, or were saved as JPEG or with soft edges; export them"
-            " again from their source"
+        number = (
+            f"in more than {MAX_COLORS} colours; these are not masks of classes, or were saved as"
+            " JPEG or with soft edges"
         )
-    elif all(len({*found["color"]}) == 1 for found in colors):
-        remedy = "all are grey, so save one channel of them alone"
-    masks = f"{results['masks']} mask{'s' if results['masks'] > 1 else ''} with colour channels"
+    kind = "not read by data.palette" if by_palette else "with colour channels"
+    masks = f"{count_of(results['masks'], 'mask')} {kind}"
     if results["masks"] > 1:
         masks += f" ({results['files'][0]}, ...)"
     rows = [
-        f"    {'({}, {}, {})'.format(*found['color']):16}{found['share']:7.2%} of the pixels, in"
+        "    #{:02x}{:02x}{:02x} ".format(*found["color"])
+        + f"{'({}, {}, {})'.format(*found['color']):16}{found['share']:7.2%} of the pixels, in"
         f" {found['masks']} of {results['masks']}"
+        + (f": {found['class'] or 'not in data.palette'}" if by_palette else "")
         for found in colors[:MAX_LISTED_COLORS]
     ]
     more = len(colors) - MAX_LISTED_COLORS
     rows += [f"    and {more} more in audit.json"] if more > 0 else []
-    title = f"split '{split}': {masks}, in {number}; {remedy}"
+    title = f"split '{split}': {masks}, {number}"
     return "\n".join([title, *rows])
 
 

@@ -24,6 +24,7 @@ from contrastseg_jax.data.audit.statistics import (
 )
 from contrastseg_jax.data.builders.pairs import Pair, SplitFiles
 from contrastseg_jax.data.images import decode_mask, encode_png
+from contrastseg_jax.data.masks import color_names
 from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError, listed
 
@@ -111,7 +112,7 @@ def pairs_config(
         name=name_by_hash(split, label_map, spec.decoding, table, stamps, files.findings),
         description=f"the data of {spec.root or spec.name}",
         split=split,
-        raw=RawSplit(checks, files.findings, files.hints, files.drawn),
+        raw=RawSplit(checks, files.findings, files.hints, files.drawn, color_names(spec)),
         records=partial(_read_pairs, files.pairs, read_mask),
         label_map=label_map,
         names=[pair.name for pair in files.pairs] if files.drawn else (),
@@ -161,6 +162,10 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
 def _read_pairs(pairs: Sequence[Pair], read_mask: ReadMask) -> Iterator[dict]:
     for pair in pairs:
         image, mask = pair.image.read_bytes(), pair.mask.read_bytes()
-        if read_mask is not decode_mask:
-            mask = encode_png(read_mask(mask, str(pair.mask)))
+        mask = index_mask(mask, str(pair.mask), read_mask)
         yield {"image": image, "label": mask, "name": pair.name}
+
+
+def index_mask(data: bytes, name: str, read_mask: ReadMask) -> bytes:
+    """The file of an index mask: as it is, or what `read_mask` makes of another encoding."""
+    return data if read_mask is decode_mask else encode_png(read_mask(data, name))

@@ -24,6 +24,7 @@ from contrastseg_jax.data.builders.pairs import (
     read_lines,
 )
 from contrastseg_jax.data.images import IMAGE_SUFFIXES, decode_image, decode_mask
+from contrastseg_jax.data.masks import NO_VALUE, look_up
 from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -127,13 +128,9 @@ def read_color_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
     Raises:
         InputError: more than `MAX_UNKNOWN_SHARE` of the pixels have an unknown colour.
     """
-    red, green, blue = np.moveaxis(decode_image(data, name).astype(np.uint32), -1, 0)
-    table = np.full(1 << 24, IGNORE_LABEL, np.uint8)
-    for value, colors in enumerate(COLORS.values()):
-        for r, g, b in colors.values():
-            table[r << 16 | g << 8 | b] = value
-    mask = table[red << 16 | green << 8 | blue]
-    unknown = mask == IGNORE_LABEL
+    values = {color: i for i, colors in enumerate(COLORS.values()) for color in colors.values()}
+    mask = look_up(decode_image(data, name), values)
+    unknown = mask == NO_VALUE
     if unknown.mean() > MAX_UNKNOWN_SHARE:
         raise InputError(
             f"{name}: {unknown.sum()} of {mask.size} pixels have a colour of none of CamVid's 32"

@@ -16,6 +16,7 @@ from contrastseg_jax.data.builders.folders import match_folders
 from contrastseg_jax.data.builders.pairs import SplitFiles, match_files
 from contrastseg_jax.data.builders.val_split import draw_val
 from contrastseg_jax.data.labels import default_palette
+from contrastseg_jax.data.masks import mask_reader, mask_table
 from contrastseg_jax.data.spec import DatasetSpec, LabelMap
 from contrastseg_jax.errors import InputError
 from contrastseg_jax.structs import IGNORE_LABEL
@@ -38,22 +39,33 @@ class Folder(RecordBuilder):
 def label_map(spec: DatasetSpec) -> LabelMap:
     """Class i has the i-th mask value, counted from 0 without those in `spec.ignore_values`.
 
+    In masks of colours, and those of two classes, values are class ids once they are read.
+
     Raises:
         InputError: no class is named, or more than there are mask values, or a value to ignore
             lies outside 0..255.
     """
-    if not all(0 <= value <= 255 for value in spec.ignore_values):
+    ignored = _ignored_values(spec)
+    if not all(0 <= value <= 255 for value in ignored):
         raise InputError(f"data.ignore_values = {spec.ignore_values}: must lie in 0..255")
-    values = [value for value in range(256) if value not in spec.ignore_values]
+    values = [value for value in range(256) if value not in ignored]
     limit = min(len(values), IGNORE_LABEL)
     if not 0 < len(spec.class_names) <= limit:
         raise InputError(
             f"data.class_names has {len(spec.class_names)} names: name 1..{limit} classes, in the "
             "order of their mask values"
         )
-    train_ids = dict.fromkeys(spec.ignore_values, IGNORE_LABEL)
+    train_ids = dict.fromkeys(ignored, IGNORE_LABEL)
     train_ids |= {value: i for i, value in enumerate(values[: len(spec.class_names)])}
-    return LabelMap(spec.class_names, default_palette(len(spec.class_names)), train_ids)
+    palette = spec.palette or default_palette(len(spec.class_names))
+    return LabelMap(spec.class_names, palette, train_ids)
+
+
+def _ignored_values(spec: DatasetSpec) -> tuple[int, ...]:
+    """The mask values without a class, as the masks are read."""
+    if spec.mask_encoding == "index":
+        return spec.ignore_values
+    return (IGNORE_LABEL,) if spec.mask_encoding == "rgb" else ()
 
 
 def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
@@ -68,7 +80,9 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
         found = match_folders(spec, FOLDERS, split)
         if split == "val" and not found.pairs and not found.findings:
             found = replace(found, hints=[*found.hints, *_drawing_hint(data_root(spec))])
-    return pairs_config(Folder, spec, split, found, label_map(spec))
+    return pairs_config(
+        Folder, spec, split, found, label_map(spec), mask_reader(spec), table=mask_table(spec)
+    )
 
 
 def _draw(spec: DatasetSpec, split: str) -> SplitFiles:

@@ -18,6 +18,7 @@ from contrastseg_jax.data.audit.examples import (
     Finding,
     RawFormat,
     RawSplit,
+    ReadMask,
     check_encoded,
 )
 from contrastseg_jax.data.builders import folder
@@ -26,8 +27,10 @@ from contrastseg_jax.data.builders.base import (
     SplitConfig,
     data_root,
     file_stamp,
+    index_mask,
     name_by_hash,
 )
+from contrastseg_jax.data.masks import color_names, mask_reader, mask_table
 from contrastseg_jax.data.spec import DatasetSpec
 from contrastseg_jax.errors import InputError, listed
 
@@ -55,17 +58,21 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
     stamps = [file_stamp(path) for path in sorted(Path(source.data_dir).iterdir())]
     features = spec.image_feature, spec.label_feature
     title, classes = f"{source.info.full_name} {source_split}", label_map(spec)
-    raw_format = RawFormat(classes, decoding=spec.decoding)
+    read_mask, table = mask_reader(spec), mask_table(spec)
+    raw_format = RawFormat(classes, read_mask, spec.decoding)
     check = partial(_check, examples, features=features, title=title, raw_format=raw_format)
     return SplitConfig(
         builder=FromTfds,
         name=name_by_hash(
-            *(split, classes, source.info.full_name, source_split, features, spec.decoding, stamps)
+            *(split, classes, source.info.full_name, source_split, features, spec.decoding),
+            *(table, stamps),
         ),
         description=_title(source),
         split=split,
-        raw=RawSplit([partial(check, index) for index in range(len(examples))]),
-        records=partial(_copy, examples, features=features),
+        raw=RawSplit(
+            [partial(check, index) for index in range(len(examples))], color_names=color_names(spec)
+        ),
+        records=partial(_copy, examples, features=features, read_mask=read_mask),
         label_map=classes,
     )
 
@@ -146,10 +153,11 @@ def _check(
     return check_encoded(EncodedExample(name, image_file, mask_file, image, label), raw_format)
 
 
-def _copy(examples: Sequence, features: tuple[str, str]) -> Iterator[dict]:
+def _copy(examples: Sequence, features: tuple[str, str], read_mask: ReadMask) -> Iterator[dict]:
     for index, example in enumerate(examples):
         image, label = (example[feature] for feature in features)
-        yield {"image": image, "label": label, "name": f"{index:06d}"}
+        name = f"{index:06d}"
+        yield {"image": image, "label": index_mask(label, name, read_mask), "name": name}
 
 
 def _image_features(source: tfds.core.DatasetBuilder) -> list[str]:
