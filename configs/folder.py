@@ -4,8 +4,9 @@
         "--config.data.class_names=('background', 'road', 'tree')" --workdir=runs/mine
 
 A mask is a PNG with one channel; its values number the classes in the order of class_names, and
-data.ignore_values (255) are no class. Without val, --config.data.val_fraction=0.1 draws one. Copy
-this file to keep settings of your own.
+data.ignore_values (255) are no class; masks in colours, or of 0 and 255, are read by
+data.mask_encoding. Without val, --config.data.val_fraction=0.1 draws one. Copy this file to keep
+settings of your own.
 """
 
 from contrastseg_jax.config import default

@@ -88,15 +88,15 @@ def decode_binary_mask(data: bytes, name: str) -> UInt8[np.ndarray, "h w"]:
             `MAX_PIXELS`, or is a JPEG.
     """
     if _num_channels(data, name) == 1:
-        return (mask_values(data, name) != 0).astype(np.uint8)
-    return _opaque_colors(data, name).any(axis=-1).astype(np.uint8)
+        return np.not_equal(mask_values(data, name), 0).astype(np.uint8)
+    return np.any(_opaque_colors(data, name), axis=-1).astype(np.uint8)
 
 
 def look_up(
     pixels: UInt8[np.ndarray, "h w 3"], values: Mapping[Color, int]
 ) -> UInt8[np.ndarray, "h w"]:
     """The value of each pixel's colour; NO_VALUE: it has none."""
-    return _table(tuple(values.items()))[pack(pixels)]
+    return np.take(_table(tuple(values.items())), pack(pixels))
 
 
 def pack(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt32[np.ndarray, "h w"]:

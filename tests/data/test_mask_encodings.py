@@ -173,6 +173,25 @@ def test_the_audit_counts_classes_and_names_colours_of_none(in_colors, capsys):
     assert run(in_colors, *RGB[:2], line)["num_errors"] == 0
 
 
+def test_the_audit_knows_numbers_of_classes_under_rgb(in_colors, capsys):
+    for path in in_colors.glob("labels/*/*.png"):
+        write(path, encode_png(noise(0, (6, 8), 3)))
+    assert run(in_colors, *RGB)["num_errors"] == 5
+    assert "--config.data.mask_encoding=index" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings", [RGB, ("data.mask_encoding=binary", "data.class_names=('a', 'b')")]
+)
+def test_the_audit_says_so_where_not_the_colours_are_wrong(in_colors, settings, capsys):
+    for path in in_colors.glob("labels/*/*.png"):
+        write(path, saved(Image.fromarray(with_alpha(7))))
+    assert run(in_colors, *settings)["num_errors"] == 5
+    printed = capsys.readouterr().out
+    assert printed.count("48 of 48 pixels are transparent") == 3 and "and 2 more" in printed
+    assert "of the pixels, in" not in printed
+
+
 def test_masks_of_two_values_are_trained_on(root):
     values = np.where(INDICES, 255, 0).astype(np.uint8)
     for path in root.glob("labels/*/*.png"):

@@ -78,6 +78,11 @@ def _unknown_remedy(spec: DatasetSpec, codes: Sequence[int]) -> str:
     """What to do with colours that the palette does not have, the most frequent first."""
     if not codes:
         return ""
+    if all(code % 0x010101 == 0 and code // 0x010101 < len(spec.class_names) for code in codes):
+        return (
+            "the masks hold numbers of classes, not colours; read them so, without data.palette"
+            f':\n--config.data.mask_encoding=index "--config.data.class_names={spec.class_names}"'
+        )
     if len(codes) > MAX_UNKNOWN:
         return "export them again without soft edges, which have colours of no class"
     ignored = [red << 16 | green << 8 | blue for red, green, blue in spec.ignore_colors]

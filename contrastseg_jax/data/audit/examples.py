@@ -51,6 +51,8 @@ class RawFormat:
     label_map: LabelMap  # the values that masks may hold
     read_mask: ReadMask = decode_mask  # content and name of a mask file to pixel values
     decoding: Decoding = AS_STORED  # of images
+    # What each colour (0xRRGGBB) means, of masks that are read by their colours.
+    color_names: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,7 @@ class RawSplit:
     findings: Sequence[Finding] = ()  # files that make no example
     hints: Sequence[str] = ()  # of an absent split: files elsewhere that may be meant for it
     drawn: str = ""  # of how many it was drawn, and by which setting; empty: its files are given
-    # What each colour (0xRRGGBB) means, of masks that are read by their colours.
-    color_names: Mapping[int, str] = field(default_factory=dict)
+    color_names: Mapping[int, str] = field(default_factory=dict)  # as RawFormat has it
 
 
 Splits = Mapping[str, RawSplit]  # by name
@@ -228,12 +229,17 @@ def _orientation_remedy(decoding: Decoding) -> str:
 
 
 def _mask_colors(example: EncodedExample, raw_format: RawFormat) -> ColorCounts | None:
-    """The colours of a mask; None: it is an index mask, or cannot be decoded even as colours."""
+    """The colours of a mask; None: they are not what is wrong, or cannot even be decoded."""
     file, of_indices = example.mask_file, raw_format.read_mask is decode_mask
+    if not (of_indices or raw_format.color_names):
+        return None
     try:
-        return mask_colors(_verified(example.mask_data, file), file, of_indices=of_indices)
+        found = mask_colors(_verified(example.mask_data, file), file, of_indices=of_indices)
     except InputError:
         return None
+    if found is None or all(code in raw_format.color_names for code in found[0].tolist()):
+        return None
+    return found
 
 
 def _content(path: Path) -> bytes | OSError:

@@ -105,14 +105,16 @@ def pairs_config(
         table: what `read_mask` converts by, for the hash.
     """
     stamps = [(pair.name, file_stamp(pair.image), file_stamp(pair.mask)) for pair in files.pairs]
-    check = partial(check_files, raw_format=RawFormat(label_map, read_mask, spec.decoding))
+    colors = color_names(spec)
+    raw_format = RawFormat(label_map, read_mask, spec.decoding, colors)
+    check = partial(check_files, raw_format=raw_format)
     checks = [partial(check, pair.name, pair.image, pair.mask) for pair in files.pairs]
     return SplitConfig(
         builder=builder,
         name=name_by_hash(split, label_map, spec.decoding, table, stamps, files.findings),
         description=f"the data of {spec.root or spec.name}",
         split=split,
-        raw=RawSplit(checks, files.findings, files.hints, files.drawn, color_names(spec)),
+        raw=RawSplit(checks, files.findings, files.hints, files.drawn, colors),
         records=partial(_read_pairs, files.pairs, read_mask),
         label_map=label_map,
         names=[pair.name for pair in files.pairs] if files.drawn else (),

@@ -59,7 +59,8 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
     features = spec.image_feature, spec.label_feature
     title, classes = f"{source.info.full_name} {source_split}", label_map(spec)
     read_mask, table = mask_reader(spec), mask_table(spec)
-    raw_format = RawFormat(classes, read_mask, spec.decoding)
+    colors = color_names(spec)
+    raw_format = RawFormat(classes, read_mask, spec.decoding, colors)
     check = partial(_check, examples, features=features, title=title, raw_format=raw_format)
     return SplitConfig(
         builder=FromTfds,
@@ -69,9 +70,7 @@ def split_config(spec: DatasetSpec, split: str) -> SplitConfig:
         ),
         description=_title(source),
         split=split,
-        raw=RawSplit(
-            [partial(check, index) for index in range(len(examples))], color_names=color_names(spec)
-        ),
+        raw=RawSplit([partial(check, index) for index in range(len(examples))], color_names=colors),
         records=partial(_copy, examples, features=features, read_mask=read_mask),
         label_map=classes,
     )
