@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 import imagecodecs
 import numpy as np
-from jaxtyping import Int64, Integer, UInt8, UInt16
+from jaxtyping import Int64, Integer, UInt8, UInt16, UInt32
 from PIL import Image, ImageFile
 from scipy.io import loadmat
 
@@ -33,7 +33,7 @@ from contrastseg_jax.data.image_files import (
     pixel_layout,
     stored_size,
 )
-from contrastseg_jax.data.spec import AS_STORED, Decoding
+from contrastseg_jax.data.spec import AS_STORED, Color, Decoding
 from contrastseg_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -154,6 +154,19 @@ def refuse_jpeg(image: Image.Image, name: str) -> None:
             f"{name}: a mask saved as JPEG has other values than were drawn, near borders or"
             " everywhere; export it again from its source as PNG"
         )
+
+
+def color_codes(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt32[np.ndarray, "h w"]:
+    """0xRRGGBB of each pixel."""
+    blue_first = np.zeros((*pixels.shape[:2], 4), np.uint8)
+    cv2.mixChannels([pixels], [blue_first], [0, 2, 1, 1, 2, 0])
+    return blue_first.view("<u4")[..., 0]
+
+
+def color_code(color: Color) -> int:
+    """0xRRGGBB of a colour."""
+    red, green, blue = color
+    return red << 16 | green << 8 | blue
 
 
 def color_text(code: int) -> str:
@@ -377,15 +390,13 @@ def _describe_colors(image: Image.Image) -> str:
         remedy = "all colours are grey, so save one channel of them alone"
     else:
         remedy = "write the class id of each colour into one channel"
-    remedy += (
-        ", or read colours with data.mask_encoding (folder, tfds; --mode=audit has the values)"
-    )
+    remedy += "; of folder and tfds, data.mask_encoding reads colours (--mode=audit shows how)"
     return f"in {len(codes)} colours: {', '.join(listed)}{more}; {remedy}"
 
 
 def _color_counts(image: Image.Image) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    red, green, blue = np.moveaxis(np.array(image.convert("RGB")).astype(np.int64), -1, 0)
-    return np.unique(red << 16 | green << 8 | blue, return_counts=True)
+    codes, counts = np.unique(color_codes(np.array(image.convert("RGB"))), return_counts=True)
+    return codes.astype(np.int64), counts
 
 
 def _value_range(array: np.ndarray) -> str:

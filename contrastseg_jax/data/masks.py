@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
-from jaxtyping import UInt8, UInt32
+from jaxtyping import UInt8
 
 from contrastseg_jax.data.audit.examples import ReadMask
 from contrastseg_jax.data.image_files import FormatError, open_image
 from contrastseg_jax.data.images import (
+    color_code,
+    color_codes,
     color_text,
     decode_image,
     decode_mask,
@@ -45,11 +46,9 @@ def color_names(spec: DatasetSpec) -> dict[int, str]:
     """What each colour (0xRRGGBB) means in masks that are read by their colours; else nothing."""
     if spec.mask_encoding != "rgb":
         return {}
-    names = {class_id: name for class_id, name in enumerate(spec.class_names)}
-    return {
-        red << 16 | green << 8 | blue: names.get(value, "no class")
-        for (red, green, blue), value in color_values(spec).items()
-    }
+    names = dict(enumerate(spec.class_names))
+    values = color_values(spec)
+    return {color_code(color): names.get(values[color], "no class") for color in values}
 
 
 def mask_table(spec: DatasetSpec) -> Any:
@@ -96,21 +95,14 @@ def look_up(
     pixels: UInt8[np.ndarray, "h w 3"], values: Mapping[Color, int]
 ) -> UInt8[np.ndarray, "h w"]:
     """The value of each pixel's colour; NO_VALUE: it has none."""
-    return np.take(_table(tuple(values.items())), pack(pixels))
-
-
-def pack(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt32[np.ndarray, "h w"]:
-    """0xRRGGBB of each pixel."""
-    with_zero = np.zeros((*pixels.shape[:2], 4), np.uint8)
-    cv2.mixChannels([pixels], [with_zero], [0, 2, 1, 1, 2, 0])
-    return with_zero.view("<u4")[..., 0]
+    return np.take(_table(tuple(values.items())), color_codes(pixels))
 
 
 @functools.lru_cache(maxsize=4)  # 16 MB each; a data set needs one
 def _table(values: tuple[tuple[Color, int], ...]) -> UInt8[np.ndarray, " 16777216"]:
     table = np.full(1 << 24, NO_VALUE, np.uint8)
-    for (red, green, blue), value in values:
-        table[red << 16 | green << 8 | blue] = value
+    for color, value in values:
+        table[color_code(color)] = value
     return table
 
 
@@ -135,7 +127,7 @@ def _opaque_colors(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
 def _describe_unknown(pixels: UInt8[np.ndarray, "n 3"], num_pixels: int) -> str:
     """The colours of pixels that have no value, of so many of the mask, and the rule they break."""
-    codes, counts = np.unique(pack(pixels[None]), return_counts=True)
+    codes, counts = np.unique(color_codes(pixels[None]), return_counts=True)
     common = np.argsort(-counts, kind="stable")[:MAX_LISTED_COLORS]
     listed = ", ".join(f"{color_text(int(codes[i]))} in {counts[i]}" for i in common)
     more = f", and {len(codes) - len(common)} more" if len(codes) > len(common) else ""

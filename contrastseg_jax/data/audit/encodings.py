@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from contrastseg_jax.data.audit.statistics import MAX_COLORS, SplitAudit
-from contrastseg_jax.data.images import color_text
+from contrastseg_jax.data.images import color_code, color_text
 from contrastseg_jax.data.spec import DatasetSpec
 
 WITH_SETTINGS = ("folder", "tfds")  # data sets that these settings are for
@@ -85,7 +85,7 @@ def _unknown_remedy(spec: DatasetSpec, codes: Sequence[int]) -> str:
         )
     if len(codes) > MAX_UNKNOWN:
         return "export them again without soft edges, which have colours of no class"
-    ignored = [red << 16 | green << 8 | blue for red, green, blue in spec.ignore_colors]
+    ignored = [color_code(color) for color in spec.ignore_colors]
     text = "correct the masks, add the colours to data.palette and data.class_names, or let them be"
     return f'{text} no class:\n"--config.data.ignore_colors={_values([*ignored, *codes])}"'
 

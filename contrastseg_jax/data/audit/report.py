@@ -224,7 +224,8 @@ def remedy(kind: str, spec: DatasetSpec, audits: Mapping[str, SplitAudit]) -> st
     """How to fix findings of a kind."""
     if kind == "mask_format":
         return color_remedy(spec, audits) or KINDS[kind][1]
-    if kind in ("unknown_value", "absent_class") and (settings := binary_remedy(spec, audits)):
+    about_values = kind in ("unknown_value", "unlabelled", "absent_class")
+    if about_values and (settings := binary_remedy(spec, audits)):
         return settings
     if kind != "unknown_value" or not spec.class_names:
         return KINDS[kind][1]
