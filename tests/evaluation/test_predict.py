@@ -227,4 +227,4 @@ def test_an_output_that_cannot_be_written_is_found_at_the_start(trained, photos,
 def test_the_quickstart_predicts_the_held_out_photographs(tmp_path):
     (folder,) = re.findall(r"--input=(\S+)", (ROOT / "Makefile").read_text())
     assert len(find_images([str(ROOT / folder)], tmp_path).files) == 9
-    assert folder in (ROOT / "docs" / "runs.md").read_text()
+    assert folder in (ROOT / "README.md").read_text()
